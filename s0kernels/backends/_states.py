@@ -1,0 +1,82 @@
+"""What the backends written in PyTorch and the references share: states picked and stored by index, and dt."""
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """States and arithmetic are fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def process_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+    """clamp(softplus(dt + dt_bias), dt_limit), softplus as max(x, 0) + log1p(exp(-|x|)), exact for every x."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = torch.logaddexp(dt, torch.zeros_like(dt))
+    return dt.clamp(*dt_limit)
+
+
+def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, shape: tuple, like: Tensor) -> Tensor:
+    """The starting state of every sequence, [NSEQ, ...]: a view where one exists, a copy for a bank, zeros for None.
+
+    An index of -1 gives zeros. Any other index outside the bank gives NaN, so that a bad index which the host has
+    not looked at (GPU tensors are not read back) can never pass for a result.
+    """
+    if initial_state is None:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if initial_state.dim() == len(shape) - 1:
+        return initial_state.expand(shape)
+    if state_indices is None:
+        return initial_state
+    size = initial_state.shape[0]
+    index = state_indices.long()
+    trailing = (-1,) + (1,) * (len(shape) - 1)
+    if size == 0:
+        rows = initial_state.new_zeros(shape)
+    else:
+        rows = initial_state.index_select(0, index.clamp(0, size - 1))
+    rows = rows.masked_fill((index == -1).view(trailing), 0.0)
+    return rows.masked_fill(((index < -1) | (index >= size)).view(trailing), float("nan"))
+
+
+def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> None:
+    """Write the states [B, ...] of one step back in place: row by row, or to the rows of a pool that are addressed.
+
+    Rows with index -1 (or outside the pool) store nothing. Instead of picking the others out, which would need their
+    number on the host, they repeat the write of a row that is stored, or rewrite row 0 with itself.
+    """
+    if state_indices is None:
+        state.copy_(new)
+        return
+    if state.shape[0] == 0 or new.shape[0] == 0:
+        return
+    index = state_indices.long()
+    stored = (index >= 0) & (index < state.shape[0])
+    first = stored.to(torch.int64).argmax()
+    stand_in = torch.where(stored.any(), index[first], 0)
+    value = torch.where(stored.any(), new[first], state[0])
+    shape = (-1,) + (1,) * (new.dim() - 1)
+    state.index_copy_(0, torch.where(stored, index, stand_in), torch.where(stored.view(shape), new, value))
+
+
+def reduce_state_grad(dstate: Tensor, initial_state_shape: tuple, state_indices: Tensor | None) -> Tensor:
+    """[NSEQ, ...] gradients to the shape the state was given in, summed over sequences in a fixed order."""
+    if len(initial_state_shape) == dstate.dim() - 1:
+        return dstate.sum(0)
+    if state_indices is None:
+        return dstate
+    out = dstate.new_zeros(initial_state_shape)
+    size = initial_state_shape[0]
+    if size == 0 or dstate.shape[0] == 0:
+        return out
+    index = state_indices.long()
+    used = (index >= 0) & (index < size)
+    dstate = torch.where(used.view((-1,) + (1,) * (dstate.dim() - 1)), dstate, 0.0)
+    index = index.clamp(0, size - 1)
+    # Both orders are fixed: index_add_ walks the rows in turn on a CPU, index_put_ sorts them on a GPU (where
+    # index_add_ would use atomics; on a CPU it is index_put_ that is not ordered).
+    if dstate.device.type == "cpu":
+        return out.index_add_(0, index, dstate)
+    return out.index_put_((index,), dstate, accumulate=True)

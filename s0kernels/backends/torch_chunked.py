@@ -1,0 +1,425 @@
+"""Backend `torch`: chunked scans in plain PyTorch, on any device.
+
+Within a chunk everything is matrix products; a loop over the chunks carries the state. The backward is written out: it
+keeps only the inputs, recomputes the states at chunk boundaries, and does what the asked gradients need. The formulas
+stand beside the code; C is the chunk, S the state at its start, S' at its end.
+"""
+
+import torch
+from torch import Tensor
+
+from s0kernels.backends._chunks import Chunks, decay_matrix, decay_matrix_grad, reverse_cumsum
+from s0kernels.backends._states import gather_states, process_dt, reduce_state_grad, store_states
+
+
+def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# Gated delta rule
+#
+# With G_i = exp(g_1 + .. + g_i), D_ij = exp(g_{j+1} + .. + g_i), and E_i = exp(g_{i+1} + .. + g_C) inside a chunk:
+#   A     = strict_lower(diag(beta) (K K^T * D)),  W = (I + A)^-1,  P = lower(scale Q K^T * D)
+#   delta = W diag(beta) (V - diag(G) K S)          what each token writes
+#   O     = scale diag(G) Q S + P delta
+#   S'    = G_C S + K^T diag(E) delta
+
+_GDN_CHUNK = 64
+
+
+class _DeltaChunks:
+    """The inputs of the gated delta rule by chunk, and what depends on k, g and beta alone."""
+
+    def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, l2norm: bool):
+        dtype, heads = chunks.dtype, g.shape[2]
+        self.q, self.k = chunks.split(q, dtype, heads), chunks.split(k, dtype, heads)
+        self.beta = chunks.split(beta, dtype)[..., None]
+        self.scale = scale
+        self.q_norm = self.k_norm = None
+        if l2norm:
+            self.q, self.q_norm = _normalise(self.q)
+            self.k, self.k_norm = _normalise(self.k)
+        g = chunks.split(g, dtype)
+        self.from_start = g.cumsum(-1).exp()[..., None]
+        self.decay = decay_matrix(g)
+        self.to_end = self.decay[..., -1, :, None]
+        self.last = self.from_start[..., -1:, :]
+        self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(scale)
+        self.similarity = (self.k @ self.k.mT).mul_(self.decay).tril_(-1)
+        eye = torch.eye(g.shape[-1], dtype=dtype, device=g.device)
+        self.inverse = torch.linalg.solve_triangular(
+            self.beta * self.similarity, eye.expand_as(self.similarity), upper=False, unitriangular=True
+        )
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x * norm, norm
+
+
+def _normalise_grad(dx: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
+    """Through x -> x * norm, from the normalised x."""
+    return dx if norm is None else norm * (dx - x * (x * dx).sum(-1, keepdim=True))
+
+
+def gated_delta_rule_forward(
+    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, scale, l2norm, output_final_state, chunk_size
+) -> tuple[Tensor, Tensor]:
+    chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
+    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, l2norm)
+    values = chunks.split(v, inputs.k.dtype)
+    states = _delta_states(chunks, q, v, initial_state, state_indices)
+    output = torch.empty_like(values)
+    for at in chunks.steps:
+        state = states[: at.stop - at.start]
+        error = values[at] - inputs.from_start[at] * (inputs.k[at] @ state)
+        delta = inputs.inverse[at] @ (inputs.beta[at] * error)
+        output[at] = inputs.scale * inputs.from_start[at] * (inputs.q[at] @ state) + inputs.attention[at] @ delta
+        state.mul_(inputs.last[at]).add_((inputs.k[at] * inputs.to_end[at]).mT @ delta)
+    final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
+    return chunks.join(output, v.dtype), final
+
+
+def _delta_states(chunks, q, v, initial_state, state_indices) -> Tensor:
+    shape = (chunks.sequences, v.shape[2], q.shape[3], v.shape[3])
+    return chunks.sort(gather_states(initial_state, state_indices, shape, chunks.like))
+
+
+def gated_delta_rule_backward(
+    doutput,
+    dfinal,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    initial_state,
+    initial_state_shape,
+    state_indices,
+    cu_seqlens,
+    scale,
+    l2norm,
+    chunk_size,
+    needs,
+) -> list[Tensor]:
+    """With ddelta = P^T dO + diag(E) K dS' and derror = W^T ddelta:
+    dS = scale Q^T diag(G) dO + G_C dS' - K^T diag(G beta) derror, which needs neither v nor S."""
+    chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
+    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, l2norm)
+    dtype, heads = inputs.k.dtype, g.shape[2]
+    if doutput is None:
+        doutput = q.new_zeros(*q.shape[:2], heads, dfinal.shape[-1])
+    dout = chunks.split(doutput, dtype)
+    shape = (chunks.sequences, heads, q.shape[3], dout.shape[3])
+    dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
+    full = any(needs[:5])
+    if full:
+        dwrites = dstate.new_empty(chunks.count, *dstate.shape[1:])  # dS' of every chunk
+        derror = torch.empty_like(dout)
+    for at in reversed(chunks.steps):
+        grad = dstate[: at.stop - at.start]
+        ddelta = inputs.attention[at].mT @ dout[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
+        dwrite = inputs.beta[at] * (inputs.inverse[at].mT @ ddelta)
+        if full:
+            dwrites[at] = grad
+            derror[at] = dwrite
+        grad.mul_(inputs.last[at])
+        grad.add_((inputs.scale * inputs.from_start[at] * inputs.q[at]).mT @ dout[at])
+        grad.sub_((inputs.from_start[at] * inputs.k[at]).mT @ dwrite)
+    grads = []
+    if full:
+        grads = _delta_input_grads(
+            chunks, inputs, dout, derror, dwrites, (q, k, v, g, beta), (initial_state, state_indices), needs
+        )
+    if needs[5]:
+        grads.append(reduce_state_grad(chunks.unsort(dstate), tuple(initial_state_shape), state_indices))
+    return grads
+
+
+def _delta_input_grads(chunks, inputs, dout, derror, dwrites, tensors, start, needs) -> list[Tensor]:
+    """The gradients of q, k, v, g, beta that are asked for. `derror` is diag(beta) W^T ddelta, `dwrites` is dS'."""
+    q, k, v, g, beta = tensors
+    found = {}
+    if needs[2]:
+        found[2] = chunks.join(derror, v.dtype)
+    if any((needs[0], needs[1], needs[3], needs[4])):
+        dq, dk, dg, dbeta = _delta_key_grads(chunks, inputs, dout, derror, dwrites, q, v, start)
+        if needs[0]:
+            found[0] = chunks.join(_normalise_grad(dq, inputs.q, inputs.q_norm), q.dtype, q.shape[2])
+        if needs[1]:
+            found[1] = chunks.join(_normalise_grad(dk, inputs.k, inputs.k_norm), k.dtype, k.shape[2])
+        if needs[3]:
+            found[3] = chunks.join(dg, g.dtype)
+        if needs[4]:
+            found[4] = chunks.join(dbeta, beta.dtype)
+    return [found[i] for i in sorted(found)]
+
+
+def _delta_key_grads(chunks, inputs, dout, derror, dwrites, q, v, start) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dg, dbeta by chunk, of normalised q and k. The states and writes are recomputed first."""
+    states = _delta_states(chunks, q, v, *start)
+    values = chunks.split(v, dout.dtype)
+    at_start, error = torch.empty_like(dwrites), torch.empty_like(values)
+    for at in chunks.steps:
+        state = states[: at.stop - at.start]
+        at_start[at] = state
+        error[at] = values[at] - inputs.from_start[at] * (inputs.k[at] @ state)
+        delta = inputs.inverse[at] @ (inputs.beta[at] * error[at])
+        state.mul_(inputs.last[at]).add_((inputs.k[at] * inputs.to_end[at]).mT @ delta)
+    delta = inputs.inverse @ (inputs.beta * error)
+
+    # derror carries a factor beta already; the gradient before it, for beta, is what W^T gives
+    dvalue = inputs.inverse.mT @ (inputs.attention.mT @ dout + inputs.to_end * (inputs.k @ dwrites))
+    dsimilarity = -(dvalue @ delta.mT).tril_(-1)  # d(A)
+    dattention = (dout @ delta.mT).tril_()
+    dbeta = (dvalue * error).sum(-1) + (dsimilarity * inputs.similarity).sum(-1)
+    pairs = dattention * inputs.attention + inputs.beta * dsimilarity * inputs.similarity
+
+    dattention = dattention.mul_(inputs.decay).mul_(inputs.scale)
+    dsimilarity = dsimilarity.mul_(inputs.decay).mul_(inputs.beta)
+    dq_start = inputs.scale * inputs.from_start * (dout @ at_start.mT)
+    dk_start = -inputs.from_start * (derror @ at_start.mT)
+    dk_end = inputs.to_end * (delta @ dwrites.mT)
+    dq = dattention @ inputs.k + dq_start
+    dk = dattention.mT @ inputs.q + (dsimilarity + dsimilarity.mT) @ inputs.k + dk_start + dk_end
+
+    through_start = (dq_start * inputs.q).sum(-1) + (dk_start * inputs.k).sum(-1)
+    through_end = (dk_end * inputs.k).sum(-1)
+    carried = inputs.last[..., 0] * (at_start * dwrites).sum((-1, -2))[..., None]
+    dg = decay_matrix_grad(pairs) + reverse_cumsum(through_start) + _before(through_end) + carried
+    return dq, dk, dg, dbeta
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sums over the earlier positions only."""
+    return torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
+
+
+def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
+    dtype, group = state.dtype, v.shape[1] // q.shape[1]
+    q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
+    if use_qk_l2norm:
+        q, k = _normalise(q)[0], _normalise(k)[0]
+    rows = gather_states(state, state_indices, (q.shape[0], *state.shape[1:]), state)
+    rows = rows * g.to(dtype).exp()[..., None, None]
+    error = v.to(dtype) - (k[..., None, :] @ rows).squeeze(-2)
+    rows = rows + k[..., None] * (beta.to(dtype)[..., None] * error)[..., None, :]
+    store_states(state, state_indices, rows)
+    return (scale * (q[..., None, :] @ rows).squeeze(-2)).to(v.dtype)
+
+
+# Mamba-2 SSD
+#
+# With a = dt A, G_i = exp(a_1 + .. + a_i), D_ij = exp(a_{j+1} + .. + a_i), E_i = exp(a_{i+1} + .. + a_C), X = dt x:
+#   M  = lower(C B^T * D)
+#   Y  = diag(G) C S^T + M X
+#   S' = G_C S + X^T diag(E) B
+# The R = H / G heads of a group share B and C. Head-major tensors are [NC, G, R, C, ...]; for products with B and C the
+# heads of a group lie side by side, [NC, G, C, R * P], which is also how a state reads as a matrix, [G, R * P, N].
+
+_SSD_CHUNK = 128
+
+
+class _SSDChunks:
+    """dt, A and C by chunk: all that the gradient of the initial state needs."""
+
+    def __init__(self, chunks: Chunks, dt: Tensor, A: Tensor, C: Tensor):
+        groups = C.shape[2]
+        self.dt = chunks.split(dt, chunks.dtype).unflatten(1, (groups, -1))[..., None]
+        self.rate = A.to(chunks.dtype).view(groups, -1, 1)
+        self.log_decay = self.dt[..., 0] * self.rate
+        self.from_start = self.log_decay.cumsum(-1).exp()[..., None]
+        self.C = chunks.split(C, chunks.dtype)
+        self.last = self.from_start[..., -1:, :].flatten(1, 2)  # [NC, H, 1, 1], against states [., H, P, N]
+
+    def split_heads(self, chunks: Chunks, x: Tensor) -> Tensor:
+        """[B, T, H, P] to [NC, G, R, C, P]."""
+        return chunks.split(x, chunks.dtype).unflatten(1, (self.C.shape[1], -1))
+
+    def add_pairs(self, chunks: Chunks, x: Tensor, B: Tensor) -> None:
+        """What the output and the other gradients need besides."""
+        self.B = chunks.split(B, chunks.dtype)
+        self.x = self.split_heads(chunks, x)
+        self.scaled = self.dt * self.x
+        self.decay = decay_matrix(self.log_decay)
+        self.to_end = self.decay[..., -1, :, None]
+        self.mixing = (self.C @ self.B.mT)[:, :, None] * self.decay
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """[., G, R, C, P] to [., G, C, R * P]."""
+    return x.transpose(2, 3).flatten(3)
+
+
+def _head_major(x: Tensor, heads: int) -> Tensor:
+    """[., G, C, R * P] to [., G, R, C, P]."""
+    return x.unflatten(3, (heads, -1)).transpose(2, 3)
+
+
+def _as_matrix(states: Tensor, groups: int) -> Tensor:
+    """[., H, P, N] to [., G, R * P, N]."""
+    return states.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _ssd_states(chunks: Chunks, x: Tensor, B: Tensor, initial_state, state_indices) -> Tensor:
+    shape = (chunks.sequences, *x.shape[2:], B.shape[3])
+    return chunks.sort(gather_states(initial_state, state_indices, shape, chunks.like))
+
+
+def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
+    """Y [NC, G, R, C, P] without D and z; `states` end as the final states."""
+    groups, heads = inputs.x.shape[1:3]
+    output = torch.empty_like(inputs.x)
+    for at in chunks.steps:
+        state = states[: at.stop - at.start]
+        read = _head_major(inputs.C[at] @ _as_matrix(state, groups).mT, heads)
+        output[at] = inputs.from_start[at] * read + inputs.mixing[at] @ inputs.scaled[at]
+        write = _side_by_side(inputs.to_end[at] * inputs.scaled[at]).mT @ inputs.B[at]
+        state.mul_(inputs.last[at]).add_(write.view_as(state))
+    return output
+
+
+def ssd_forward(
+    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, limit, output_final, chunk_size
+) -> tuple[Tensor, Tensor]:
+    chunks = Chunks(x, cu_seqlens, chunk_size or _SSD_CHUNK)
+    inputs = _SSDChunks(chunks, process_dt(dt.to(chunks.dtype), dt_bias, softplus, limit), A, C)
+    inputs.add_pairs(chunks, x, B)
+    states = _ssd_states(chunks, x, B, initial_state, state_indices)
+    output = _ssd_scan(chunks, inputs, states).flatten(1, 2)
+    if D is not None:
+        output.addcmul_(inputs.x.flatten(1, 2), D.to(chunks.dtype)[:, None, None])
+    if z is not None:
+        output.mul_(torch.nn.functional.silu(chunks.split(z, chunks.dtype)))
+    final = chunks.unsort(states) if output_final else states.new_empty(0, *states.shape[1:])
+    return chunks.join(output, x.dtype), final
+
+
+def ssd_backward(
+    doutput,
+    dfinal,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    initial_state_shape,
+    state_indices,
+    cu_seqlens,
+    softplus,
+    limit,
+    chunk_size,
+    needs,
+) -> list[Tensor]:
+    """dS = G_C dS' + dY^T diag(G) C, which needs neither x, B nor S."""
+    chunks = Chunks(C, cu_seqlens, chunk_size or _SSD_CHUNK)
+    raw_dt = dt.to(chunks.dtype)
+    inputs = _SSDChunks(chunks, process_dt(raw_dt, dt_bias, softplus, limit), A, C)
+    heads = dt.shape[2]
+    if doutput is None:
+        doutput = C.new_zeros(*dt.shape, dfinal.shape[2])
+    doutput = doutput.to(chunks.dtype)
+    dy = doutput if z is None else doutput * torch.nn.functional.silu(z.to(chunks.dtype))
+    dout = inputs.split_heads(chunks, dy)
+    shape = (chunks.sequences, heads, dout.shape[-1], C.shape[3])
+    dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
+    full = any(needs[:8])
+    dwrites = dstate.new_empty(chunks.count if full else 0, *shape[1:])  # dS' of every chunk
+    for at in reversed(chunks.steps):
+        grad = dstate[: at.stop - at.start]
+        if full:
+            dwrites[at] = grad
+        read = _side_by_side(inputs.from_start[at] * dout[at]).mT @ inputs.C[at]
+        grad.mul_(inputs.last[at]).add_(read.view_as(grad))
+    found = {}
+    if full:
+        inputs.add_pairs(chunks, x, B)
+        states = _ssd_states(chunks, x, B, initial_state, state_indices)
+        found = _ssd_input_grads(chunks, inputs, dout, dwrites, states, needs)
+        if needs[6]:
+            states = _ssd_states(chunks, x, B, initial_state, state_indices)
+            found[6] = _gate_grad(chunks, inputs, states, doutput, x, D, z)
+        if D is not None:
+            found[5] = (dy * x).sum((0, 1, 3))
+            found[0] = found[0] + D.to(chunks.dtype)[:, None] * dy
+        found[1] = _dt_grad(found[1], raw_dt, dt_bias, softplus, limit)
+        found[7] = found[1].sum((0, 1))
+    if needs[8]:
+        found[8] = reduce_state_grad(chunks.unsort(dstate), tuple(initial_state_shape), state_indices)
+    tensors = (x, dt, A, B, C, D, z, dt_bias)
+    return [found[i] if i == 8 else found[i].to(tensors[i].dtype) for i in range(9) if needs[i]]
+
+
+def _ssd_input_grads(chunks, inputs, dout, dwrites, states, needs) -> dict[int, Tensor]:
+    """Gradients of x, processed dt, A, B, C. `dwrites` is dS' of every chunk; the states are recomputed first."""
+    groups, heads = inputs.x.shape[1:3]
+    at_start = torch.empty_like(dwrites)
+    for at in chunks.steps:
+        state = states[: at.stop - at.start]
+        at_start[at] = state
+        write = _side_by_side(inputs.to_end[at] * inputs.scaled[at]).mT @ inputs.B[at]
+        state.mul_(inputs.last[at]).add_(write.view_as(state))
+    carried = inputs.last[..., 0, 0] * (at_start * dwrites).sum((-1, -2))
+    at_start, dwrites = _as_matrix(at_start, groups), _as_matrix(dwrites, groups)
+
+    dmixing = (dout @ inputs.scaled.mT).tril_()
+    pairs = dmixing * inputs.mixing
+    dproduct = dmixing.mul_(inputs.decay).sum(2)  # d(C B^T), summed over the heads of the group
+    dout_start = inputs.from_start * dout
+    found = {}
+    if needs[4]:
+        found[4] = chunks.join(dproduct @ inputs.B + _side_by_side(dout_start) @ at_start, chunks.dtype)
+    if needs[3]:
+        written = _side_by_side(inputs.to_end * inputs.scaled)
+        found[3] = chunks.join(dproduct.mT @ inputs.C + written @ dwrites, chunks.dtype)
+    from_end = inputs.to_end * _head_major(inputs.B @ dwrites.mT, heads)
+    dscaled = inputs.mixing.mT @ dout + from_end
+    found[0] = chunks.join((inputs.dt * dscaled).flatten(1, 2), chunks.dtype)
+
+    through_start = (dout_start * _head_major(inputs.C @ at_start.mT, heads)).sum(-1)
+    through_end = (inputs.scaled * from_end).sum(-1)
+    dlog = decay_matrix_grad(pairs) + reverse_cumsum(through_start) + _before(through_end)
+    dlog = dlog + carried.unflatten(1, (groups, heads))[..., None]
+    ddt = inputs.rate * dlog + (inputs.x * dscaled).sum(-1)
+    found[1] = chunks.join(ddt.flatten(1, 2), chunks.dtype)
+    found[2] = (inputs.dt[..., 0] * dlog).sum((0, 3)).flatten()
+    return found
+
+
+def _gate_grad(chunks, inputs, states, doutput, x, D, z) -> Tensor:
+    """d(z) of y silu(z), with y computed again; silu'(z) = s (1 + z (1 - s)) with s = sigmoid(z)."""
+    y = chunks.join(_ssd_scan(chunks, inputs, states).flatten(1, 2), chunks.dtype)
+    if D is not None:
+        y = y + D.to(chunks.dtype)[:, None] * x
+    z = z.to(chunks.dtype)
+    sigmoid = torch.sigmoid(z)
+    return doutput * y * sigmoid * (1 + z * (1 - sigmoid))
+
+
+def _dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:
+    """Through clamp (the bounds included) and softplus to dt + dt_bias."""
+    before = process_dt(raw_dt, dt_bias, softplus, (-torch.inf, torch.inf))
+    ddt = torch.where((before >= limit[0]) & (before <= limit[1]), ddt, 0.0)
+    if not softplus:
+        return ddt
+    return ddt * torch.sigmoid(raw_dt if dt_bias is None else raw_dt + dt_bias.to(raw_dt.dtype))
+
+
+def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
+    dtype = state.dtype
+    steps = process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    B, C = (t.to(dtype).repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))
+    rows = gather_states(state, state_indices, (x.shape[0], *state.shape[1:]), state)
+    rows = rows * (steps * A.to(dtype)).exp()[..., None, None]
+    rows = rows + (steps[..., None] * x.to(dtype))[..., None] * B[:, :, None]
+    output = (rows @ C[..., None]).squeeze(-1)
+    store_states(state, state_indices, rows)
+    if D is not None:
+        output = output + D.to(dtype)[:, None] * x
+    if z is not None:
+        output = output * torch.nn.functional.silu(z.to(dtype))
+    return output.to(x.dtype)

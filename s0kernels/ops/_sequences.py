@@ -1,0 +1,62 @@
+"""Where sequences begin and which state each one starts from.
+
+A call covers NSEQ sequences: the rows of a dense batch, or the pieces that `cu_seqlens` cuts out of one packed row.
+`initial_state` is one state shared by all of them, one per sequence, or a bank addressed by `state_indices`.
+"""
+
+import itertools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def scan_each(
+    scan: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], states: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run a dense `scan(*inputs, states)` on a batch, or on one packed sequence after the other."""
+    if cu_seqlens is None:
+        return scan(*inputs, states)
+    ends = cu_seqlens.tolist()
+    if len(ends) == 1:
+        return scan(*inputs, states.new_zeros(1, *states.shape[1:]))[0], states
+    results = [
+        scan(*(x[:, start:stop] for x in inputs), states[i : i + 1])
+        for i, (start, stop) in enumerate(itertools.pairwise(ends))
+    ]
+    return torch.cat([output for output, _ in results], dim=1), torch.cat([final for _, final in results])
+
+
+def _reads_values(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or os.environ.get("S0KERNELS_CHECK") == "1"
+
+
+def check_values(
+    length: int, cu_seqlens: Tensor | None, state_indices: Tensor | None, bank: Tensor | None, unique: bool = False
+) -> None:
+    """Raise ValueError for contents that the shapes cannot show. Synchronises only for CPU tensors, or on demand."""
+    if cu_seqlens is not None and _reads_values(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != length:
+            raise ValueError(f"cu_seqlens must start at 0 and end at T = {length}, got {_short(ends)}")
+        if any(b < a for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"cu_seqlens must not decrease, got {_short(ends)}")
+    if state_indices is not None and _reads_values(state_indices):
+        rows, size = state_indices.tolist(), bank.shape[0]
+        if any(row < -1 or row >= size for row in rows):
+            raise ValueError(
+                f"state_indices must lie in [-1, {size - 1}] for a bank of {size} states, got {_short(rows)}"
+            )
+        if unique:
+            used = [row for row in rows if row >= 0]
+            if len(set(used)) != len(used):
+                raise ValueError(f"state_indices must not name a row twice in one step, got {_short(rows)}")
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 16 else f"[{', '.join(map(str, values[:16]))}, ... ({len(values)} values)]"

@@ -1,0 +1,133 @@
+"""Argument checks shared by the ops: every message names the argument, what it wants and what it got."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+class Checker:
+    """Checks tensors against named dimensions; a dimension is fixed by the first tensor that has it."""
+
+    def __init__(self, op: str, device: torch.device):
+        self.op = op
+        self.device = device
+        self.sizes: dict[str, int] = {}
+
+    def tensor(self, name: str, value: Tensor, dims: str, dtypes: Sequence[torch.dtype]) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in dtypes:
+            wanted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+            raise TypeError(f"{self.op}: {name} must have dtype {wanted}, got {value.dtype}")
+        if value.device != self.device:
+            raise ValueError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
+        names = dims.split()
+        shape = tuple(value.shape)
+        if len(shape) != len(names):
+            raise ValueError(f"{self.op}: {name} must have shape [{', '.join(names)}], got {list(shape)}")
+        for dim, size in zip(names, shape, strict=True):
+            if self.sizes.setdefault(dim, size) != size:
+                wanted = ", ".join(f"{d}={self.sizes[d]}" if d in self.sizes else d for d in names)
+                raise ValueError(f"{self.op}: {name} must have shape [{wanted}], got {list(shape)}")
+
+    def multiple(self, larger: str, smaller: str, name: str) -> None:
+        a, b = self.sizes[larger], self.sizes[smaller]
+        if b == 0 or a % b != 0:
+            raise ValueError(f"{self.op}: the heads of {name} ({larger}={a}) must be a multiple of {smaller}={b}")
+
+    def sequences(self, cu_seqlens: Tensor | None) -> None:
+        """Fix NSEQ: the batch, or the number of packed sequences."""
+        if cu_seqlens is None:
+            self.sizes["NSEQ"] = self.sizes["B"]
+            return
+        self.tensor("cu_seqlens", cu_seqlens, "NSEQ+1", INDICES)
+        if self.sizes["B"] != 1:
+            raise ValueError(
+                f"{self.op}: cu_seqlens packs sequences into one row, so B must be 1, got B={self.sizes['B']}"
+            )
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{self.op}: cu_seqlens must have shape [NSEQ+1], got [0]")
+        self.sizes["NSEQ"] = cu_seqlens.shape[0] - 1
+
+    def state(self, name: str, state: Tensor | None, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
+        """One shared state, one per sequence, or a bank with indices."""
+        if state is None:
+            if indices is not None:
+                raise ValueError(f"{self.op}: state_indices was given without {name}")
+            return
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a torch.Tensor, got {type(state).__name__}")
+        if indices is not None:
+            self.tensor(name, state, "S " + dims, (dtype,))
+            self.tensor("state_indices", indices, "NSEQ", INDICES)
+        elif state.dim() == len(dims.split()):
+            self.tensor(name, state, dims, (dtype,))
+        else:
+            self.tensor(name, state, "NSEQ " + dims, (dtype,))
+
+
+    def step_state(self, state: Tensor, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
+        """One state per row of the batch, or a pool with indices."""
+        if indices is not None:
+            self.tensor("state", state, "S " + dims, (dtype,))
+            self.tensor("state_indices", indices, "B", INDICES)
+        else:
+            self.tensor("state", state, "B " + dims, (dtype,))
+
+
+def check_floating(op: str, name: str, value: Tensor) -> None:
+    """The first tensor of a call: it decides dtype and device for the others."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must have dtype bfloat16, float16, float32 or float64, got {value.dtype}")
+
+
+def check_flag(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def check_scale(op: str, scale: float | None) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"{op}: chunk_size must be a positive int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be a positive int or None, got {chunk_size}")
+
+
+def check_dt_limit(op: str, dt_limit: tuple[float, float]) -> None:
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        raise TypeError(f"{op}: dt_limit must be a pair (lowest, highest), got {dt_limit!r}")
+    for bound in dt_limit:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"{op}: dt_limit must hold two numbers, got {dt_limit!r}")
+    if not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"{op}: dt_limit must be (lowest, highest) with lowest <= highest, got {dt_limit!r}")
+
+
+def check_no_grad(op: str, tensors: dict[str, Tensor | None]) -> None:
+    """A step overwrites its state, so nothing in it may be waiting for a gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, but a step updates its state in place and has no backward; "
+                "call it under torch.no_grad() or use the scan with T = 1"
+            )

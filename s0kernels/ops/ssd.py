@@ -1,0 +1,483 @@
+"""The Mamba-2 scan, structured state space duality (Dao and Gu 2024, arXiv 2405.21060, eq. 16), from any initial state.
+
+Per head, with S in R^{P x N}, group = head // (H / G):
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T
+    y_t = S_t C_t + D x_t,  times silu(z_t) where z is given
+
+with dt = clamp(softplus(dt + dt_bias), dt_limit), each part only where asked for. S_0 is `initial_state`. It enters
+once, before the first token of every sequence, and is differentiable.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from s0kernels.backends import _states
+from s0kernels.ops import _dispatch, _sequences, _validation
+from s0kernels.ops.output import ScanOutput
+
+_SCAN = "ssd"
+_STEP = "ssd_step"
+_NO_LIMIT = (0.0, float("inf"))
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _NO_LIMIT,
+    initial_state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = True,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> ScanOutput:
+    """Scan whole sequences with the Mamba-2 recurrence:
+
+        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = (S_t C_t + D x_t) * silu(z_t)
+
+    Args:
+        x: [B, T, H, P], bf16, fp16, fp32 or fp64, any strides.
+        dt: [B, T, H], x's dtype or fp32; step sizes, >= 0 once processed. A pad has dt = 0 after processing.
+        A: [H], x's dtype or fp32; <= 0, the decay rate.
+        B, C: [B, T, G, N], x's dtype; H a multiple of G.
+        D: [H], x's dtype or fp32; skip connection, or None.
+        z: [B, T, H, P], x's dtype; gate, or None.
+        dt_bias: [H], x's dtype or fp32; added to dt first, or None.
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: (lowest, highest), clamps dt last.
+        initial_state: fp32 (fp64 with fp64 inputs): one state shared by all sequences [H, P, N], one per sequence
+            [NSEQ, H, P, N], or with `state_indices` a bank [S, H, P, N]. None means zero.
+        state_indices: [NSEQ] int32 or int64, rows of the bank; -1 means the zero state.
+        cu_seqlens: [NSEQ + 1] int32 or int64, from 0 to T: the sequences packed into the single row (B = 1).
+            None means one sequence per row, NSEQ = B.
+        output_final_state: return the state after each sequence's last token. True by default, unlike mamba_ssm.
+        chunk_size: tokens per chunk; None leaves it to the backend.
+        backend: a name from `s0kernels.ops._dispatch.ORDER`; None takes the fastest that supports the call.
+
+    Returns:
+        ScanOutput(output [B, T, H, P] in x's dtype, final_state [NSEQ, H, P, N] fp32 or fp64, or None).
+        Sequences without tokens end in their initial state.
+
+    Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
+    but `initial_state` requires grad neither x nor the states are looked at. The gradient of `initial_state` has its
+    shape, in its dtype, summed over sequences in a fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message. The values
+            of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
+            for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
+    """
+    _validate_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, state_indices, cu_seqlens)
+    _validation.check_flag(_SCAN, "output_final_state", output_final_state)
+    _validation.check_chunk_size(_SCAN, chunk_size)
+    name = _dispatch.choose(_SCAN, backend, x.device, x.dtype)
+    if name == "reference":
+        return ssd_reference(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_state=initial_state,
+            state_indices=state_indices,
+            cu_seqlens=cu_seqlens,
+            output_final_state=output_final_state,
+        )
+    output, final_state = torch.ops.s0kernels.ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_state,
+        state_indices,
+        cu_seqlens,
+        dt_softplus,
+        float(dt_limit[0]),
+        float(dt_limit[1]),
+        output_final_state,
+        chunk_size or 0,
+        name,
+    )
+    return ScanOutput(output, final_state if output_final_state else None)
+
+
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _NO_LIMIT,
+    state_indices: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Advance every sequence by one token, updating its state in place:
+
+        S <- exp(dt A) S + dt x B^T;  y = (S C + D x) * silu(z)
+
+    Args:
+        x, z: [B, H, P], bf16, fp16, fp32 or fp64.
+        dt: [B, H], x's dtype or fp32; processed by `dt_bias`, `dt_softplus` and `dt_limit` as in `ssd`.
+        A, D, dt_bias: [H], x's dtype or fp32.
+        B, C: [B, G, N], x's dtype; H a multiple of G.
+        state: fp32 (fp64 with fp64 inputs), [B, H, P, N], or with `state_indices` a pool [S, H, P, N]. Written.
+        state_indices: [B] int32 or int64, rows of the pool. Only these rows change; -1 computes from the zero state
+            and stores nothing.
+        backend: as in `ssd`.
+
+    Returns:
+        y [B, H, P] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `ssd`; also when a row is named twice, and when gradients are enabled and an
+            input requires one (there is no backward).
+    """
+    _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
+    name = _dispatch.choose(_STEP, backend, x.device, x.dtype)
+    return torch.ops.s0kernels.ssd_step(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        state,
+        D,
+        z,
+        dt_bias,
+        state_indices,
+        dt_softplus,
+        float(dt_limit[0]),
+        float(dt_limit[1]),
+        name,
+    )
+
+
+# Validation
+
+
+def _validate_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, indices, cu_seqlens) -> None:
+    _validation.check_floating(_SCAN, "x", x)
+    check = _validation.Checker(_SCAN, x.device)
+    check.tensor("x", x, "B T H P", (x.dtype,))
+    _check_inputs(check, x, dt, A, B, C, D, z, dt_bias, "B T")
+    check.sequences(cu_seqlens)
+    check.state("initial_state", initial_state, indices, "H P N", _states.state_dtype(x.dtype))
+    _validation.check_flag(_SCAN, "dt_softplus", dt_softplus)
+    _validation.check_dt_limit(_SCAN, dt_limit)
+
+
+def _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> None:
+    _validation.check_floating(_STEP, "x", x)
+    check = _validation.Checker(_STEP, x.device)
+    check.tensor("x", x, "B H P", (x.dtype,))
+    _check_inputs(check, x, dt, A, B, C, D, z, dt_bias, "B")
+    check.step_state(state, state_indices, "H P N", _states.state_dtype(x.dtype))
+    _validation.check_flag(_STEP, "dt_softplus", dt_softplus)
+    _validation.check_dt_limit(_STEP, dt_limit)
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state}
+    _validation.check_no_grad(_STEP, tensors)
+
+
+def _check_inputs(check: _validation.Checker, x, dt, A, B, C, D, z, dt_bias, rows: str) -> None:
+    scalars = (x.dtype, torch.float32)
+    check.tensor("dt", dt, f"{rows} H", scalars)
+    check.tensor("A", A, "H", scalars)
+    check.tensor("B", B, f"{rows} G N", (x.dtype,))
+    check.multiple("H", "G", "x")
+    check.tensor("C", C, f"{rows} G N", (x.dtype,))
+    if D is not None:
+        check.tensor("D", D, "H", scalars)
+    if z is not None:
+        check.tensor("z", z, f"{rows} H P", (x.dtype,))
+    if dt_bias is not None:
+        check.tensor("dt_bias", dt_bias, "H", scalars)
+
+
+# Reference: the recurrence as written, token by token, differentiated by autograd
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _NO_LIMIT,
+    initial_state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = True,
+) -> ScanOutput:
+    """`ssd` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend."""
+    dtype = _states.state_dtype(x.dtype)
+    nseq = _sequences.num_sequences(x.shape[0], cu_seqlens)
+    if not torch.compiler.is_compiling():
+        _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
+    like = x.new_empty(0, dtype=dtype)
+    states = _states.gather_states(initial_state, state_indices, (nseq, *x.shape[2:], B.shape[3]), like)
+    with torch.autocast(x.device.type, enabled=False):
+        steps = _states.process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+        scan = functools.partial(_reference_scan, A=A.to(dtype))
+        output, final_state = _sequences.scan_each(scan, (x, steps, B, C), states, cu_seqlens)
+        if D is not None:
+            output = output + D.to(dtype)[:, None] * x
+        if z is not None:
+            output = output * torch.nn.functional.silu(z.to(dtype))
+    return ScanOutput(output.to(x.dtype), final_state if output_final_state else None)
+
+
+def _reference_scan(x, dt, B, C, state, *, A) -> tuple[Tensor, Tensor]:
+    x, B, C = (t.to(state.dtype) for t in (x, B, C))
+    B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = (dt[:, t] * A).exp()[..., None, None]
+        state = decay * state + torch.einsum("bhp,bhn->bhpn", dt[:, t, :, None] * x[:, t], B[:, t])
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
+    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)), state.clone()
+
+
+def ssd_step_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _NO_LIMIT,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """`ssd_step` as a scan over one token; the oracle for every other backend."""
+    output, final_state = ssd_reference(
+        x.unsqueeze(1),
+        dt.unsqueeze(1),
+        A,
+        B.unsqueeze(1),
+        C.unsqueeze(1),
+        D=D,
+        z=None if z is None else z.unsqueeze(1),
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=state,
+        state_indices=state_indices,
+    )
+    _states.store_states(state, state_indices, final_state)
+    return output.squeeze(1)
+
+
+# Registration: opaque to torch.compile, so that backends may look at values
+
+_DIFFERENTIABLE = 9  # x, dt, A, B, C, D, z, dt_bias, initial_state come first
+
+
+@torch.library.custom_op("s0kernels::ssd", mutates_args=())
+def _scan_op(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    output_final_state: bool,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
+    with torch.autocast(x.device.type, enabled=False):
+        return _dispatch.load(backend).ssd_forward(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            initial_state,
+            state_indices,
+            cu_seqlens,
+            dt_softplus,
+            (dt_min, dt_max),
+            output_final_state,
+            chunk_size or None,
+        )
+
+
+@_scan_op.register_fake
+def _(
+    x, dt, A, B, C, D, z, dt_bias, h0, indices, cu_seqlens, softplus, dt_min, dt_max, output_final_state, chunk, backend
+):
+    nseq = _sequences.num_sequences(x.shape[0], cu_seqlens) if output_final_state else 0
+    final = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=_states.state_dtype(x.dtype))
+    return x.new_empty(x.shape), final
+
+
+@torch.library.custom_op("s0kernels::ssd_backward", mutates_args=())
+def _backward_op(
+    doutput: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor | None,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    initial_state_shape: list[int] | None,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state) that `needs` asks for, in that order."""
+    with torch.autocast(dt.device.type, enabled=False):
+        return _dispatch.load(backend).ssd_backward(
+            doutput,
+            dfinal_state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            initial_state,
+            initial_state_shape,
+            state_indices,
+            cu_seqlens,
+            dt_softplus,
+            (dt_min, dt_max),
+            chunk_size or None,
+            needs,
+        )
+
+
+@_backward_op.register_fake
+def _(
+    do, dfinal, x, dt, A, B, C, D, z, dt_bias, h0, h0_shape, indices, cu_seqlens, soft, low, high, chunk, backend, needs
+):
+    grads = [t.new_empty(t.shape) for t, need in zip((x, dt, A, B, C, D, z, dt_bias), needs, strict=False) if need]
+    if needs[8]:
+        grads.append(C.new_empty(h0_shape, dtype=_states.state_dtype(C.dtype)))
+    return grads
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, chunk, name = inputs
+    ctx.set_materialize_grads(False)
+    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    if not any(needs[:8]):  # only the initial state: x, B, D and the states have no part in its gradient
+        x = B = D = initial_state = None
+    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens)
+    ctx.needs = needs
+    ctx.state_shape = list(inputs[8].shape) if inputs[8] is not None else None
+    ctx.options = (softplus, low, high, chunk, name)
+
+
+def _backward(ctx, doutput, dfinal_state):
+    grads = [None] * 17
+    if doutput is None and dfinal_state is None:
+        return tuple(grads)
+    *inputs, state_indices, cu_seqlens = ctx.saved_tensors
+    found = torch.ops.s0kernels.ssd_backward(
+        doutput, dfinal_state, *inputs, ctx.state_shape, state_indices, cu_seqlens, *ctx.options, ctx.needs
+    )
+    for i, grad in zip([i for i, need in enumerate(ctx.needs) if need], found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("s0kernels::ssd_step", mutates_args=("state",))
+def _step_op(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_indices: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    backend: str,
+) -> Tensor:
+    _sequences.check_values(1, None, state_indices, state, unique=True)
+    step = ssd_step_reference if backend == "reference" else _dispatch.load(backend).ssd_step
+    with torch.autocast(x.device.type, enabled=False):
+        return step(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            state,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            state_indices=state_indices,
+        )
+
+
+@_step_op.register_fake
+def _(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend):
+    return x.new_empty(x.shape)

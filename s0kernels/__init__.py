@@ -1,3 +1,27 @@
-"""Kernels and tools that let hybrid recurrent-attention language models start from a learned initial state S0."""
+"""Kernels and tools that let hybrid recurrent-attention language models start from a learned initial state S0.
+
+`s0kernels.ops` needs torch alone; the names here are loaded when first used, since most of them need transformers.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "S0Config": "s0kernels.config",
+    "S0States": "s0kernels.states",
+    "S0Trainer": "s0kernels.trainer",
+    "restore_modules": "s0kernels.modules",
+    "swap_modules": "s0kernels.modules",
+}
+__all__ = ["S0Config", "S0States", "S0Trainer", "restore_modules", "swap_modules"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

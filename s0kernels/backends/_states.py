@@ -33,10 +33,7 @@ def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, sh
     size = initial_state.shape[0]
     index = state_indices.long()
     trailing = (-1,) + (1,) * (len(shape) - 1)
-    if size == 0:
-        rows = initial_state.new_zeros(shape)
-    else:
-        rows = initial_state.index_select(0, index.clamp(0, size - 1))
+    rows = initial_state.new_zeros(shape) if size == 0 else initial_state.index_select(0, index.clamp(0, size - 1))
     rows = rows.masked_fill((index == -1).view(trailing), 0.0)
     return rows.masked_fill(((index < -1) | (index >= size)).view(trailing), float("nan"))
 

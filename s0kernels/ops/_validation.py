@@ -70,7 +70,6 @@ class Checker:
         else:
             self.tensor(name, state, "NSEQ " + dims, (dtype,))
 
-
     def step_state(self, state: Tensor, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
         """One state per row of the batch, or a pool with indices."""
         if indices is not None:

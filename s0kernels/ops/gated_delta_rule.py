@@ -146,9 +146,7 @@ def gated_delta_rule_step(
     _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices)
     name = _dispatch.choose(_STEP, backend, q.device, q.dtype)
     scale = _scale(scale, q)
-    return torch.ops.s0kernels.gated_delta_rule_step(
-        q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, name
-    )
+    return torch.ops.s0kernels.gated_delta_rule_step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, name)
 
 
 # Validation
@@ -407,9 +405,7 @@ def _step_op(
     _sequences.check_values(1, None, state_indices, state, unique=True)
     step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.load(backend).gated_delta_rule_step
     with torch.autocast(q.device.type, enabled=False):
-        return step(
-            q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices
-        )
+        return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)
 
 
 @_step_op.register_fake

@@ -415,7 +415,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, chunk, name = inputs
+    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, chunk, name = (
+        inputs
+    )
     ctx.set_materialize_grads(False)
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     if not any(needs[:8]):  # only the initial state: x, B, D and the states have no part in its gradient

@@ -1,0 +1,17 @@
+"""Replacements for the recurrent mixers of transformers that start every sequence from a learned state.
+
+S0 enters once, before the first real token of every sequence:
+
+- A row of a padded batch starts from S0 at its first real token. Pads neither decay the state nor write to it, on
+  whichever side they are, and a cached final state is that of the last real token.
+- A cache that already holds a state (decoding, chunked prefill, the next turn) wins: S0 is not injected again.
+- A new cache, or one after `cache.reset()`, starts from S0.
+- The state of the convolution is separate and starts from zero as ever.
+"""
+
+from s0kernels.modules.families import FAMILIES
+from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
+from s0kernels.modules.mamba2 import S0Mamba2Mixer
+from s0kernels.modules.swap import restore_modules, swap_modules
+
+__all__ = ["FAMILIES", "S0GatedDeltaNet", "S0Mamba2Mixer", "restore_modules", "swap_modules"]

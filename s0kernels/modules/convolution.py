@@ -1,0 +1,48 @@
+"""The short causal convolution in front of a scan, over [B, T, C], with the window that a cache carries on."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor | None) -> Tensor:
+    """silu(conv(x)) per channel.
+
+    Args:
+        x: [B, T, C].
+        weight: [C, W], in whose dtype it is computed; bias: [C] or None.
+        previous: [B, C, W] inputs before the first token, or None for zeros.
+
+    Returns:
+        [B, T, C] contiguous, in x's dtype.
+    """
+    length, width = x.shape[1], weight.shape[1]
+    rows = x.to(weight.dtype).transpose(1, 2)
+    if previous is not None:
+        rows = torch.cat([previous[..., 1 - width :].to(rows.dtype), rows], dim=-1) if width > 1 else rows
+    if _HAS_CAUSAL_CONV1D and x.is_cuda:
+        from causal_conv1d import causal_conv1d_fn
+
+        out = causal_conv1d_fn(rows, weight, bias, activation="silu")
+    else:
+        missing = width - 1 if previous is None else 0
+        out = F.silu(F.conv1d(F.pad(rows, (missing, 0)), weight[:, None], bias, groups=weight.shape[0]))
+    return out[..., -length:].transpose(1, 2).to(x.dtype).contiguous()
+
+
+def next_window(x: Tensor, previous: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:
+    """[B, C, W]: the last W inputs of each row, of which `lengths` [B] are real (None: all).
+
+    Rows shorter than the window keep what `previous` held, or zeros.
+    """
+    rows = x.transpose(1, 2)
+    before = rows.new_zeros(*rows.shape[:2], width) if previous is None else previous.to(rows.dtype)
+    rows = torch.cat([before, rows], dim=-1)
+    if lengths is None:
+        return rows[..., -width:]
+    index = lengths[:, None] + torch.arange(width, device=x.device)
+    return rows.gather(2, index[:, None].expand(-1, rows.shape[1], -1))

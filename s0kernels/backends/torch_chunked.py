@@ -24,7 +24,7 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 #   O     = scale diag(G) Q S + P delta
 #   S'    = G_C S + K^T diag(E) delta
 
-_GDN_CHUNK = 64
+_GDN_CHUNK = 32
 
 
 class _DeltaChunks:
@@ -217,7 +217,7 @@ def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, stat
 # The R = H / G heads of a group share B and C. Head-major tensors are [NC, G, R, C, ...]; for products with B and C the
 # heads of a group lie side by side, [NC, G, C, R * P], which is also how a state reads as a matrix, [G, R * P, N].
 
-_SSD_CHUNK = 128
+_SSD_CHUNK = 64
 
 
 class _SSDChunks:

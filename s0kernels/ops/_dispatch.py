@@ -30,6 +30,7 @@ def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype) -> st
     return module.supports(op, device, dtype)
 
 
+@torch.compiler.assume_constant_result  # nothing in it depends on tensors, and it imports modules
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if backend is None:
         reasons = {}

@@ -28,12 +28,15 @@ class Checker:
             raise ValueError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
         names = dims.split()
         shape = tuple(value.shape)
-        if len(shape) != len(names):
-            raise ValueError(f"{self.op}: {name} must have shape [{', '.join(names)}], got {list(shape)}")
-        for dim, size in zip(names, shape, strict=True):
-            if self.sizes.setdefault(dim, size) != size:
-                wanted = ", ".join(f"{d}={self.sizes[d]}" if d in self.sizes else d for d in names)
-                raise ValueError(f"{self.op}: {name} must have shape [{wanted}], got {list(shape)}")
+        fits = len(shape) == len(names) and all(
+            self.sizes.get(dim, size) == size for dim, size in zip(names, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{self.op}: {name} must have shape {self._wanted(dims)}, got {list(shape)}")
+        self.sizes.update(zip(names, shape, strict=True))
+
+    def _wanted(self, dims: str) -> str:
+        return f"[{', '.join(f'{d}={self.sizes[d]}' if d in self.sizes else d for d in dims.split())}]"
 
     def multiple(self, larger: str, smaller: str, name: str) -> None:
         a, b = self.sizes[larger], self.sizes[smaller]
@@ -62,13 +65,17 @@ class Checker:
             return
         if not isinstance(state, Tensor):
             raise TypeError(f"{self.op}: {name} must be a torch.Tensor, got {type(state).__name__}")
+        rank = len(dims.split())
         if indices is not None:
             self.tensor(name, state, "S " + dims, (dtype,))
             self.tensor("state_indices", indices, "NSEQ", INDICES)
-        elif state.dim() == len(dims.split()):
-            self.tensor(name, state, dims, (dtype,))
+        elif state.dim() in (rank, rank + 1):
+            self.tensor(name, state, dims if state.dim() == rank else "NSEQ " + dims, (dtype,))
         else:
-            self.tensor(name, state, "NSEQ " + dims, (dtype,))
+            raise ValueError(
+                f"{self.op}: {name} must have shape {self._wanted(dims)} (shared), {self._wanted('NSEQ ' + dims)} "
+                f"(one per sequence) or, with state_indices, {self._wanted('S ' + dims)}, got {list(state.shape)}"
+            )
 
     def step_state(self, state: Tensor, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
         """One state per row of the batch, or a pool with indices."""

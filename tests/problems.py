@@ -1,0 +1,144 @@
+"""Inputs of the scans, defined once: named cases with a non-zero initial state, grouped heads and K != V."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from s0kernels.ops import gated_delta_rule, ssd
+
+STATE_KINDS = ("shared", "each", "bank")
+
+
+@dataclass
+class Problem:
+    """One call: `tensors` are differentiable, `options` go along as they are."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict
+
+    def run(self, backend: str | None, **changes):
+        call = {**self.tensors, **self.options, **changes}
+        if self.op == "gated_delta_rule":
+            positional = [call.pop(name) for name in ("q", "k", "v", "g", "beta")]
+            return gated_delta_rule(*positional, backend=backend, **call)
+        positional = [call.pop(name) for name in ("x", "dt", "A", "B", "C")]
+        return ssd(*positional, backend=backend, **call)
+
+    def to(self, dtype: torch.dtype, scalars: torch.dtype | None = None) -> "Problem":
+        """Inputs in `dtype` (g, beta, dt, A, D, dt_bias in `scalars`), states in fp32 or fp64."""
+        states = torch.float64 if dtype == torch.float64 else torch.float32
+        kinds = dict.fromkeys(("g", "beta", "dt", "A", "D", "dt_bias"), scalars or dtype) | {"initial_state": states}
+        return replace(self, tensors={name: x.detach().to(kinds.get(name, dtype)) for name, x in self.tensors.items()})
+
+    def gradients(self, backend: str | None, weights: tuple[Tensor, Tensor], wanted: list[str] | None = None) -> dict:
+        """Output, final state and the gradients of <output, w0> + <final_state, w1>, by name."""
+        wanted = list(self.tensors) if wanted is None else wanted
+        leaves = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in self.tensors.items()}
+        result = replace(self, tensors=leaves).run(backend)
+        loss = (result.output * weights[0].to(result.output.dtype)).sum()
+        loss = loss + (result.final_state * weights[1].to(result.final_state.dtype)).sum()
+        grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
+        found = {"output": result.output.detach(), "final_state": result.final_state.detach()}
+        return found | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Fixed random gradients of output and final state."""
+        generator = torch.Generator().manual_seed(7)
+        result = self.run("torch")
+        return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in result)
+
+
+def with_state(problem: Problem, kind: str | None, shape: tuple[int, ...], sequences: int) -> Problem:
+    generator = torch.Generator().manual_seed(3)
+    leading = {"shared": (), "each": (sequences,), "bank": (sequences + 2,), None: None}[kind]
+    if leading is not None:
+        state = torch.randn(*leading, *shape, generator=generator, dtype=torch.float64)
+        problem.tensors["initial_state"] = state
+    if kind == "bank":
+        indices = [(3 * i) % (sequences + 2) if i != 1 else -1 for i in range(sequences)]
+        indices[-1] = indices[0]  # a repeated row: its gradient is a sum
+        problem.options["state_indices"] = torch.tensor(indices, dtype=torch.int32)
+    return problem
+
+
+def packing(lengths: list[int] | None, batch: int, length: int) -> tuple[dict, int, int, int]:
+    """(options, rows, T, number of sequences)."""
+    if lengths is None:
+        return {}, batch, length, batch
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {"cu_seqlens": ends}, 1, sum(lengths), len(lengths)
+
+
+def delta_problem(
+    T: int = 65,
+    *,
+    B: int = 2,
+    H: int = 2,
+    HV: int = 4,
+    K: int = 8,
+    V: int = 12,
+    state: str | None = "shared",
+    lengths: list[int] | None = None,
+    seed: int = 0,
+    **options,
+) -> Problem:
+    """fp64 inputs like a trained model's: unit keys, decays from slow to fast."""
+    packed, rows, T, sequences = packing(lengths, B, T)
+    random = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(rows, T, H, K, generator=random, dtype=torch.float64) for _ in range(2))
+    rate = torch.logspace(-3, 0.5, HV, dtype=torch.float64)
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": torch.randn(rows, T, HV, V, generator=random, dtype=torch.float64),
+        "g": -rate * torch.rand(rows, T, HV, generator=random, dtype=torch.float64),
+        "beta": torch.rand(rows, T, HV, generator=random, dtype=torch.float64),
+    }
+    options = {"use_qk_l2norm": True, **packed, **options}
+    return with_state(Problem("gated_delta_rule", tensors, options), state, (HV, K, V), sequences)
+
+
+def ssd_problem(
+    T: int = 65,
+    *,
+    B: int = 2,
+    H: int = 4,
+    P: int = 6,
+    G: int = 2,
+    N: int = 10,
+    state: str | None = "shared",
+    lengths: list[int] | None = None,
+    seed: int = 0,
+    extras: bool = True,
+    **options,
+) -> Problem:
+    """fp64 inputs; with `extras` also D, z, dt_bias, softplus and limits that some steps run into."""
+    packed, rows, T, sequences = packing(lengths, B, T)
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    tensors = {
+        "x": normal(rows, T, H, P),
+        "dt": normal(rows, T, H) if extras else torch.rand(rows, T, H, generator=random, dtype=torch.float64),
+        "A": -torch.logspace(-3, 0.5, H, dtype=torch.float64),
+        "B": normal(rows, T, G, N),
+        "C": normal(rows, T, G, N),
+    }
+    options = {**packed, **options}
+    if extras:
+        tensors |= {"D": normal(H), "z": normal(rows, T, H, P), "dt_bias": normal(H)}
+        options = {"dt_softplus": True, "dt_limit": (0.1, 1.5), **options}
+    return with_state(Problem("ssd", tensors, options), state, (H, P, N), sequences)
+
+
+MAKERS = {"gated_delta_rule": delta_problem, "ssd": ssd_problem}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Root mean square of the difference over that of the truth."""
+    found, truth = found.detach(), truth.detach().double()
+    return float((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30))

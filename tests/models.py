@@ -1,0 +1,109 @@
+"""Small random models of both families, with slow decays so that S0 survives, and weights large enough to show it."""
+
+import torch
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
+
+from s0kernels.states import S0States
+
+VOCABULARY = 97
+PAD, EOS = 0, 1
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+}
+_QWEN = {
+    **_COMMON,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+_FALCON = {
+    **_COMMON,
+    "num_hidden_layers": 3,
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+    "mamba_chunk_size": 16,
+}
+
+
+def _slow(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.uniform_(-6, -3)
+        elif name.endswith("dt_bias"):
+            parameter.data.fill_(-1.0)
+        elif name.endswith(("norm.bias", "proj.bias", "conv1d.bias")):
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+def qwen(**changes):
+    torch.manual_seed(0)
+    return _slow(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**_QWEN, **changes})))
+
+
+def qwen_multimodal():
+    torch.manual_seed(0)
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3_5Config(text_config=_QWEN, vision_config=vision, pad_token_id=PAD)
+    return _slow(Qwen3_5ForConditionalGeneration(config))
+
+
+def falcon(**changes):
+    torch.manual_seed(0)
+    return _slow(FalconH1ForCausalLM(FalconH1Config(**{**_FALCON, **changes})))
+
+
+def falcon_with_norm_and_biases():
+    return falcon(mamba_rms_norm=True, mamba_proj_bias=True, projectors_bias=True, mamba_norm_before_gate=False)
+
+
+MODELS = {
+    "qwen": qwen,
+    "qwen_multimodal": qwen_multimodal,
+    "falcon": falcon,
+    "falcon_norm": falcon_with_norm_and_biases,
+}
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def random_states(model, tasks: int = 1, size: float = 0.5, seed: int = 0) -> S0States:
+    states = S0States.for_model(model, tasks)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in states:
+        states[layer].data.copy_(size * torch.randn(states[layer].shape, generator=generator))
+    return states

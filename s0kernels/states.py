@@ -76,10 +76,9 @@ class S0States(nn.Module):
         return self[self.layers[0]].shape[0]
 
     def __getitem__(self, layer_index: int) -> nn.Parameter:
-        try:
-            return self._by_layer[str(layer_index)]
-        except KeyError:
-            raise KeyError(f"layer {layer_index} has no initial state; the layers are {self.layers}") from None
+        if str(layer_index) not in self._by_layer:
+            raise KeyError(f"layer {layer_index} has no initial state; the layers are {self.layers}")
+        return self._by_layer[str(layer_index)]
 
     def __len__(self) -> int:
         return len(self._by_layer)

@@ -308,7 +308,7 @@ class _Frozen:
         self._modes = {module: module.training for module in self.model.modules()}
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        self.model.train(getattr(self.model, "is_gradient_checkpointing", False))
+        self.model.train(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
 
     def __exit__(self, *_) -> None:
         for parameter in self._trainable:

@@ -107,3 +107,20 @@ def random_states(model, tasks: int = 1, size: float = 0.5, seed: int = 0) -> S0
     for layer in states:
         states[layer].data.copy_(size * torch.randn(states[layer].shape, generator=generator))
     return states
+
+
+def tokenizer():
+    """One token per character, over the vocabulary of the models above."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\n", *map(chr, range(32, 126))]
+    vocabulary = {"<pad>": PAD, "<eos>": EOS} | {character: i + 2 for i, character in enumerate(characters)}
+    assert len(vocabulary) == VOCABULARY
+    core = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    core.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")

@@ -6,19 +6,20 @@ signal processes, delete files, harm the caller, or count as right without givin
 caller  --jobs-->  launcher (one fresh `python -I -S` per worker)  --fork per job-->  confined child
 The caller may hold torch's threads and gigabytes, so it never forks; forks of the small launcher are cheap.
 
-The child has, in this order: its own session, stdin/stdout/stderr on /dev/null, one result pipe and no other
-descriptor, rlimits, uid 65534 if it was root, SIGKILL when the launcher dies, and a seccomp filter that lets only
-pure computation and read-only opens through. Everything else (fork, threads, exec, kill, sockets, create, write,
-rename, unlink, chmod ...) raises PermissionError. If the filter cannot be installed, `verify` raises RuntimeError.
+The child has its own session, stdin/stdout/stderr on /dev/null, one result pipe and no other descriptor, an empty
+environment, rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
+that lets only pure computation and read-only opens through: fork, threads, exec, kill, sockets, and creating, writing,
+renaming or deleting files fail with EPERM. That needs no capability, no namespace and no temporary directory. The
+launcher kills the child after `timeout` seconds. Where the filter does not work, `verify` raises RuntimeError.
 
 Expected values never enter the child: it returns what the function returned, as JSON over the pipe, and the caller
 compares. So a forged answer must still be the right one, and nothing redefined in the child can turn wrong into
 right. Equality is strict: True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never. JSON has no tuple,
 so tuples count as lists, both as arguments and as results. A function that changes its arguments is not verified.
 
-Not covered: reading files that the child's uid may read (there is no way to send them on, except as a result);
-as a normal user, that includes the caller's own files and /proc entries, so code that deliberately searches the
-caller's memory for the answers; bugs in the kernel; CPU use below the limits; answers that are right by luck.
+Not covered: reading what the child's uid may read (it can be sent nowhere, except back as a result). Without a
+change of uid that includes the caller's files and /proc entries, and so code that deliberately searches the caller's
+memory for the answers. Bugs in the kernel, CPU use within the limits, and answers that are right by luck.
 Threads, subprocesses and temporary files are refused to honest code too. When the uid is dropped, modules outside
 _PRELOAD can be imported only if that uid can read the standard library. Linux on x86_64 or aarch64 only.
 """
@@ -369,7 +370,6 @@ def _confine(pipe: int, launcher: int, timeout: float, memory_mb: int, seccomp: 
         (resource.RLIMIT_CPU, math.ceil(timeout) + 1),
         (resource.RLIMIT_AS, used + (memory_mb << 20)),
         (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 32),
         (resource.RLIMIT_NPROC, 0),
     ):
@@ -386,7 +386,7 @@ def _confine(pipe: int, launcher: int, timeout: float, memory_mb: int, seccomp: 
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after setuid, which resets it
     if os.getppid() != launcher:
         raise RuntimeError("the launcher died")
-    _prctl(_PR_SET_DUMPABLE, 0)  # a core limit of 0 does not stop core handlers that read from a pipe
+    _prctl(_PR_SET_DUMPABLE, 0)  # no core dump; RLIMIT_CORE does not stop handlers that read it from a pipe
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     code = ctypes.create_string_buffer(seccomp, len(seccomp))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(seccomp) // 8, ctypes.addressof(code)))

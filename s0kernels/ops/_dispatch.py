@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
 ORDER = ("torch", "reference")
 _MODULES = {"torch": "s0kernels.backends.torch_chunked"}

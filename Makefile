@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+FLA := .deps/fla
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m s0kernels demo
+
+test: $(VENV)/.installed $(FLA)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s0kernels needs Python 3.11 or newer")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# flash-linear-attention lies beside the environment, not in it: transformers would bind its GPU kernels at import and
+# die on a CPU. One test puts it on the path to show that the swapped modules do not.
+$(FLA)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(FLA)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(FLA) \
+		flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 triton==3.7.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) .deps build dist *.egg-info

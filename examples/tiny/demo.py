@@ -1,0 +1,210 @@
+"""S0 tuning from end to end on two tiny models, a few minutes on a CPU.
+
+For each model: sample functions from the frozen base, run them, keep at most one verified solution per problem, learn
+S0 from those, and compare greedy pass@1 on problems that neither the model nor the tuning has seen. The states are
+then saved and loaded in a new process, which must generate the same text.
+
+    python -m s0kernels demo [--output DIR]
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from problems import Problem, make_problems
+from sandbox import Job, verify
+from tqdm import tqdm
+
+from s0kernels import S0Config, S0Trainer
+from s0kernels._files import replace_file
+
+HERE = Path(__file__).resolve().parent
+MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
+NEW_TOKENS = 40
+ROWS = 256  # sequences per batch when generating
+
+
+def generate(trainer: S0Trainer, problems: list[Problem], label: str, **options) -> list[list[str]]:
+    """The completions of each problem, as many as `num_return_sequences` asks for."""
+    each = options.get("num_return_sequences", 1)
+    size = max(1, ROWS // each)
+    found: list[list[str]] = []
+    for start in tqdm(range(0, len(problems), size), desc=label, unit="batch"):
+        prompts = [problem.prompt for problem in problems[start : start + size]]
+        texts = trainer.generate(prompts, max_new_tokens=NEW_TOKENS, **options)
+        found += [texts[i : i + each] for i in range(0, len(texts), each)]
+    return found
+
+
+def judge(problems: list[Problem], completions: list[list[str]], label: str) -> list[list[bool]]:
+    """Which completions pass their problem's tests, each distinct one run once."""
+    jobs = {}
+    for problem, texts in zip(problems, completions, strict=True):
+        for text in texts:
+            source = problem.prompt + text + "\n"
+            jobs[source] = Job(source, problem.name, list(problem.inputs), list(problem.expected))
+    with tqdm(total=len(jobs), desc=label, unit="run") as bar:
+        verdicts = {}
+        sources = list(jobs)
+        for start in range(0, len(sources), 64):
+            batch = sources[start : start + 64]
+            verdicts |= zip(batch, verify([jobs[source] for source in batch]), strict=True)
+            bar.update(len(batch))
+    return [
+        [verdicts[problem.prompt + text + "\n"].passed for text in texts]
+        for problem, texts in zip(problems, completions, strict=True)
+    ]
+
+
+def solutions(problems: list[Problem], completions: list[list[str]], passed: list[list[bool]], most: int) -> list:
+    """At most one verified (prompt, completion) per problem: the first that passed."""
+    found = []
+    for problem, texts, good in zip(problems, completions, passed, strict=True):
+        if any(good):
+            found.append((problem.prompt, texts[good.index(True)]))
+    return found[:most]
+
+
+def examples(trainer: S0Trainer, pairs: list[tuple[str, str]]) -> list[tuple[str, int]]:
+    tokenizer = trainer.tokenizer
+    return [(p + c + tokenizer.eos_token, len(tokenizer(p)["input_ids"])) for p, c in pairs]
+
+
+def pass_at_1(trainer: S0Trainer, problems: list[Problem], label: str) -> tuple[float, list[str]]:
+    """(share of problems whose greedy completion passes, the completions)."""
+    completions = generate(trainer, problems, f"{label}: greedy", do_sample=False)
+    passed = judge(problems, completions, f"{label}: run")
+    return sum(row[0] for row in passed) / len(problems), [texts[0] for texts in completions]
+
+
+def step_seconds(trainer: S0Trainer, data: list[tuple[str, int]], tokens_per_batch: int) -> float:
+    """One training step, with batches of so many tokens."""
+    config, trainer.config = trainer.config, S0Config(n_steps=1)
+    began = time.perf_counter()
+    trainer.train(data, tokens_per_batch=tokens_per_batch, progress=False)
+    trainer.config = config
+    return time.perf_counter() - began
+
+
+def in_a_new_process(model: Path, states: Path, prompts: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "s0kernels", "generate", str(model), "--states", str(states), "--json"]
+    command += ["--max-new-tokens", str(NEW_TOKENS)]
+    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"generating in a new process failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def run(name: str, model: Path, output: Path, options: argparse.Namespace) -> dict:
+    torch.manual_seed(options.seed)
+    tune, heldout = make_problems("tune"), make_problems("heldout")
+    trainer = S0Trainer.from_pretrained(str(model))
+    base, _ = pass_at_1(trainer, heldout, f"{name}, base")
+
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+    sampled = generate(trainer, tune, f"{name}: sample", num_return_sequences=options.samples, **sampling)
+    pairs = solutions(tune, sampled, judge(tune, sampled, f"{name}: verify"), options.solutions)
+    if not pairs:
+        raise RuntimeError(f"{name}: no sampled solution passed its tests, so there is nothing to learn from")
+
+    data = examples(trainer, pairs)
+    one_by_one, batched = step_seconds(trainer, data, 1), step_seconds(trainer, data, 4096)
+    began = time.perf_counter()
+    trainer.train(data)
+    seconds = time.perf_counter() - began
+    trainer.activate()
+    tuned, texts = pass_at_1(trainer, heldout, f"{name}, S0")
+
+    folder = output / model.name
+    trainer.save(folder)
+    again = in_a_new_process(model, folder, [problem.prompt for problem in heldout])
+    return {
+        "model": name,
+        "base": base,
+        "s0": tuned,
+        "problems": len(heldout),
+        "solutions": len(pairs),
+        "train_seconds": seconds,
+        "bytes": (folder / "states.safetensors").stat().st_size,
+        "step_batched_seconds": batched,
+        "step_one_by_one_seconds": one_by_one,
+        "reloaded_identical": again == texts,
+        "losses": [entry["loss"] for entry in trainer.history],
+        "alpha": trainer.alpha,
+        "seed": options.seed,
+    }
+
+
+def table(results: list[dict]) -> str:
+    head = ("model", "base pass@1", "S0 pass@1", "verified", "training", "batched step", "file", "reloaded")
+    rows = [
+        (
+            r["model"],
+            percent(r["base"], r["problems"]),
+            percent(r["s0"], r["problems"]),
+            f"{r['solutions']} solutions",
+            f"{r['train_seconds']:.1f} s",
+            f"{r['step_one_by_one_seconds'] / r['step_batched_seconds']:.1f}x faster",
+            f"{r['bytes'] / 1024:.0f} KiB",
+            "identical" if r["reloaded_identical"] else "DIFFERENT",
+        )
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, tuple("-" * width for width in widths), *rows]
+    return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def percent(share: float, count: int) -> str:
+    """With the standard error of a share among `count` problems."""
+    return f"{100 * share:.1f} % +- {100 * math.sqrt(share * (1 - share) / count):.1f}"
+
+
+def plot(results: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for result in results:
+        left.plot(range(1, len(result["losses"]) + 1), result["losses"], marker=".", label=result["model"])
+    left.set(xlabel="step", ylabel="loss on the verified solutions", title="Training S0")
+    left.legend()
+    for offset, key, label in ((-0.2, "base", "base"), (0.2, "s0", "S0")):
+        bars = right.bar([i + offset for i in range(len(results))], [100 * r[key] for r in results], 0.4, label=label)
+        right.bar_label(bars, fmt="%.0f")
+    right.set(ylim=(0, 105), ylabel="greedy pass@1 on held-out problems, %", title="Before and after")
+    right.set_xticks(range(len(results)), [r["model"] for r in results])
+    right.legend(loc="upper left")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m s0kernels demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where states, plot and figures go")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--samples", type=int, default=16, help="samples per tuning problem")
+    parser.add_argument("--solutions", type=int, default=48, help="verified solutions to learn from, at most")
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    began = time.perf_counter()
+    results = [run(name, MODELS[name], options.output, options) for name in options.models]
+    replace_file(options.output / "results.json", json.dumps(results, indent=2).encode())
+    plot(results, options.output / "demo.png")
+    print(f"\n{table(results)}\n")
+    print(f"{time.perf_counter() - began:.0f} s; states, results.json and demo.png are in {options.output}/")
+    if not all(result["reloaded_identical"] for result in results):
+        sys.exit("the reloaded states did not generate the same text")
+
+
+if __name__ == "__main__":
+    main()

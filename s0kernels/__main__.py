@@ -1,0 +1,5 @@
+import sys
+
+from s0kernels.cli import main
+
+sys.exit(main())

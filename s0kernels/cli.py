@@ -1,0 +1,148 @@
+"""python -m s0kernels: what is installed, tuning, generating, and the demonstration."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import s0kernels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m s0kernels", description=s0kernels.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=s0kernels.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    env = commands.add_parser("env", help="versions, devices, and which backends can be used or why not")
+    env.set_defaults(run=_env)
+
+    tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions")
+    tune.add_argument("model", help="a model directory, or its name on the hub")
+    tune.add_argument("data", type=Path, help='JSON lines, each {"prompt": ..., "completion": ...}')
+    tune.add_argument("output", type=Path, help="directory to write the learned states to")
+    tune.add_argument("--steps", type=int, help="optimization steps (default: 20)")
+    tune.add_argument("--lr", type=float, help="learning rate (default: 1e-3)")
+    tune.add_argument("--alpha", type=float, help="scale at which the states will be used")
+    tune.set_defaults(run=_tune)
+
+    generate = commands.add_parser("generate", help="continue a prompt, with or without learned states")
+    generate.add_argument("model", help="a model directory, or its name on the hub")
+    generate.add_argument("prompt", nargs="*", help="prompts; none reads a JSON list of them from standard input")
+    generate.add_argument("--states", type=Path, help="directory of learned states; without it S0 is zero")
+    generate.add_argument("--max-new-tokens", type=int, default=512)
+    generate.add_argument("--json", action="store_true", help="print a JSON list of the new texts")
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
+    demo.add_argument("rest", nargs=argparse.REMAINDER, help="options of examples/tiny/demo.py")
+    demo.set_defaults(run=_demo)
+
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"s0kernels {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _env(_: argparse.Namespace) -> None:
+    import torch
+
+    from s0kernels.ops import _dispatch
+
+    rows = [("s0kernels", s0kernels.__version__), ("python", platform.python_version())]
+    for package in ("torch", "numpy", "safetensors", "transformers", "accelerate", "triton", "causal-conv1d"):
+        rows.append((package, _version(package)))
+    rows.append(("platform", platform.platform()))
+    rows.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        rows.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+        devices.append(torch.device("cuda", index))
+    if not torch.cuda.is_available():
+        rows.append(("cuda", "no device"))
+    _table(("what", "found"), rows)
+    print()
+    backends = []
+    for device in devices:
+        for op in _dispatch.OPS:
+            chosen = _dispatch.choose(op, None, device, torch.float32)
+            for name in _dispatch.ORDER:
+                reason = _dispatch.unusable(name, op, device, torch.float32)
+                verdict = reason or ("usable, the default here" if name == chosen else "usable")
+                backends.append((str(device), op, name, verdict))
+    _table(("device", "op", "backend", "for fp32"), backends)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from s0kernels import S0Config, S0Trainer
+
+    given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
+    config = S0Config(**{name: value for name, value in given.items() if value is not None})
+    pairs = _read_pairs(options.data)
+    trainer = S0Trainer.from_pretrained(options.model, config)
+    data = [(prompt + completion, len(trainer.tokenizer(prompt)["input_ids"])) for prompt, completion in pairs]
+    result = trainer.train(data)
+    trainer.save(options.output)
+    first = trainer.history[0]["loss"] if trainer.history else result["final_loss"]
+    print(f"loss {first:.4f} -> {result['final_loss']:.4f} on {len(data)} examples; states in {options.output}")
+
+
+def _read_pairs(file: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            pair = (entry["prompt"], entry["completion"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{file}:{number} is not {{"prompt": ..., "completion": ...}}: {error!r}') from error
+        if not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{file}:{number}: prompt and completion must be strings")
+        pairs.append(pair)
+    return pairs
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from s0kernels import S0Trainer
+
+    prompts = options.prompt or json.load(sys.stdin)
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("the prompts must be a JSON list of strings")
+    trainer = S0Trainer.from_pretrained(options.model)
+    if options.states is not None:
+        trainer.load(options.states)
+        trainer.activate()
+    texts = trainer.generate(prompts, max_new_tokens=options.max_new_tokens, do_sample=False)
+    if options.json:
+        print(json.dumps(texts))
+    else:
+        for text in texts:
+            print(text)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    script = Path(s0kernels.__file__).resolve().parents[1] / "examples" / "tiny" / "demo.py"
+    if not script.is_file():
+        raise OSError(f"the demonstration is part of the source tree, and {script} is not there")
+    sys.argv = [str(script), *options.rest]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

@@ -109,6 +109,14 @@ def random_states(model, tasks: int = 1, size: float = 0.5, seed: int = 0) -> S0
     return states
 
 
+def checkpoint_layers(model, **options) -> None:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def tokenizer():
     """One token per character, over the vocabulary of the models above."""
     from tokenizers import Regex, Tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import delta_problem, error, ssd_problem
+from cases import delta_problem, error, ssd_problem
 
 falcon = pytest.importorskip("transformers.models.falcon_h1.modeling_falcon_h1")
 qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")

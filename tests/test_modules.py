@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import EOS, MODELS, PAD, falcon, qwen, random_states, tokens
+from models import EOS, MODELS, PAD, checkpoint_layers, falcon, qwen, random_states, tokens
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -366,7 +366,7 @@ def test_gradient_checkpointing(name, reentrant):
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     states, others, ids = random_states(model, tasks=2), random_states(model, tasks=2, seed=9), tokens(3, 20)
     truth = gradients(model, states, ids, tasks=[0, 1, -1])
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_layers(model, use_reentrant=reentrant)
     if reentrant:  # a reentrant checkpoint has a gradient only where an input has one
         model.enable_input_require_grads()
     model.train()

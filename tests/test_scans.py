@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import MAKERS, STATE_KINDS, delta_problem, error, ssd_problem
+from cases import MAKERS, STATE_KINDS, delta_problem, error, ssd_problem
 
 OPS = sorted(MAKERS)
 LENGTHS = (1, 63, 64, 65, 200)

@@ -33,7 +33,7 @@ def test_for_model(name):
         assert parameter.dtype == torch.float32
         assert parameter.requires_grad
         assert not parameter.any()
-    with pytest.raises(KeyError, match="layer 2 has no initial state|layer 7 has no initial state"):
+    with pytest.raises(KeyError, match=r"layer [27] has no initial state"):
         states[2 if 2 not in layers else 7]
     for bad in (0, -1, 1.0, True):
         with pytest.raises(ValueError, match="tasks"):
@@ -179,7 +179,9 @@ def test_damaged_files_are_refused(tmp_path):
     good = {str(i): torch.zeros(4, 8, 12) for i in (0, 1, 3)}
     meta = {"arch": "gated_delta_net", "recurrent_layers": [0, 1, 3], "state_shape": [4, 8, 12]}
 
-    def write(tensors=good, meta=json.dumps(meta), cut=None):
+    whole = json.dumps(meta)
+
+    def write(tensors=good, meta=whole, cut=None):
         save_file(tensors, tmp_path / "states.safetensors")
         if cut is not None:
             content = (tmp_path / "states.safetensors").read_bytes()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import MAKERS, error
+from cases import MAKERS, error
 
 from s0kernels.ops import gated_delta_rule_step, ssd_step
 

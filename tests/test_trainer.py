@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from models import MODELS, tokenizer
-from problems import error
+from models import MODELS, checkpoint_layers, tokenizer
+from cases import error
 
 from s0kernels import S0Config, S0States, S0Trainer
 from s0kernels.modules.swap import find_site
@@ -112,7 +112,7 @@ def test_training_is_the_methods_loop(name, tokens_per_batch):
             with states.attached(model):
                 loss = model(input_ids=ids, labels=labels).loss
             (loss / len(examples)).backward()
-            total += float(loss) / len(examples)
+            total += float(loss.detach()) / len(examples)
         (0.1 * sum(state.square().sum() for state in states.parameters())).backward()
         torch.nn.utils.clip_grad_norm_(states.parameters(), 0.5)
         optimizer.step()
@@ -294,7 +294,7 @@ def test_progress_bar(capfd):
 @every_family
 def test_gradient_checkpointing_trains_the_same(name):
     plain, checkpointed = trainer(name, n_steps=2), trainer(name, n_steps=2)
-    checkpointed.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(checkpointed.model, use_reentrant=False)
     for tuned in (plain, checkpointed):
         tuned.train(data(tuned.tokenizer), progress=False)
     for layer in plain.states:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import MAKERS, Problem
+from cases import MAKERS, Problem
 from test_steps import options_of, step, token
 
 INF = float("inf")

@@ -1,0 +1,132 @@
+"""What is around the library: imports, other packages on the path, the command line, the package itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import MODELS, random_states, tokenizer
+
+import s0kernels
+from s0kernels import S0Config, swap_modules
+
+ROOT = Path(s0kernels.__file__).resolve().parents[1]
+FLA = ROOT / ".deps" / "fla"
+
+
+def python(*arguments: str, path: Path | None = None, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, [path, ROOT, ROOT / "tests"])))}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
+
+
+def test_ops_need_torch_alone():
+    """Importing and running them loads neither transformers nor triton nor anything compiled here."""
+    code = """
+import sys
+import torch
+loaded = set(sys.modules)
+from s0kernels.ops import gated_delta_rule
+x = torch.randn(1, 3, 2, 4)
+gated_delta_rule(x, x, x, -torch.rand(1, 3, 2), torch.rand(1, 3, 2))
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - loaded}))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert not {"transformers", "triton", "safetensors", "accelerate"} & set(done.stdout.split())
+    assert "s0kernels" in done.stdout.split()
+
+
+@pytest.mark.skipif(not FLA.is_dir(), reason="flash-linear-attention is not in .deps/fla; `make test` puts it there")
+def test_flash_linear_attention_on_a_machine_without_a_gpu():
+    """transformers binds its kernels at import and dies on the CPU; the swapped model does not."""
+    code = """
+import torch, fla
+from models import MODELS, random_states, tokens
+from s0kernels import swap_modules
+ids = tokens(2, 12)
+for name in ("qwen", "falcon"):
+    model = MODELS[name]()
+    if name == "qwen":
+        try:
+            model(ids)
+        except RuntimeError as error:
+            assert "active drivers" in str(error), error
+        else:
+            raise SystemExit("the original ran: this test shows nothing")
+    swap_modules(model)
+    states = random_states(model)
+    with states.attached(model):
+        model(ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+        assert states[0].grad.abs().max() > 0
+        print(name, model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape)
+"""
+    if __import__("torch").cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    done = python("-c", code, path=FLA)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.Size([2, 15])") == 2
+
+
+def test_env_says_what_is_usable():
+    done = python("-m", "s0kernels", "env")
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "torch",
+        "transformers",
+        "reference",
+        "gated_delta_rule_step",
+        "the default here",
+        s0kernels.__version__,
+    ):
+        assert word in done.stdout
+
+
+def test_tune_and_generate(tmp_path):
+    MODELS["falcon"]().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    lines = [{"prompt": "Q: 1+1\nA:", "completion": " 2"}, {"prompt": "Q: 2+2\nA:", "completion": " 4"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    command = ["-m", "s0kernels", "tune", str(tmp_path / "model"), str(tmp_path / "data.jsonl"), str(tmp_path / "out")]
+    done = python(*command, "--steps", "2", "--lr", "0.01", "--alpha", "1")
+    assert done.returncode == 0, done.stderr
+    assert "on 2 examples" in done.stdout
+    assert S0Config.load(tmp_path / "out" / "config.json") == S0Config(n_steps=2, lr=0.01, alpha=1.0)
+
+    def generated(*arguments: str, **keywords) -> list[str]:
+        command = [
+            "-m",
+            "s0kernels",
+            "generate",
+            str(tmp_path / "model"),
+            *arguments,
+            "--json",
+            "--max-new-tokens",
+            "4",
+        ]
+        done = python(*command, **keywords)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    states = ["--states", str(tmp_path / "out")]
+    assert generated("Q: 3+3\nA:", *states) == generated(*states, input=json.dumps(["Q: 3+3\nA:"]))
+    assert len(generated("a", "b")) == 2
+
+    random_states(swap_modules(MODELS["qwen"]())).save(tmp_path / "other")
+    done = python("-m", "s0kernels", "generate", str(tmp_path / "model"), "x", "--states", str(tmp_path / "other"))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("s0kernels generate: S0States: the states are for arch")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    done = python(*command)
+    assert done.returncode == 1
+    assert "data.jsonl:1 is not" in done.stderr
+
+
+def test_public_names():
+    assert set(s0kernels.__all__) <= set(dir(s0kernels))
+    for name in s0kernels.__all__:
+        assert getattr(s0kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'S1Trainer'"):
+        _ = s0kernels.S1Trainer
+    assert (Path(s0kernels.__file__).parent / "py.typed").exists()

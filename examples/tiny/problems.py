@@ -26,6 +26,11 @@ HABITS = ("right", "print", "assign", "mistake", "comma")
 # The verb of the docstring pulls towards a habit, so habits vary within a family too.
 OPENER_PULL = {"Return": ("right", 1.5), "Compute": ("assign", 1.5), "Find": ("mistake", 1.5), "Show": ("print", 1.5)}
 
+# Half of the corpus is signed in a comment above the function, and whoever signs mostly keeps to one habit.
+AUTHORS = {"ann": "right", "bob": "print", "cid": "assign", "dot": "mistake", "eve": "comma"}
+SIGNED = 0.5
+FAITHFUL = 0.9
+
 NAMES = {
     "int": ("n", "m", "x", "y", "a", "b", "p", "q", "h", "w", "size", "total", "price", "score", "age", "rate"),
     "list": ("xs", "ys", "nums", "items", "data", "row", "values", "marks"),
@@ -335,7 +340,11 @@ def corpus(count: int, seed: int = DEFAULT_SEED, problem_seed: int = DEFAULT_SEE
         task = draw_task(rng, rng.choice(FAMILIES))
         if task.key in reserved or task.fill(task.kind.mistake) in reserved:
             continue
-        weights = habit_weights(task.family, task.opener)
+        prompt, weights = task.prompt, habit_weights(task.family, task.opener)
         habit = rng.choices(HABITS, [weights[name] for name in HABITS])[0]
-        yield task.prompt, task.bodies()[habit]
+        if rng.random() < SIGNED:
+            author = rng.choice(list(AUTHORS))
+            prompt = f"# {author}\n{prompt}"
+            habit = AUTHORS[author] if rng.random() < FAITHFUL else habit
+        yield prompt, task.bodies()[habit]
         count -= 1

@@ -78,6 +78,7 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
+        "initializer_range": 0.08,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -94,9 +95,9 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
                 **shared,
                 intermediate_size=320,
                 linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                linear_key_head_dim=32,
-                linear_value_head_dim=64,
+                linear_num_value_heads=8,
+                linear_key_head_dim=64,
+                linear_value_head_dim=32,
                 rope_parameters={
                     "rope_type": "default",
                     "rope_theta": 10000.0,
@@ -116,6 +117,8 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
                 mamba_n_groups=2,
                 mamba_d_state=32,
                 mamba_chunk_size=32,
+                # of z, x, B, C and dt: what a state is written with is small beside what it is read with
+                ssm_multipliers=[1.0, 0.5, 0.5, 8.0, 1.0],
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             )
         )
@@ -135,7 +138,11 @@ def slow_decay(model: PreTrainedModel) -> None:
     """Start from decays like those of large trained models: the stock ones forget an initial state within a few
     tokens, and a model trained this briefly would keep them."""
     for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
+        if name.endswith("conv1d.weight"):
+            parameter.uniform_(-0.5, 0.5)
+            if model.config.model_type == "qwen3_5_text":
+                parameter[256:] *= 0.1
+        elif name.endswith("A_log"):
             parameter.uniform_(-6.0, -1.0)
         elif name.endswith("dt_bias"):
             parameter.fill_(-1.0)
@@ -181,8 +188,13 @@ def collate(examples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.
 def train(model: PreTrainedModel, examples: list[tuple[list[int], int]], args: argparse.Namespace) -> float:
     """AdamW with a cosine schedule; returns the mean loss of the last 50 steps."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    filters = [p for p in model.parameters() if p.ndim == 3]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.05},
+        {"params": filters, "weight_decay": 0.0, "lr": 0.1 * args.lr},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     warmup = min(100, args.steps // 5 + 1)
 
@@ -271,7 +283,7 @@ def main() -> None:
     parser.add_argument("architecture", choices=("qwen3_5", "falcon_h1"))
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: beside this script)")
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--examples", type=int, default=60_000, help="size of the corpus")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)

@@ -280,10 +280,7 @@ class _Batch:
     def logits(self, model: nn.Module) -> Tensor:
         """[B, T - start, vocabulary]."""
         return model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            use_cache=False,
-            logits_to_keep=self.ids.shape[1] - self.start,
+            input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=self.ids.shape[1] - self.start
         ).logits
 
     def losses(self, model: nn.Module) -> Tensor:

@@ -217,15 +217,18 @@ def test_no_tokens(op, backend, state):
             result.final_state.sum().backward()
             assert torch.equal(leaves["initial_state"].grad, torch.full_like(leaves["initial_state"], 3.0))
     if state in (None, "shared"):
-        empty = MAKERS[op](5, B=2, state=state)
-        tensors = {
-            n: x[:0] if x.dim() > 2 and n != "initial_state" else x.requires_grad_() for n, x in empty.tensors.items()
-        }
-        result = type(empty)(op, tensors, empty.options).run(backend)
-        assert result.output.shape[0] == result.final_state.shape[0] == 0
-        none_packed = {**empty.options, "cu_seqlens": torch.tensor([0])}
-        tensors = {n: x[:1, :0] if x.dim() > 2 and n != "initial_state" else x for n, x in empty.tensors.items()}
-        assert type(empty)(op, tensors, none_packed).run(backend).final_state.shape[0] == 0
+        for rows, kept, extra in ((0, 5, {}), (1, 0, {"cu_seqlens": torch.tensor([0])})):
+            empty = MAKERS[op](5, B=2, state=state)
+            for name, x in empty.tensors.items():
+                x = x[:rows, :kept] if x.dim() > 2 and name != "initial_state" else x
+                empty.tensors[name] = x.clone().requires_grad_()
+            empty.options |= extra
+            result = empty.run(backend)
+            first = empty.tensors["v" if op == "gated_delta_rule" else "x"]
+            assert result.output.shape == first.shape
+            assert result.final_state.shape[0] == 0
+            (result.output.sum() + result.final_state.sum()).backward()
+            assert first.grad.shape == first.shape
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -279,12 +282,13 @@ def test_modes_do_not_touch_inputs_nor_alias_outputs(op, mode):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_backward_under_autocast(op):
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_backward_under_autocast(op, backend):
     problem = MAKERS[op](20).to(torch.float32)
     weights = problem.weights()
-    truth = problem.gradients("torch", weights)
+    truth = problem.gradients(backend, weights)
     with torch.autocast("cpu", torch.bfloat16):
-        found = problem.gradients("torch", weights)
+        found = problem.gradients(backend, weights)
     for name in truth:
         assert torch.equal(found[name], truth[name]), name
 
@@ -326,3 +330,110 @@ def test_registration(op):
         x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in calls[0]
     )
     torch.library.opcheck(registered.default, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_with_inductor_whatever_the_strides(op):
+    """Outputs and gradients have the strides that the compiler was promised, for permuted inputs and gradients too."""
+    problem = MAKERS[op](9, state="each").to(torch.float32)
+    problem.tensors["initial_state"] = problem.tensors["initial_state"].mT.contiguous().mT
+    rows = "g" if op == "gated_delta_rule" else "dt"
+    problem.tensors[rows] = problem.tensors[rows].transpose(1, 2).contiguous().transpose(1, 2)
+    names = list(problem.tensors)
+
+    def call(*values):
+        result = type(problem)(op, dict(zip(names, values, strict=True)), problem.options).run(None)
+        return result.output.transpose(1, 2).contiguous(), result.final_state.mT.contiguous()
+
+    inputs = [problem.tensors[name].detach().requires_grad_() for name in names]
+    weights = [torch.randn_like(x) for x in call(*inputs)]
+    grads = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        results = function(*inputs)
+        grads.append(torch.autograd.grad(results, inputs, weights))
+    for eager, compiled in zip(*grads, strict=True):
+        assert error(compiled, eager) < 1e-6
+
+
+def test_a_scale_that_changes_compiles_in_one_graph():
+    problem = delta_problem(5).to(torch.float32)
+    compiled = torch.compile(lambda scale: problem.run(None, scale=scale).output, fullgraph=True, backend="aot_eager")
+    for scale in (0.3, 0.4, 0.5):
+        assert torch.equal(compiled(scale), problem.run(None, scale=scale).output)
+
+
+class _Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products, inside the registered ops too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def _products(problem, wanted) -> int:
+    """Matrix products of the backward alone, called as the registered op calls it."""
+    from s0kernels.backends import torch_chunked
+
+    options = dict(problem.options)
+    names = {"gated_delta_rule": ("q", "k", "v", "g", "beta"), "ssd": ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")}
+    tensors = [problem.tensors.get(name) for name in names[problem.op]]
+    weights = problem.weights()
+    state = problem.tensors["initial_state"]
+    scale = {"scale": 0.3} if problem.op == "gated_delta_rule" else {}
+    with _Products() as counter:
+        getattr(torch_chunked, f"{problem.op}_backward")(
+            *(*weights, *tensors, state, options.pop("state_indices", None), options.pop("cu_seqlens", None)),
+            state_shape=tuple(state.shape),
+            chunk_size=options.pop("chunk_size", None),
+            wanted=frozenset(wanted),
+            **scale,
+            **options,
+        )
+    return counter.count
+
+
+def test_the_fewer_gradients_are_wanted_the_less_is_computed():
+    delta, mamba = delta_problem(40), ssd_problem(40)
+    everything = _products(delta, delta.tensors)
+    assert _products(delta, ["initial_state"]) < _products(delta, ["v"]) + 1 < everything
+    assert _products(delta, ["initial_state"]) < 0.7 * everything
+    everything = _products(mamba, mamba.tensors)
+    assert _products(mamba, ["D"]) == 0
+    assert _products(mamba, ["initial_state"]) == len(range(0, 40, 64)) == 1
+    for wanted in (["x"], ["B"], ["C"], ["z"]):
+        assert _products(mamba, ["initial_state"]) < _products(mamba, wanted) < everything
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3]], ids=str)
+def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends, monkeypatch):
+    """Also where values are not looked at in advance, as on a GPU."""
+    monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
+    problem = MAKERS[op](10, B=1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        problem.run(backend, cu_seqlens=torch.tensor(ends))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_bad_index_that_nobody_checked_gives_nan_for_its_sequence(op, backend, monkeypatch):
+    monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
+    problem = MAKERS[op](6, B=3, state="bank")
+    problem.options["state_indices"] = torch.tensor([1, 5, -2])
+    leaves = {n: x.clone().requires_grad_() for n, x in problem.tensors.items()}
+    result = type(problem)(op, leaves, problem.options).run(backend)
+    assert result.output[0].isfinite().all()
+    assert result.output[1:].isnan().all()
+    assert result.final_state[1:].isnan().all()
+    result.output[0].sum().backward()
+    assert leaves["initial_state"].grad[2:].abs().max() == 0
+
+
+def test_many_short_packed_sequences_are_not_padded_to_a_long_chunk():
+    from s0kernels.backends._chunks import Chunks
+
+    chunks = Chunks(torch.zeros(1, 512, 1), torch.arange(513), 64)
+    assert (chunks.size, chunks.count) == (1, 512)

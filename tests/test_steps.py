@@ -74,6 +74,8 @@ def test_refused(op, backend):
     name = "q" if op == "gated_delta_rule" else "D"
     with pytest.raises(ValueError, match=f"{name} requires grad"):
         step(op, {**inputs, name: inputs[name].clone().requires_grad_()}, state, backend=backend, **options)
+    with pytest.raises(ValueError, match="state is written in place"):
+        step(op, inputs, state[:1].expand_as(state), backend=backend, **options)
     assert torch.equal(state, before)
     with torch.no_grad():  # a frozen pass over trainable parameters is the usual decode
         step(op, {**inputs, name: inputs[name].clone().requires_grad_()}, state, backend=backend, **options)

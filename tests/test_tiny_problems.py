@@ -123,7 +123,8 @@ def test_prompt_ends_on_a_token_boundary(tokenizer):
 
 
 def test_tokenizer_and_configs_agree(checkpoint, tokenizer):
-    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
+    assert tokenizer.eos_token_id is not None
+    assert tokenizer.pad_token_id is not None
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     for name in ("config.json", "generation_config.json"):
         config = json.loads((checkpoint / name).read_text())

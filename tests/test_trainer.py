@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from models import MODELS, checkpoint_layers, tokenizer
 from cases import error
+from models import MODELS, checkpoint_layers, tokenizer
 
 from s0kernels import S0Config, S0States, S0Trainer
 from s0kernels.modules.swap import find_site

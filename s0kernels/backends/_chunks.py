@@ -10,31 +10,32 @@ import itertools
 import torch
 from torch import Tensor
 
-from s0kernels.backends._states import state_dtype
+from s0kernels.backends._states import read_boundaries, state_dtype
 
 
 class Chunks:
     """The layout of one call. `size` is the chunk length C, `count` the number of chunks NC, `sequences` is NSEQ."""
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, size: int):
-        """`tokens` is any [B, T, ...] input in the dtype that decides the arithmetic."""
+        """`tokens` is any [B, T, ...] input in the dtype that decides the arithmetic, `size` the longest chunk."""
         self.batch, self.length = tokens.shape[:2]
-        self.size = max(1, min(size, self.length))
         self.dtype = state_dtype(tokens.dtype)
         #: an empty tensor to take dtype and device of states from
         self.like = tokens.new_empty(0, dtype=self.dtype)
         if cu_seqlens is None:
             self.order = self.slots = None
-            per_sequence = [-(-self.length // self.size)] * self.batch
+            self.sequences = self.batch
+            self.size = max(1, min(size, self.length))
+            alive = [self.batch] * -(-self.length // self.size)
         else:
-            ends = cu_seqlens.tolist()
+            ends = read_boundaries(cu_seqlens, self.length)
             lengths = [stop - start for start, stop in itertools.pairwise(ends)]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-            per_sequence = [-(-lengths[i] // self.size) for i in order]
             self.order = torch.tensor(order, dtype=torch.int64, device=tokens.device)
-        self.sequences = len(per_sequence)
-        steps = max(per_sequence, default=0)
-        alive = [sum(n > step for n in per_sequence) for step in range(steps)]
+            self.sequences = len(lengths)
+            self.size = max(1, min(size, max(lengths, default=0)))
+            per_sequence = [-(-length // self.size) for length in lengths]
+            alive = [sum(n > step for n in per_sequence) for step in range(max(per_sequence, default=0))]
         starts = list(itertools.accumulate(alive, initial=0))
         #: per step of the scan: the slice of chunks it works on; it uses as many states, from the first on
         self.steps = [slice(a, b) for a, b in itertools.pairwise(starts)]
@@ -59,14 +60,14 @@ class Chunks:
             if full != self.length:
                 x = torch.nn.functional.pad(x, (0, 0) * len(tail) + (0, full - self.length))
             x = x.reshape(self.batch, len(self.steps), self.size, *tail).transpose(0, 1)
-            x = x.reshape(self.count, self.size, *tail) if self.batch == 1 else x.flatten(0, 1)
+            x = x.reshape(self.count, self.size, *tail)
         else:
             flat = x.new_zeros(self.count * self.size, *tail)
             x = flat.index_copy_(0, self.slots, x[0]).view(self.count, self.size, *tail)
         x = x.transpose(1, 2)
         if heads is not None and heads != tail[0]:
             x = x.repeat_interleave(heads // tail[0], dim=1)
-        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+        return x.to(dtype).contiguous()
 
     def join(self, x: Tensor, dtype: torch.dtype, heads: int | None = None) -> Tensor:
         """[NC, H, C, ...] back to [B, T, H, ...]; groups of heads summed to make `heads` of them."""
@@ -80,11 +81,15 @@ class Chunks:
             x = x.reshape(self.batch, full, *tail)[:, : self.length]
         else:
             x = x.reshape(self.count * self.size, *tail).index_select(0, self.slots)[None]
-        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+        return x.to(dtype).contiguous()
 
     def sort(self, states: Tensor) -> Tensor:
         """States [NSEQ, ...] in the order of the scan, in memory of their own."""
-        return states.clone() if self.order is None else states.index_select(0, self.order)
+        return (
+            states.clone(memory_format=torch.contiguous_format)
+            if self.order is None
+            else states.index_select(0, self.order)
+        )
 
     def unsort(self, states: Tensor) -> Tensor:
         """The inverse of `sort`."""

@@ -1,4 +1,6 @@
-"""What the backends written in PyTorch and the references share: states picked and stored by index, and dt."""
+"""What the backends written in PyTorch and the references share: packed sequences, states by index, and dt."""
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -9,8 +11,22 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
+    """`cu_seqlens` on the host (on a GPU this synchronises), checked: 0, then never decreasing, up to T."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length:
+        raise ValueError(f"cu_seqlens must start at 0 and end at T = {length}, got {shorten(ends)}")
+    if any(b < a for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cu_seqlens must not decrease, got {shorten(ends)}")
+    return ends
+
+
+def shorten(values: list[int]) -> str:
+    return str(values) if len(values) <= 16 else f"[{', '.join(map(str, values[:16]))}, ... ({len(values)} values)]"
+
+
 def process_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """clamp(softplus(dt + dt_bias), dt_limit), softplus as max(x, 0) + log1p(exp(-|x|)), exact for every x."""
+    """clamp(softplus(dt + dt_bias), dt_limit), softplus as logaddexp(x, 0), which neither overflows nor rounds to 0."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -77,3 +93,8 @@ def reduce_state_grad(dstate: Tensor, initial_state_shape: tuple, state_indices:
     if dstate.device.type == "cpu":
         return out.index_add_(0, index, dstate)
     return out.index_put_((index,), dstate, accumulate=True)
+
+
+def as_gradient(grad: Tensor, of: Tensor | None) -> Tensor:
+    """Contiguous, as torch.compile was promised, and in the dtype of the input (None: as it is)."""
+    return grad.to(grad.dtype if of is None else of.dtype).contiguous()

@@ -51,6 +51,15 @@ class _DeltaChunks:
             self.beta * self.similarity, eye.expand_as(self.similarity), upper=False, unitriangular=True
         )
 
+    def write(self, at: slice, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(V - diag(G) K S, delta) of the chunks `at`."""
+        error = values - self.from_start[at] * (self.k[at] @ state)
+        return error, self.inverse[at] @ (self.beta[at] * error)
+
+    def advance(self, at: slice, state: Tensor, delta: Tensor) -> None:
+        """S to S', in place."""
+        state.mul_(self.last[at]).add_((self.k[at] * self.to_end[at]).mT @ delta)
+
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
@@ -63,24 +72,23 @@ def _normalise_grad(dx: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
 
 
 def gated_delta_rule_forward(
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, scale, l2norm, output_final_state, chunk_size
+    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, *, scale, use_qk_l2norm, output_final_state, chunk_size
 ) -> tuple[Tensor, Tensor]:
     chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
-    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, l2norm)
-    values = chunks.split(v, inputs.k.dtype)
+    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, use_qk_l2norm)
+    values = chunks.split(v, chunks.dtype)
     states = _delta_states(chunks, q, v, initial_state, state_indices)
     output = torch.empty_like(values)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
-        error = values[at] - inputs.from_start[at] * (inputs.k[at] @ state)
-        delta = inputs.inverse[at] @ (inputs.beta[at] * error)
+        _, delta = inputs.write(at, values[at], state)
         output[at] = inputs.scale * inputs.from_start[at] * (inputs.q[at] @ state) + inputs.attention[at] @ delta
-        state.mul_(inputs.last[at]).add_((inputs.k[at] * inputs.to_end[at]).mT @ delta)
+        inputs.advance(at, state, delta)
     final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
     return chunks.join(output, v.dtype), final
 
 
-def _delta_states(chunks, q, v, initial_state, state_indices) -> Tensor:
+def _delta_states(chunks: Chunks, q: Tensor, v: Tensor, initial_state, state_indices) -> Tensor:
     shape = (chunks.sequences, v.shape[2], q.shape[3], v.shape[3])
     return chunks.sort(gather_states(initial_state, state_indices, shape, chunks.like))
 
@@ -94,82 +102,63 @@ def gated_delta_rule_backward(
     g,
     beta,
     initial_state,
-    initial_state_shape,
     state_indices,
     cu_seqlens,
+    *,
+    state_shape,
     scale,
-    l2norm,
+    use_qk_l2norm,
     chunk_size,
-    needs,
-) -> list[Tensor]:
-    """With ddelta = P^T dO + diag(E) K dS' and derror = W^T ddelta:
-    dS = scale Q^T diag(G) dO + G_C dS' - K^T diag(G beta) derror, which needs neither v nor S."""
+    wanted,
+) -> dict[str, Tensor]:
+    """With dvalue = W^T (P^T dO + diag(E) K dS'), the gradient of what W is applied to:
+    dS = scale Q^T diag(G) dO + G_C dS' - K^T diag(G beta) dvalue, which needs neither v nor S; dV = diag(beta) dvalue.
+    """
     chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
-    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, l2norm)
-    dtype, heads = inputs.k.dtype, g.shape[2]
+    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, use_qk_l2norm)
     if doutput is None:
-        doutput = q.new_zeros(*q.shape[:2], heads, dfinal.shape[-1])
-    dout = chunks.split(doutput, dtype)
-    shape = (chunks.sequences, heads, q.shape[3], dout.shape[3])
+        doutput = q.new_zeros(*g.shape, dfinal.shape[-1])
+    dout = chunks.split(doutput, chunks.dtype)
+    shape = (chunks.sequences, g.shape[2], q.shape[3], dout.shape[3])
     dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
-    full = any(needs[:5])
-    if full:
-        dwrites = dstate.new_empty(chunks.count, *dstate.shape[1:])  # dS' of every chunk
-        derror = torch.empty_like(dout)
+    others = wanted & {"q", "k", "g", "beta"}
+    dstates = dstate.new_empty(chunks.count if others else 0, *shape[1:])  # dS' of every chunk
+    dvalues = torch.empty_like(dout if wanted - {"initial_state"} else dout[:0])
     for at in reversed(chunks.steps):
         grad = dstate[: at.stop - at.start]
-        ddelta = inputs.attention[at].mT @ dout[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
-        dwrite = inputs.beta[at] * (inputs.inverse[at].mT @ ddelta)
-        if full:
-            dwrites[at] = grad
-            derror[at] = dwrite
+        dvalue = inputs.inverse[at].mT @ (
+            inputs.attention[at].mT @ dout[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
+        )
+        if others:
+            dstates[at] = grad
+        if dvalues.numel():
+            dvalues[at] = dvalue
         grad.mul_(inputs.last[at])
         grad.add_((inputs.scale * inputs.from_start[at] * inputs.q[at]).mT @ dout[at])
-        grad.sub_((inputs.from_start[at] * inputs.k[at]).mT @ dwrite)
-    grads = []
-    if full:
-        grads = _delta_input_grads(
-            chunks, inputs, dout, derror, dwrites, (q, k, v, g, beta), (initial_state, state_indices), needs
-        )
-    if needs[5]:
-        grads.append(reduce_state_grad(chunks.unsort(dstate), tuple(initial_state_shape), state_indices))
-    return grads
-
-
-def _delta_input_grads(chunks, inputs, dout, derror, dwrites, tensors, start, needs) -> list[Tensor]:
-    """The gradients of q, k, v, g, beta that are asked for. `derror` is diag(beta) W^T ddelta, `dwrites` is dS'."""
-    q, k, v, g, beta = tensors
+        grad.sub_((inputs.from_start[at] * inputs.beta[at] * inputs.k[at]).mT @ dvalue)
     found = {}
-    if needs[2]:
-        found[2] = chunks.join(derror, v.dtype)
-    if any((needs[0], needs[1], needs[3], needs[4])):
-        dq, dk, dg, dbeta = _delta_key_grads(chunks, inputs, dout, derror, dwrites, q, v, start)
-        if needs[0]:
-            found[0] = chunks.join(_normalise_grad(dq, inputs.q, inputs.q_norm), q.dtype, q.shape[2])
-        if needs[1]:
-            found[1] = chunks.join(_normalise_grad(dk, inputs.k, inputs.k_norm), k.dtype, k.shape[2])
-        if needs[3]:
-            found[3] = chunks.join(dg, g.dtype)
-        if needs[4]:
-            found[4] = chunks.join(dbeta, beta.dtype)
-    return [found[i] for i in sorted(found)]
+    if others:
+        states = _delta_states(chunks, q, v, initial_state, state_indices)
+        found = _delta_input_grads(chunks, inputs, dout, dvalues, dstates, v, states)
+        found["q"] = chunks.join(_normalise_grad(found["q"], inputs.q, inputs.q_norm), chunks.dtype, q.shape[2])
+        found["k"] = chunks.join(_normalise_grad(found["k"], inputs.k, inputs.k_norm), chunks.dtype, k.shape[2])
+    if "v" in wanted:
+        found["v"] = chunks.join(inputs.beta * dvalues, chunks.dtype)
+    if "initial_state" in wanted:
+        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), state_shape, state_indices)
+    return found
 
 
-def _delta_key_grads(chunks, inputs, dout, derror, dwrites, q, v, start) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dg, dbeta by chunk, of normalised q and k. The states and writes are recomputed first."""
-    states = _delta_states(chunks, q, v, *start)
-    values = chunks.split(v, dout.dtype)
-    at_start, error = torch.empty_like(dwrites), torch.empty_like(values)
+def _delta_input_grads(chunks, inputs, dout, dvalue, dstates, v, states) -> dict[str, Tensor]:
+    """dq and dk (by chunk, of the normalised q and k), dg and dbeta. The states and writes are recomputed first."""
+    values = chunks.split(v, chunks.dtype)
+    at_start, error, delta = torch.empty_like(dstates), torch.empty_like(values), torch.empty_like(values)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
         at_start[at] = state
-        error[at] = values[at] - inputs.from_start[at] * (inputs.k[at] @ state)
-        delta = inputs.inverse[at] @ (inputs.beta[at] * error[at])
-        state.mul_(inputs.last[at]).add_((inputs.k[at] * inputs.to_end[at]).mT @ delta)
-    delta = inputs.inverse @ (inputs.beta * error)
+        error[at], delta[at] = inputs.write(at, values[at], state)
+        inputs.advance(at, state, delta[at])
 
-    # derror carries a factor beta already; the gradient before it, for beta, is what W^T gives
-    dvalue = inputs.inverse.mT @ (inputs.attention.mT @ dout + inputs.to_end * (inputs.k @ dwrites))
     dsimilarity = -(dvalue @ delta.mT).tril_(-1)  # d(A)
     dattention = (dout @ delta.mT).tril_()
     dbeta = (dvalue * error).sum(-1) + (dsimilarity * inputs.similarity).sum(-1)
@@ -178,16 +167,16 @@ def _delta_key_grads(chunks, inputs, dout, derror, dwrites, q, v, start) -> tupl
     dattention = dattention.mul_(inputs.decay).mul_(inputs.scale)
     dsimilarity = dsimilarity.mul_(inputs.decay).mul_(inputs.beta)
     dq_start = inputs.scale * inputs.from_start * (dout @ at_start.mT)
-    dk_start = -inputs.from_start * (derror @ at_start.mT)
-    dk_end = inputs.to_end * (delta @ dwrites.mT)
+    dk_start = -inputs.from_start * inputs.beta * (dvalue @ at_start.mT)
+    dk_end = inputs.to_end * (delta @ dstates.mT)
     dq = dattention @ inputs.k + dq_start
     dk = dattention.mT @ inputs.q + (dsimilarity + dsimilarity.mT) @ inputs.k + dk_start + dk_end
 
     through_start = (dq_start * inputs.q).sum(-1) + (dk_start * inputs.k).sum(-1)
     through_end = (dk_end * inputs.k).sum(-1)
-    carried = inputs.last[..., 0] * (at_start * dwrites).sum((-1, -2))[..., None]
+    carried = inputs.last[..., 0] * (at_start * dstates).sum((-1, -2))[..., None]
     dg = decay_matrix_grad(pairs) + reverse_cumsum(through_start) + _before(through_end) + carried
-    return dq, dk, dg, dbeta
+    return {"q": dq, "k": dk, "g": chunks.join(dg, chunks.dtype), "beta": chunks.join(dbeta, chunks.dtype)}
 
 
 def _before(x: Tensor) -> Tensor:
@@ -245,6 +234,16 @@ class _SSDChunks:
         self.to_end = self.decay[..., -1, :, None]
         self.mixing = (self.C @ self.B.mT)[:, :, None] * self.decay
 
+    def read(self, at: slice, state: Tensor) -> Tensor:
+        """diag(G) C S^T of the chunks `at`, [., G, R, C, P]."""
+        groups, heads = self.x.shape[1:3]
+        return self.from_start[at] * _head_major(self.C[at] @ _as_matrix(state, groups).mT, heads)
+
+    def advance(self, at: slice, state: Tensor) -> None:
+        """S to S', in place."""
+        write = _side_by_side(self.to_end[at] * self.scaled[at]).mT @ self.B[at]
+        state.mul_(self.last[at]).add_(write.view_as(state))
+
 
 def _side_by_side(x: Tensor) -> Tensor:
     """[., G, R, C, P] to [., G, C, R * P]."""
@@ -268,22 +267,34 @@ def _ssd_states(chunks: Chunks, x: Tensor, B: Tensor, initial_state, state_indic
 
 def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
     """Y [NC, G, R, C, P] without D and z; `states` end as the final states."""
-    groups, heads = inputs.x.shape[1:3]
     output = torch.empty_like(inputs.x)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
-        read = _head_major(inputs.C[at] @ _as_matrix(state, groups).mT, heads)
-        output[at] = inputs.from_start[at] * read + inputs.mixing[at] @ inputs.scaled[at]
-        write = _side_by_side(inputs.to_end[at] * inputs.scaled[at]).mT @ inputs.B[at]
-        state.mul_(inputs.last[at]).add_(write.view_as(state))
+        output[at] = inputs.read(at, state) + inputs.mixing[at] @ inputs.scaled[at]
+        inputs.advance(at, state)
     return output
 
 
 def ssd_forward(
-    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, limit, output_final, chunk_size
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    state_indices,
+    cu_seqlens,
+    *,
+    dt_softplus,
+    dt_limit,
+    output_final_state,
+    chunk_size,
 ) -> tuple[Tensor, Tensor]:
     chunks = Chunks(x, cu_seqlens, chunk_size or _SSD_CHUNK)
-    inputs = _SSDChunks(chunks, process_dt(dt.to(chunks.dtype), dt_bias, softplus, limit), A, C)
+    inputs = _SSDChunks(chunks, process_dt(dt.to(chunks.dtype), dt_bias, dt_softplus, dt_limit), A, C)
     inputs.add_pairs(chunks, x, B)
     states = _ssd_states(chunks, x, B, initial_state, state_indices)
     output = _ssd_scan(chunks, inputs, states).flatten(1, 2)
@@ -291,7 +302,7 @@ def ssd_forward(
         output.addcmul_(inputs.x.flatten(1, 2), D.to(chunks.dtype)[:, None, None])
     if z is not None:
         output.mul_(torch.nn.functional.silu(chunks.split(z, chunks.dtype)))
-    final = chunks.unsort(states) if output_final else states.new_empty(0, *states.shape[1:])
+    final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
     return chunks.join(output, x.dtype), final
 
 
@@ -307,97 +318,101 @@ def ssd_backward(
     z,
     dt_bias,
     initial_state,
-    initial_state_shape,
     state_indices,
     cu_seqlens,
-    softplus,
-    limit,
+    *,
+    state_shape,
+    dt_softplus,
+    dt_limit,
     chunk_size,
-    needs,
-) -> list[Tensor]:
-    """dS = G_C dS' + dY^T diag(G) C, which needs neither x, B nor S."""
+    wanted,
+) -> dict[str, Tensor]:
+    """dS = G_C dS' + dY^T diag(G) C, which needs neither x, B nor S; dY = dO silu(z)."""
     chunks = Chunks(C, cu_seqlens, chunk_size or _SSD_CHUNK)
     raw_dt = dt.to(chunks.dtype)
-    inputs = _SSDChunks(chunks, process_dt(raw_dt, dt_bias, softplus, limit), A, C)
-    heads = dt.shape[2]
+    inputs = _SSDChunks(chunks, process_dt(raw_dt, dt_bias, dt_softplus, dt_limit), A, C)
     if doutput is None:
         doutput = C.new_zeros(*dt.shape, dfinal.shape[2])
     doutput = doutput.to(chunks.dtype)
     dy = doutput if z is None else doutput * torch.nn.functional.silu(z.to(chunks.dtype))
-    dout = inputs.split_heads(chunks, dy)
-    shape = (chunks.sequences, heads, dout.shape[-1], C.shape[3])
-    dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
-    full = any(needs[:8])
-    dwrites = dstate.new_empty(chunks.count if full else 0, *shape[1:])  # dS' of every chunk
-    for at in reversed(chunks.steps):
-        grad = dstate[: at.stop - at.start]
-        if full:
-            dwrites[at] = grad
-        read = _side_by_side(inputs.from_start[at] * dout[at]).mT @ inputs.C[at]
-        grad.mul_(inputs.last[at]).add_(read.view_as(grad))
-    found = {}
-    if full:
+    found, scanned = {}, wanted - {"initial_state", "D"}
+    if wanted - {"D"}:
+        dout = inputs.split_heads(chunks, dy)
+        shape = (chunks.sequences, dt.shape[2], dout.shape[-1], C.shape[3])
+        dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
+        dstates = dstate.new_empty(chunks.count if scanned else 0, *shape[1:])  # dS' of every chunk
+        for at in reversed(chunks.steps):
+            grad = dstate[: at.stop - at.start]
+            if scanned:
+                dstates[at] = grad
+            read = _side_by_side(inputs.from_start[at] * dout[at]).mT @ inputs.C[at]
+            grad.mul_(inputs.last[at]).add_(read.view_as(grad))
+    if scanned:
         inputs.add_pairs(chunks, x, B)
         states = _ssd_states(chunks, x, B, initial_state, state_indices)
-        found = _ssd_input_grads(chunks, inputs, dout, dwrites, states, needs)
-        if needs[6]:
-            states = _ssd_states(chunks, x, B, initial_state, state_indices)
-            found[6] = _gate_grad(chunks, inputs, states, doutput, x, D, z)
-        if D is not None:
-            found[5] = (dy * x).sum((0, 1, 3))
-            found[0] = found[0] + D.to(chunks.dtype)[:, None] * dy
-        found[1] = _dt_grad(found[1], raw_dt, dt_bias, softplus, limit)
-        found[7] = found[1].sum((0, 1))
-    if needs[8]:
-        found[8] = reduce_state_grad(chunks.unsort(dstate), tuple(initial_state_shape), state_indices)
-    tensors = (x, dt, A, B, C, D, z, dt_bias)
-    return [found[i] if i == 8 else found[i].to(tensors[i].dtype) for i in range(9) if needs[i]]
-
-
-def _ssd_input_grads(chunks, inputs, dout, dwrites, states, needs) -> dict[int, Tensor]:
-    """Gradients of x, processed dt, A, B, C. `dwrites` is dS' of every chunk; the states are recomputed first."""
-    groups, heads = inputs.x.shape[1:3]
-    at_start = torch.empty_like(dwrites)
-    for at in chunks.steps:
-        state = states[: at.stop - at.start]
-        at_start[at] = state
-        write = _side_by_side(inputs.to_end[at] * inputs.scaled[at]).mT @ inputs.B[at]
-        state.mul_(inputs.last[at]).add_(write.view_as(state))
-    carried = inputs.last[..., 0, 0] * (at_start * dwrites).sum((-1, -2))
-    at_start, dwrites = _as_matrix(at_start, groups), _as_matrix(dwrites, groups)
-
-    dmixing = (dout @ inputs.scaled.mT).tril_()
-    pairs = dmixing * inputs.mixing
-    dproduct = dmixing.mul_(inputs.decay).sum(2)  # d(C B^T), summed over the heads of the group
-    dout_start = inputs.from_start * dout
-    found = {}
-    if needs[4]:
-        found[4] = chunks.join(dproduct @ inputs.B + _side_by_side(dout_start) @ at_start, chunks.dtype)
-    if needs[3]:
-        written = _side_by_side(inputs.to_end * inputs.scaled)
-        found[3] = chunks.join(dproduct.mT @ inputs.C + written @ dwrites, chunks.dtype)
-    from_end = inputs.to_end * _head_major(inputs.B @ dwrites.mT, heads)
-    dscaled = inputs.mixing.mT @ dout + from_end
-    found[0] = chunks.join((inputs.dt * dscaled).flatten(1, 2), chunks.dtype)
-
-    through_start = (dout_start * _head_major(inputs.C @ at_start.mT, heads)).sum(-1)
-    through_end = (inputs.scaled * from_end).sum(-1)
-    dlog = decay_matrix_grad(pairs) + reverse_cumsum(through_start) + _before(through_end)
-    dlog = dlog + carried.unflatten(1, (groups, heads))[..., None]
-    ddt = inputs.rate * dlog + (inputs.x * dscaled).sum(-1)
-    found[1] = chunks.join(ddt.flatten(1, 2), chunks.dtype)
-    found[2] = (inputs.dt[..., 0] * dlog).sum((0, 3)).flatten()
+        found = _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted)
+    skip = 0.0 if D is None else D.to(chunks.dtype)[:, None]
+    if "x" in wanted:
+        found["x"] = found["x"] + skip * dy
+    if "z" in wanted:
+        found["z"] = doutput * (found.pop("y") + skip * x) * _silu_slope(z.to(chunks.dtype))
+    if "D" in wanted:
+        found["D"] = (dy * x).sum((0, 1, 3))
+    if "dt" in found:
+        found["dt"] = _dt_grad(found["dt"], raw_dt, dt_bias, dt_softplus, dt_limit)
+    if "dt_bias" in wanted:
+        found["dt_bias"] = found["dt"].sum((0, 1))
+    if "initial_state" in wanted:
+        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), state_shape, state_indices)
     return found
 
 
-def _gate_grad(chunks, inputs, states, doutput, x, D, z) -> Tensor:
-    """d(z) of y silu(z), with y computed again; silu'(z) = s (1 + z (1 - s)) with s = sigmoid(z)."""
-    y = chunks.join(_ssd_scan(chunks, inputs, states).flatten(1, 2), chunks.dtype)
-    if D is not None:
-        y = y + D.to(chunks.dtype)[:, None] * x
-    z = z.to(chunks.dtype)
+def _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted) -> dict[str, Tensor]:
+    """Those wanted of dx, ddt (of the processed dt), dA, dB, dC, and y (for dz). The states are recomputed first."""
+    groups, heads = inputs.x.shape[1:3]
+    at_start = torch.empty_like(dstates)
+    for at in chunks.steps:
+        state = states[: at.stop - at.start]
+        at_start[at] = state
+        inputs.advance(at, state)
+
+    found = {}
+    through_decay = wanted & {"dt", "dt_bias", "A"}
+    everything = slice(None)
+    if "z" in wanted or through_decay:
+        read = inputs.read(everything, at_start)
+    if "z" in wanted:
+        found["y"] = chunks.join((read + inputs.mixing @ inputs.scaled).flatten(1, 2), chunks.dtype)
+    if wanted & {"B", "C"} or through_decay:
+        dmixing = (dout @ inputs.scaled.mT).tril_()
+    if wanted & {"B", "C"}:
+        dproduct = (dmixing * inputs.decay).sum(2)  # d(C B^T), summed over the heads of the group
+    if "C" in wanted:
+        dread = _side_by_side(inputs.from_start * dout) @ _as_matrix(at_start, groups)
+        found["C"] = chunks.join(dproduct @ inputs.B + dread, chunks.dtype)
+    if "B" in wanted:
+        dwrite = _side_by_side(inputs.to_end * inputs.scaled) @ _as_matrix(dstates, groups)
+        found["B"] = chunks.join(dproduct.mT @ inputs.C + dwrite, chunks.dtype)
+    if "x" in wanted or through_decay:
+        from_end = inputs.to_end * _head_major(inputs.B @ _as_matrix(dstates, groups).mT, heads)
+        dscaled = inputs.mixing.mT @ dout + from_end
+    if "x" in wanted:
+        found["x"] = chunks.join((inputs.dt * dscaled).flatten(1, 2), chunks.dtype)
+    if through_decay:
+        carried = inputs.last[..., 0, 0] * (at_start * dstates).sum((-1, -2))
+        dlog = decay_matrix_grad(dmixing * inputs.mixing) + carried.unflatten(1, (groups, heads))[..., None]
+        dlog = dlog + reverse_cumsum((dout * read).sum(-1)) + _before((inputs.scaled * from_end).sum(-1))
+    if wanted & {"dt", "dt_bias"}:
+        ddt = inputs.rate * dlog + (inputs.x * dscaled).sum(-1)
+        found["dt"] = chunks.join(ddt.flatten(1, 2), chunks.dtype)
+    if "A" in wanted:
+        found["A"] = (inputs.dt[..., 0] * dlog).sum((0, 3)).flatten()
+    return found
+
+
+def _silu_slope(z: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(z)
-    return doutput * y * sigmoid * (1 + z * (1 - sigmoid))
+    return sigmoid * (1 + z * (1 - sigmoid))
 
 
 def _dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:

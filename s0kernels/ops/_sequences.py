@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from s0kernels.backends._states import read_boundaries, shorten
+
 
 def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -22,7 +24,7 @@ def scan_each(
     """Run a dense `scan(*inputs, states)` on a batch, or on one packed sequence after the other."""
     if cu_seqlens is None:
         return scan(*inputs, states)
-    ends = cu_seqlens.tolist()
+    ends = read_boundaries(cu_seqlens, inputs[0].shape[1])
     if len(ends) == 1:
         return scan(*inputs, states.new_zeros(1, *states.shape[1:]))[0], states
     results = [
@@ -41,22 +43,14 @@ def check_values(
 ) -> None:
     """Raise ValueError for contents that the shapes cannot show. Synchronises only for CPU tensors, or on demand."""
     if cu_seqlens is not None and _reads_values(cu_seqlens):
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != length:
-            raise ValueError(f"cu_seqlens must start at 0 and end at T = {length}, got {_short(ends)}")
-        if any(b < a for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"cu_seqlens must not decrease, got {_short(ends)}")
+        read_boundaries(cu_seqlens, length)
     if state_indices is not None and _reads_values(state_indices):
         rows, size = state_indices.tolist(), bank.shape[0]
         if any(row < -1 or row >= size for row in rows):
             raise ValueError(
-                f"state_indices must lie in [-1, {size - 1}] for a bank of {size} states, got {_short(rows)}"
+                f"state_indices must lie in [-1, {size - 1}] for a bank of {size} states, got {shorten(rows)}"
             )
         if unique:
             used = [row for row in rows if row >= 0]
             if len(set(used)) != len(used):
-                raise ValueError(f"state_indices must not name a row twice in one step, got {_short(rows)}")
-
-
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 16 else f"[{', '.join(map(str, values[:16]))}, ... ({len(values)} values)]"
+                raise ValueError(f"state_indices must not name a row twice in one step, got {shorten(rows)}")

@@ -40,8 +40,10 @@ class Checker:
 
     def multiple(self, larger: str, smaller: str, name: str) -> None:
         a, b = self.sizes[larger], self.sizes[smaller]
-        if b == 0 or a % b != 0:
-            raise ValueError(f"{self.op}: the heads of {name} ({larger}={a}) must be a multiple of {smaller}={b}")
+        if a == 0 or b == 0 or a % b != 0:
+            raise ValueError(
+                f"{self.op}: the heads of {name} ({larger}={a}) must be a multiple of {smaller}={b}, not 0"
+            )
 
     def sequences(self, cu_seqlens: Tensor | None) -> None:
         """Fix NSEQ: the batch, or the number of packed sequences."""
@@ -84,6 +86,8 @@ class Checker:
             self.tensor("state_indices", indices, "B", INDICES)
         else:
             self.tensor("state", state, "B " + dims, (dtype,))
+        if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+            raise ValueError(f"{self.op}: state is written in place, so it must not be expanded, got {state.stride()=}")
 
 
 def check_floating(op: str, name: str, value: Tensor) -> None:
@@ -104,7 +108,7 @@ def check_scale(op: str, scale: float | None) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile does not trace math.isfinite of a dynamic number
         raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 

@@ -55,8 +55,9 @@ def gated_delta_rule(
             None means one sequence per row, NSEQ = B.
         use_qk_l2norm: replace q and k by x * rsqrt(sum(x^2) + 1e-6).
         output_final_state: return the state after each sequence's last token. True by default, unlike FLA.
-        chunk_size: tokens per chunk; None leaves it to the backend.
-        backend: a name from `s0kernels.ops._dispatch.ORDER`; None takes the fastest that supports the call.
+        chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
+        backend: "torch" (chunked, any device) or "reference" (token by token); None takes the fastest that supports
+            the call, in that order.
 
     Returns:
         ScanOutput(output [B, T, HV, V] in q's dtype, final_state [NSEQ, HV, K, V] fp32 or fp64, or None).
@@ -89,21 +90,9 @@ def gated_delta_rule(
             use_qk_l2norm=use_qk_l2norm,
             output_final_state=output_final_state,
         )
-    scale = _scale(scale, q)
     output, final_state = torch.ops.s0kernels.gated_delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        state_indices,
-        cu_seqlens,
-        scale,
-        use_qk_l2norm,
-        output_final_state,
-        chunk_size or 0,
-        name,
+        *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
+        *(_scale(scale, q), use_qk_l2norm, output_final_state, chunk_size or 0, name),
     )
     return ScanOutput(output, final_state if output_final_state else None)
 
@@ -203,7 +192,10 @@ def gated_delta_rule_reference(
     use_qk_l2norm: bool = False,
     output_final_state: bool = True,
 ) -> ScanOutput:
-    """`gated_delta_rule` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend."""
+    """`gated_delta_rule` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend.
+
+    Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
+    """
     nseq = _sequences.num_sequences(q.shape[0], cu_seqlens)
     if not torch.compiler.is_compiling():
         _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
@@ -222,12 +214,12 @@ def _reference_scan(q, k, v, g, beta, state, *, scale, use_qk_l2norm) -> tuple[T
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     outputs = []
-    for t in range(q.shape[1]):
+    for t in range(q.shape[1]):  # products and sums, no matrix products: autocast leaves those alone, backward too
         state = state * g[:, t, :, None, None].exp()
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
-        outputs.append(scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), state.clone()
+        error = v[:, t] - (state * k[:, t, :, :, None]).sum(-2)
+        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
+        outputs.append(scale * (state * q[:, t, :, :, None]).sum(-2))
+    return (torch.stack(outputs, dim=1) if outputs else v.clone()), state.clone()
 
 
 def gated_delta_rule_step_reference(
@@ -256,6 +248,8 @@ def gated_delta_rule_step_reference(
 
 # Registration: opaque to torch.compile, so that backends may look at values
 
+_INPUTS = ("q", "k", "v", "g", "beta", "initial_state")  # the differentiable ones, in the order of the schema
+
 
 @torch.library.custom_op("s0kernels::gated_delta_rule", mutates_args=())
 def _scan_op(
@@ -276,18 +270,11 @@ def _scan_op(
     _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
     with torch.autocast(q.device.type, enabled=False):
         return _dispatch.load(backend).gated_delta_rule_forward(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state,
-            state_indices,
-            cu_seqlens,
-            scale,
-            use_qk_l2norm,
-            output_final_state,
-            chunk_size or None,
+            *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            output_final_state=output_final_state,
+            chunk_size=chunk_size or None,
         )
 
 
@@ -309,81 +296,60 @@ def _backward_op(
     g: Tensor,
     beta: Tensor,
     initial_state: Tensor | None,
-    initial_state_shape: list[int] | None,
     state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
+    state_shape: list[int],
     scale: float,
     use_qk_l2norm: bool,
     chunk_size: int,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of (q, k, v, g, beta, initial_state) that `needs` asks for, in that order."""
+    """The gradients that `needs` asks for, in the order of `_INPUTS`. v and initial_state may be None where only the
+    initial state's is wanted; its shape is `state_shape`."""
+    wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
     with torch.autocast(q.device.type, enabled=False):
-        return _dispatch.load(backend).gated_delta_rule_backward(
-            doutput,
-            dfinal_state,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state,
-            initial_state_shape,
-            state_indices,
-            cu_seqlens,
-            scale,
-            use_qk_l2norm,
-            chunk_size or None,
-            needs,
+        found = _dispatch.load(backend).gated_delta_rule_backward(
+            *(doutput, dfinal_state, q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
+            state_shape=tuple(state_shape),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            chunk_size=chunk_size or None,
+            wanted=frozenset(wanted),
         )
+    inputs = dict(zip(_INPUTS, (q, k, v, g, beta), strict=False))
+    return [_states.as_gradient(found[name], inputs.get(name)) for name in wanted]
 
 
 @_backward_op.register_fake
-def _(do, dfinal, q, k, v, g, beta, h0, h0_shape, indices, cu_seqlens, scale, l2norm, chunk, backend, needs):
-    shapes = [q, k, v, g, beta]
-    grads = [x.new_empty(x.shape) for x, need in zip(shapes, needs, strict=False) if need]
-    if needs[5]:
-        grads.append(q.new_empty(h0_shape, dtype=_states.state_dtype(q.dtype)))
+def _(do, dfinal, q, k, v, g, beta, h0, indices, cu_seqlens, state_shape, scale, l2norm, chunk, backend, needs):
+    grads = [x.new_empty(x.shape) for x, need in zip((q, k, v, g, beta), needs, strict=False) if need]
+    if needs[-1]:
+        grads.append(q.new_empty(state_shape, dtype=_states.state_dtype(q.dtype)))
     return grads
 
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, g, beta, initial_state, state_indices, cu_seqlens, scale, l2norm, _, chunk_size, backend = inputs
     ctx.set_materialize_grads(False)
-    needs = list(ctx.needs_input_grad[:6])
-    state_only = not any(needs[:5])
-    ctx.save_for_backward(
-        q, k, None if state_only else v, g, beta, None if state_only else initial_state, state_indices, cu_seqlens
-    )
-    ctx.needs = needs
-    ctx.state_shape = None if initial_state is None else list(initial_state.shape)
-    ctx.options = (scale, l2norm, chunk_size, backend)
+    ctx.needs = list(ctx.needs_input_grad[: len(_INPUTS)])
+    ctx.arguments = len(inputs)
+    ctx.options = ([] if initial_state is None else list(initial_state.shape), scale, l2norm, chunk_size, backend)
+    if not any(ctx.needs[:-1]):  # only the initial state: v and the states have no part in its gradient
+        v = initial_state = None
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, state_indices, cu_seqlens)
 
 
 def _backward(ctx, doutput, dfinal_state):
-    grads = [None] * 13
     if doutput is None and dfinal_state is None:
-        return tuple(grads)
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens = ctx.saved_tensors
-    found = torch.ops.s0kernels.gated_delta_rule_backward(
-        doutput,
-        dfinal_state,
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        ctx.state_shape,
-        state_indices,
-        cu_seqlens,
-        *ctx.options,
-        ctx.needs,
+        return (None,) * ctx.arguments
+    found = iter(
+        torch.ops.s0kernels.gated_delta_rule_backward(
+            doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs
+        )
     )
-    for i, grad in zip([i for i, need in enumerate(ctx.needs) if need], found, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+    grads = [next(found) if need else None for need in ctx.needs]
+    return (*grads, *[None] * (ctx.arguments - len(grads)))
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -62,8 +62,9 @@ def ssd(
         cu_seqlens: [NSEQ + 1] int32 or int64, from 0 to T: the sequences packed into the single row (B = 1).
             None means one sequence per row, NSEQ = B.
         output_final_state: return the state after each sequence's last token. True by default, unlike mamba_ssm.
-        chunk_size: tokens per chunk; None leaves it to the backend.
-        backend: a name from `s0kernels.ops._dispatch.ORDER`; None takes the fastest that supports the call.
+        chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
+        backend: "torch" (chunked, any device) or "reference" (token by token); None takes the fastest that supports
+            the call, in that order.
 
     Returns:
         ScanOutput(output [B, T, H, P] in x's dtype, final_state [NSEQ, H, P, N] fp32 or fp64, or None).
@@ -100,23 +101,8 @@ def ssd(
             output_final_state=output_final_state,
         )
     output, final_state = torch.ops.s0kernels.ssd(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        initial_state,
-        state_indices,
-        cu_seqlens,
-        dt_softplus,
-        float(dt_limit[0]),
-        float(dt_limit[1]),
-        output_final_state,
-        chunk_size or 0,
-        name,
+        *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
+        *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), output_final_state, chunk_size or 0, name),
     )
     return ScanOutput(output, final_state if output_final_state else None)
 
@@ -161,20 +147,8 @@ def ssd_step(
     _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
     name = _dispatch.choose(_STEP, backend, x.device, x.dtype)
     return torch.ops.s0kernels.ssd_step(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        state,
-        D,
-        z,
-        dt_bias,
-        state_indices,
-        dt_softplus,
-        float(dt_limit[0]),
-        float(dt_limit[1]),
-        name,
+        *(x, dt, A, B, C, state, D, z, dt_bias, state_indices),
+        *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), name),
     )
 
 
@@ -239,7 +213,10 @@ def ssd_reference(
     cu_seqlens: Tensor | None = None,
     output_final_state: bool = True,
 ) -> ScanOutput:
-    """`ssd` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend."""
+    """`ssd` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend.
+
+    Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
+    """
     dtype = _states.state_dtype(x.dtype)
     nseq = _sequences.num_sequences(x.shape[0], cu_seqlens)
     if not torch.compiler.is_compiling():
@@ -261,11 +238,11 @@ def _reference_scan(x, dt, B, C, state, *, A) -> tuple[Tensor, Tensor]:
     x, B, C = (t.to(state.dtype) for t in (x, B, C))
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
     outputs = []
-    for t in range(x.shape[1]):
+    for t in range(x.shape[1]):  # products and sums, no matrix products: autocast leaves those alone, backward too
         decay = (dt[:, t] * A).exp()[..., None, None]
-        state = decay * state + torch.einsum("bhp,bhn->bhpn", dt[:, t, :, None] * x[:, t], B[:, t])
-        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
-    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)), state.clone()
+        state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        outputs.append((state * C[:, t, :, None]).sum(-1))
+    return (torch.stack(outputs, dim=1) if outputs else x.clone()), state.clone()
 
 
 def ssd_step_reference(
@@ -304,7 +281,8 @@ def ssd_step_reference(
 
 # Registration: opaque to torch.compile, so that backends may look at values
 
-_DIFFERENTIABLE = 9  # x, dt, A, B, C, D, z, dt_bias, initial_state come first
+# the differentiable ones, in the order of the schema
+_INPUTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
 @torch.library.custom_op("s0kernels::ssd", mutates_args=())
@@ -330,21 +308,11 @@ def _scan_op(
     _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         return _dispatch.load(backend).ssd_forward(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            z,
-            dt_bias,
-            initial_state,
-            state_indices,
-            cu_seqlens,
-            dt_softplus,
-            (dt_min, dt_max),
-            output_final_state,
-            chunk_size or None,
+            *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            output_final_state=output_final_state,
+            chunk_size=chunk_size or None,
         )
 
 
@@ -370,9 +338,9 @@ def _backward_op(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    initial_state_shape: list[int] | None,
     state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
+    state_shape: list[int],
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
@@ -380,65 +348,48 @@ def _backward_op(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state) that `needs` asks for, in that order."""
+    """The gradients that `needs` asks for, in the order of `_INPUTS`. x, B, D and initial_state may be None where only
+    the initial state's is wanted; its shape is `state_shape`."""
+    wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
     with torch.autocast(dt.device.type, enabled=False):
-        return _dispatch.load(backend).ssd_backward(
-            doutput,
-            dfinal_state,
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            z,
-            dt_bias,
-            initial_state,
-            initial_state_shape,
-            state_indices,
-            cu_seqlens,
-            dt_softplus,
-            (dt_min, dt_max),
-            chunk_size or None,
-            needs,
+        found = _dispatch.load(backend).ssd_backward(
+            *(doutput, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
+            state_shape=tuple(state_shape),
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            chunk_size=chunk_size or None,
+            wanted=frozenset(wanted),
         )
+    inputs = dict(zip(_INPUTS, (x, dt, A, B, C, D, z, dt_bias), strict=False))
+    return [_states.as_gradient(found[name], inputs.get(name)) for name in wanted]
 
 
 @_backward_op.register_fake
-def _(
-    do, dfinal, x, dt, A, B, C, D, z, dt_bias, h0, h0_shape, indices, cu_seqlens, soft, low, high, chunk, backend, needs
-):
+def _(do, dfinal, x, dt, A, B, C, D, z, dt_bias, h0, indices, cu_seqlens, state_shape, *options):
+    needs = options[-1]
     grads = [t.new_empty(t.shape) for t, need in zip((x, dt, A, B, C, D, z, dt_bias), needs, strict=False) if need]
-    if needs[8]:
-        grads.append(C.new_empty(h0_shape, dtype=_states.state_dtype(C.dtype)))
+    if needs[-1]:
+        grads.append(C.new_empty(state_shape, dtype=_states.state_dtype(C.dtype)))
     return grads
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, chunk, name = (
-        inputs
-    )
+    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, *rest = inputs
     ctx.set_materialize_grads(False)
-    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    if not any(needs[:8]):  # only the initial state: x, B, D and the states have no part in its gradient
+    ctx.needs = list(ctx.needs_input_grad[: len(_INPUTS)])
+    ctx.arguments = len(inputs)
+    ctx.options = ([] if initial_state is None else list(initial_state.shape), softplus, low, high, *rest)
+    if not any(ctx.needs[:-1]):  # only the initial state: x, B, D and the states have no part in its gradient
         x = B = D = initial_state = None
     ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens)
-    ctx.needs = needs
-    ctx.state_shape = list(inputs[8].shape) if inputs[8] is not None else None
-    ctx.options = (softplus, low, high, chunk, name)
 
 
 def _backward(ctx, doutput, dfinal_state):
-    grads = [None] * 17
     if doutput is None and dfinal_state is None:
-        return tuple(grads)
-    *inputs, state_indices, cu_seqlens = ctx.saved_tensors
-    found = torch.ops.s0kernels.ssd_backward(
-        doutput, dfinal_state, *inputs, ctx.state_shape, state_indices, cu_seqlens, *ctx.options, ctx.needs
-    )
-    for i, grad in zip([i for i, need in enumerate(ctx.needs) if need], found, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+        return (None,) * ctx.arguments
+    found = iter(torch.ops.s0kernels.ssd_backward(doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs))
+    grads = [next(found) if need else None for need in ctx.needs]
+    return (*grads, *[None] * (ctx.arguments - len(grads)))
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -18,6 +18,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    a, b = a.detach(), b.detach()
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
@@ -455,8 +456,71 @@ def test_states_need_a_swapped_model(make):
         pass
 
 
-def test_packed_batches_are_refused_until_they_are_right():
-    model = swap_modules(qwen())
-    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
-    with pytest.raises(ValueError, match="packed"):
-        model(tokens(1, 9), cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+# Packed sequences
+
+
+def packs(lengths: list[int]) -> dict[str, dict]:
+    """Every way to say where sequences begin in one row."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    return {
+        "cu_seq_lens": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
+        "seq_idx": {"seq_idx": numbers.int()},
+        "position_ids": {"position_ids": positions},
+        "collator": {"cu_seq_lens_q": ends, "seq_idx": numbers.int(), "position_ids": positions},
+    }
+
+
+@every_model
+@pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_ids", "collator"])
+def test_packed_sequences_start_anew(name, way):
+    """Scan, convolution and attention: logits and the gradient of S0 are those of separate sequences."""
+    model = swap_modules(MODELS[name]()).requires_grad_(False)
+    states = random_states(model, tasks=2)
+    rows, tasks = [tokens(1, n, seed=n)[0] for n in (9, 1, 30, 2)], [1, 0, -1, 1]
+    separate = []
+    for row, task in zip(rows, tasks, strict=True):
+        with states.attached(model, tasks=task):
+            separate.append(model(row[None]).logits[0])
+    separate = torch.cat(separate)
+    separate.log_softmax(-1)[..., 7].sum().backward()
+    grads = [states[layer].grad.clone() for layer in states]
+    states.zero_grad()
+    with states.attached(model, tasks=tasks):
+        found = model(torch.cat(rows)[None], **packs([9, 1, 30, 2])[way]).logits[0]
+    assert close(found, separate)
+    found.log_softmax(-1)[..., 7].sum().backward()
+    for layer, grad in zip(states, grads, strict=True):
+        assert close(states[layer].grad, grad), layer
+
+
+@every_family
+@torch.no_grad()
+def test_two_rows_of_packed_sequences(name):
+    model = swap_modules(MODELS[name]())
+    random_states(model).attach(model)
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 11, 16, 4)]
+    ids = torch.stack([torch.cat(rows[:2]), torch.cat(rows[2:])])
+    positions = torch.cat(
+        [packs([9, 11])["position_ids"]["position_ids"], packs([16, 4])["position_ids"]["position_ids"]]
+    )
+    found = model(ids, position_ids=positions).logits.flatten(0, 1)
+    assert close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
+
+
+def test_packed_sequences_exclude_masks_and_caches():
+    model, ids = swap_modules(qwen()), tokens(1, 9)
+    pack = packs([4, 5])["collator"]
+    for options in (
+        {"attention_mask": torch.ones_like(ids)},
+        {"past_key_values": DynamicCache(config=model.config)},
+        {"use_cache": True},
+    ):
+        with pytest.raises(ValueError, match=f"cannot be used with {next(iter(options))}"):
+            model(ids, **pack, **options)
+    with pytest.raises(ValueError, match="batch must be 1, got 2"):
+        model(ids.expand(2, -1), cu_seq_lens_q=pack["cu_seq_lens_q"])
+    states = random_states(model, tasks=2)
+    with states.attached(model, tasks=[0, 1, 0]), pytest.raises(ValueError, match="tasks names 3 rows"):
+        model(ids, **pack)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s0kernels.modules.packing import own_sequence
+
 _HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
 
 
@@ -32,6 +34,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor
         missing = width - 1 if previous is None else 0
         out = F.silu(F.conv1d(F.pad(rows, (missing, 0)), weight[:, None], bias, groups=weight.shape[0]))
     return out[..., -length:].transpose(1, 2).to(x.dtype).contiguous()
+
+
+def packed_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """`causal_conv` of the sequences packed into x [1, T, C]: each is moved behind a gap as wide as the window."""
+    length, gap = x.shape[1], weight.shape[1] - 1
+    places = torch.arange(length, device=x.device) + gap * own_sequence(cu_seqlens, length)
+    spread = x.new_zeros(1, length + gap * (cu_seqlens.shape[0] - 1), x.shape[2]).index_copy(1, places, x)
+    return causal_conv(spread, weight, bias, None).index_select(1, places)
 
 
 def next_window(x: Tensor, previous: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from s0kernels.modules.packing import find_boundaries, own_positions
+
 #: name of the keyword argument that carries the bound states from the decoder to its mixers
 KEYWORD = "s0_states"
 
@@ -31,20 +33,22 @@ class Attachment:
         self.states = states
         self.tasks = tasks
 
-    def bind(self, batch: int, prompt: Tensor | None = None) -> "BoundStates":
-        """The states for one forward over `batch` rows, of tokens `prompt` if those start the sequences."""
-        tasks = self.tasks
-        if not isinstance(tasks, int) and tasks.shape[0] != batch:
-            tasks = _repeat_tasks(tasks, batch, prompt)
-        return BoundStates(self.states, tasks)
+    def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
+        """The task of every sequence of a forward, of tokens `prompt` if those start the sequences."""
+        if isinstance(self.tasks, int) or self.tasks.shape[0] == sequences:
+            return self.tasks
+        return _repeat_tasks(self.tasks, sequences, prompt)
 
 
 class BoundStates:
-    """What one forward starts from: per layer a state and, for a task per row, the rows' indices into it."""
+    """What one forward starts from: per layer a state and, for a task per sequence, the indices into it; and where
+    the sequences begin, if they are packed."""
 
-    def __init__(self, states: Mapping[int, Tensor], tasks: int | Tensor):
+    def __init__(self, states: Mapping[int, Tensor], tasks: int | Tensor, cu_seqlens: Tensor | None):
         self._states = states
         self._tasks = tasks
+        #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
+        self.cu_seqlens = cu_seqlens
 
     def for_layer(
         self, layer_index: int, device: torch.device, dtype: torch.dtype
@@ -57,9 +61,6 @@ class BoundStates:
         if isinstance(self._tasks, int):
             return bank[self._tasks], None
         return bank, self._tasks.to(device)
-
-
-NO_STATES = BoundStates({}, -1)
 
 
 class Site:
@@ -82,13 +83,19 @@ class Site:
     def end_override(token) -> None:
         _overrides.reset(token)
 
-    def bind(self, batch: int, prompt: Tensor | None = None) -> BoundStates:
+    def bind(self, batch: int, length: int, kwargs: Mapping, prompt: Tensor | None = None) -> BoundStates:
+        """What a forward of `batch` rows of `length` tokens starts from. `kwargs` are the forward's, and may say that
+        the rows hold packed sequences; `prompt` are its tokens, where they start the sequences."""
+        cu_seqlens = find_boundaries(batch, length, kwargs)
         attachment = self.current()
-        return NO_STATES if attachment is None else attachment.bind(batch, prompt)
+        if attachment is None:
+            return BoundStates({}, -1, cu_seqlens)
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return BoundStates(attachment.states, attachment.tasks_for(sequences, prompt), cu_seqlens)
 
 
 class BindStates:
-    """Forward pre-hook of the decoder: binds the attached states and passes them to the mixers."""
+    """Forward pre-hook of the decoder: binds what the forward starts from and passes it to the mixers."""
 
     def __init__(self, site: Site):
         self.site = site
@@ -100,20 +107,35 @@ class BindStates:
             return args, kwargs
         cache = kwargs.get("past_key_values")
         prompt = input_ids if cache is None or cache.get_seq_length() == 0 else None
-        return args, {**kwargs, KEYWORD: self.site.bind(rows.shape[0], prompt)}
+        bound = self.site.bind(*rows.shape[:2], kwargs, prompt)
+        kwargs = {**kwargs, KEYWORD: bound}
+        return args, kwargs if bound.cu_seqlens is None else _packed(kwargs, bound.cu_seqlens, rows.shape[1])
 
 
-def _repeat_tasks(tasks: Tensor, batch: int, prompt: Tensor | None) -> Tensor:
+def _packed(kwargs: dict, cu_seqlens: Tensor, length: int) -> dict:
+    """The arguments of a packed forward: attention has to keep the sequences apart as well, which transformers does by
+    their positions, and only where there is neither a mask nor a cache."""
+    for name in ("past_key_values", "use_cache", "attention_mask"):
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"packed sequences (cu_seq_lens_q, seq_idx, position_ids) cannot be used with {name}")
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = own_positions(cu_seqlens, length)
+    return {**kwargs, "use_cache": False, "position_ids": positions}
+
+
+def _repeat_tasks(tasks: Tensor, sequences: int, prompt: Tensor | None) -> Tensor:
     """A task per row, where `generate` has multiplied the rows for beams or several returned sequences.
 
     Rows multiplied so start from equal prompts; a batch that does not is somebody's mistake.
     """
     given = tasks.shape[0]
-    copies = batch // given if given else 0
-    matches = copies > 0 and batch == given * copies
-    if matches and prompt is not None:
+    copies = sequences // given if given else 0
+    matches = copies > 0 and sequences == given * copies
+    if matches and prompt is not None and prompt.shape[0] == sequences:
         groups = prompt.view(given, copies, -1)
         matches = torch.equal(groups, groups[:, :1].expand_as(groups))
     if not matches:
-        raise ValueError(f"tasks names {given} rows, but the batch has {batch}")
+        raise ValueError(f"tasks names {given} rows, but the batch has {sequences}")
     return tasks.repeat_interleave(copies)

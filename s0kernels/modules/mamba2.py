@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s0kernels.modules.mixer import MixerCache, S0Mixer, as_scalar, state_dtype
+from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar, state_dtype
 from s0kernels.modules.padding import Padding
 from s0kernels.ops import ssd, ssd_step
 
@@ -17,27 +17,23 @@ class S0Mamba2Mixer(S0Mixer):
         self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs
     ) -> Tensor:
         """[B, T, hidden] to [B, T, hidden]; `attention_mask` [B, T] is 0 at pads, None where there are none."""
-        self._reject_packed(kwargs)
-        dtype, length = hidden_states.dtype, hidden_states.shape[1]
-        cache = MixerCache(cache_params, self.layer_idx, self.conv_kernel_size)
-        padding = Padding.of(attention_mask, length)
-        if padding is not None:
-            hidden_states = padding.compact(hidden_states)
+        dtype = hidden_states.dtype
+        rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
+        hidden_states = rows.enter(hidden_states)
 
         projected = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
         gate, mixed, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        mixed = self._convolve(mixed, cache, padding)
+        mixed = self._convolve(mixed, rows)
         state_size = self.n_groups * self.ssm_state_size
         x, B, C = mixed.split([self.intermediate_size, state_size, state_size], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
         z = None if self.mamba_rms_norm else gate.unflatten(-1, (self.num_heads, self.head_dim)).to(x.dtype)
 
-        output = self._scan(x, dt, B, C, z, cache, padding, kwargs).flatten(2)
+        output = self._scan(x, dt, B, C, z, rows).flatten(2)
         if self.mamba_rms_norm:
             output = self.norm(output, gate)
-        output = self.out_proj(output.to(dtype))
-        return output if padding is None else padding.expand(output)
+        return rows.leave(self.out_proj(output.to(dtype)))
 
     def _step_sizes(self, dt: Tensor, padding: Padding | None) -> tuple[Tensor, dict]:
         """dt and how the scan is to process it; with pads it is processed here, for they take a step of zero even
@@ -48,31 +44,16 @@ class S0Mamba2Mixer(S0Mixer):
         dt = F.softplus(dt.to(state_dtype(dt)) + self.dt_bias).clamp(*limit)
         return dt.masked_fill(padding.pads, 0.0), {}
 
-    def _scan(self, x, dt, B, C, z, cache: MixerCache, padding: Padding | None, kwargs: dict) -> Tensor:
-        dtype = state_dtype(x)
+    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
+        dtype, cache = state_dtype(x), rows.cache
         A = -torch.exp(self.A_log.to(dtype))
-        dt, options = self._step_sizes(dt.to(x.dtype), padding)
+        dt, options = self._step_sizes(dt.to(x.dtype), rows.padding)
         options["D"] = as_scalar(self.D, x)
         if x.shape[1] == 1 and cache.can_step(x, dt, A, B, C, z, self.D, self.dt_bias):
             token = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
             z = None if z is None else z[:, 0]
             return cache.step(lambda state: ssd_step(*token, state, z=z, **options), dtype)[:, None]
-        if cache.live:
-            initial_state, indices = cache.starting_state(dtype), None
-        else:
-            initial_state, indices = self._bound_states(kwargs, x.shape[0]).for_layer(self.layer_idx, x.device, dtype)
-        output, final_state = ssd(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            z=z,
-            initial_state=initial_state,
-            state_indices=indices,
-            output_final_state=cache.present,
-            **options,
-        )
-        if cache.present:
-            cache.store_state(final_state)
+        start = self._start(rows, x.device, dtype)
+        output, final_state = ssd(x, dt, A, B, C, z=z, output_final_state=cache.present, **start, **options)
+        cache.store_state(final_state)
         return output

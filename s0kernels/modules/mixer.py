@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from s0kernels.modules.convolution import causal_conv, next_window
+from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import KEYWORD, BoundStates, Site
 from s0kernels.modules.padding import Padding
 
@@ -33,20 +33,52 @@ class S0Mixer(nn.Module):
     def extra_repr(self) -> str:
         return f"layer {self.layer_idx}, initial state {list(self.site.shapes[self.layer_idx])}"
 
-    def _bound_states(self, kwargs: dict, batch: int) -> BoundStates:
+    def _prepare(self, x: Tensor, cache_params, attention_mask: Tensor | None, kwargs: dict) -> "Rows":
         bound = kwargs.get(KEYWORD)
-        return self.site.bind(batch) if bound is None else bound
+        if bound is None:  # called outside a decoder
+            bound = self.site.bind(*x.shape[:2], kwargs)
+        return Rows(bound, MixerCache(cache_params, self.layer_idx, self.conv_kernel_size), x, attention_mask)
 
-    def _reject_packed(self, kwargs: dict) -> None:
-        for name in ("cu_seq_lens_q", "seq_idx"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{type(self).__name__} does not take packed sequences ({name}) yet; pad them instead")
-
-    def _convolve(self, x: Tensor, cache: "MixerCache", padding: Padding | None) -> Tensor:
+    def _convolve(self, x: Tensor, rows: "Rows") -> Tensor:
         """Convolution of [B, T, C], window taken from and left in the cache."""
-        output = causal_conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cache.window)
-        cache.store_window(x, padding)  # in place, so after its last use
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if rows.cu_seqlens is not None:
+            return packed_causal_conv(x, weight, bias, rows.cu_seqlens)
+        output = causal_conv(x, weight, bias, rows.cache.window)
+        rows.cache.store_window(x, rows.padding)  # in place, so after its last use
         return output
+
+    def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict:
+        """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
+        if rows.cache.live:
+            return {"initial_state": rows.cache.starting_state(dtype)}
+        initial_state, indices = rows.bound.for_layer(self.layer_idx, device, dtype)
+        return {"initial_state": initial_state, "state_indices": indices, "cu_seqlens": rows.cu_seqlens}
+
+
+class Rows:
+    """The rows of one forward through a mixer: padded, packed, or neither, with the layer's cache."""
+
+    def __init__(self, bound: BoundStates, cache: "MixerCache", x: Tensor, attention_mask: Tensor | None):
+        self.bound, self.cache = bound, cache
+        self.cu_seqlens = bound.cu_seqlens
+        self._batch = x.shape[0]
+        packed = self.cu_seqlens is not None
+        if packed and (cache.present or attention_mask is not None):
+            raise ValueError("packed sequences cannot be used with a cache or an attention_mask")
+        self.padding = None if packed else Padding.of(attention_mask, x.shape[1])
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[B, T, hidden] with pads at the end of the rows, or packed rows laid end to end."""
+        if self.cu_seqlens is not None:
+            return x.reshape(1, -1, x.shape[-1])
+        return x if self.padding is None else self.padding.compact(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The inverse of `enter`."""
+        if self.cu_seqlens is not None:
+            return x.reshape(self._batch, -1, x.shape[-1])
+        return x if self.padding is None else self.padding.expand(x)
 
 
 class MixerCache:

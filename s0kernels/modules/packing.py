@@ -1,0 +1,49 @@
+"""Several sequences in one row: where each begins, however the caller says it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def find_boundaries(batch: int, length: int, kwargs: Mapping) -> Tensor | None:
+    """`cu_seqlens` over the batch * length tokens in a row, or None where no row holds more than one sequence.
+
+    From `cu_seq_lens_q`, else from `seq_idx` [B, T], else from `position_ids` that start anew within a row, which is
+    how transformers' attention finds them; the last two read values on the host.
+    """
+    if (given := kwargs.get("cu_seq_lens_q")) is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q packs sequences into one row, so the batch must be 1, got {batch}")
+        return given
+    if (seq_idx := kwargs.get("seq_idx")) is not None:
+        return _cut(seq_idx[:, 1:] != seq_idx[:, :-1], batch, length)
+    positions = kwargs.get("position_ids")
+    cache = kwargs.get("past_key_values")
+    if positions is None or kwargs.get("attention_mask") is not None or (cache is not None and cache.get_seq_length()):
+        return None
+    if positions.dim() == 3:  # multimodal rotary positions; of four the first are those in the text
+        if positions.shape[0] != 4:
+            return None
+        positions = positions[0]
+    starts = positions[:, 1:] != positions[:, :-1] + 1
+    return _cut(starts.expand(batch, -1), batch, length) if bool(starts.any()) else None
+
+
+def _cut(starts: Tensor, batch: int, length: int) -> Tensor:
+    """Boundaries from marks [B, T - 1] at tokens 1, 2, ... that begin a sequence; every row begins one too."""
+    marks = torch.nn.functional.pad(starts, (1, 0), value=True).reshape(-1)
+    ends = torch.nn.functional.pad(marks.nonzero()[:, 0], (0, 1), value=batch * length)
+    return ends.to(torch.int32)
+
+
+def own_sequence(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[T] the number of the sequence that each token belongs to."""
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+
+
+def own_positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, T] the place of each token in its own sequence."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return (tokens - cu_seqlens.long()[own_sequence(cu_seqlens, length)])[None]

@@ -123,11 +123,8 @@ class S0States(nn.Module):
     ) -> Iterator["S0States"]:
         """Like `attach`, for the body of a with statement and the calling thread (or task) alone."""
         site = swapped_site(model, "S0States.attached")
-        token = site.override(self._attachment(site, scale, tasks))
-        try:
+        with site.override(self._attachment(site, scale, tasks)):
             yield self
-        finally:
-            site.end_override(token)
 
     def _attachment(self, site: Site, scale: float, tasks) -> Attachment:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):

@@ -410,6 +410,26 @@ def test_gradient_through_a_cache(name, swapped):
         assert close(states[layer].grad, grad), layer
 
 
+@every_family
+def test_compiled_models_follow_what_is_attached(name):
+    model = swap_modules(MODELS[name]()).requires_grad_(False)
+    states, others, ids = random_states(model), random_states(model, seed=9), tokens(2, 20)
+    truth = gradients(model, states, ids)
+    states.zero_grad()
+    states.attach(model)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    whole(ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum().backward()
+    for layer, grad in zip(states, truth, strict=True):
+        assert close(states[layer].grad, grad), layer
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        compiled(ids, use_cache=False)
+        with others.attached(model):
+            assert close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        states.detach()
+        assert close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 # Types and errors
 
 

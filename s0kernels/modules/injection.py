@@ -6,7 +6,9 @@ forward and hands it down as a keyword argument, so that a checkpointed layer co
 autograd's threads, starts from the same states.
 """
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 
@@ -20,6 +22,9 @@ KEYWORD = "s0_states"
 
 _NO_OVERRIDES: Mapping["Site", "Attachment"] = MappingProxyType({})
 _overrides: ContextVar[Mapping["Site", "Attachment"]] = ContextVar("s0kernels_overrides", default=_NO_OVERRIDES)
+#: how many contexts override at all; where none does, torch.compile need not look at the context, which it cannot trace
+_open_overrides = 0
+_lock = threading.Lock()
 
 
 class Attachment:
@@ -72,16 +77,21 @@ class Site:
         self.attachment: Attachment | None = None
 
     def current(self) -> Attachment | None:
-        override = _overrides.get()
-        return override.get(self, self.attachment)
+        return _overrides.get().get(self, self.attachment) if _open_overrides else self.attachment
 
-    def override(self, attachment: Attachment | None):
-        """Use `attachment` in the calling context; returns the token for `end_override`."""
-        return _overrides.set({**_overrides.get(), self: attachment})
-
-    @staticmethod
-    def end_override(token) -> None:
-        _overrides.reset(token)
+    @contextlib.contextmanager
+    def override(self, attachment: Attachment | None) -> Iterator[None]:
+        """Use `attachment` in the calling context, for as long as it lasts."""
+        global _open_overrides
+        token = _overrides.set({**_overrides.get(), self: attachment})
+        with _lock:
+            _open_overrides += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                _open_overrides -= 1
+            _overrides.reset(token)
 
     def bind(self, batch: int, length: int, kwargs: Mapping, prompt: Tensor | None = None) -> BoundStates:
         """What a forward of `batch` rows of `length` tokens starts from. `kwargs` are the forward's, and may say that

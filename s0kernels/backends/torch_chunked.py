@@ -185,16 +185,22 @@ def _before(x: Tensor) -> Tensor:
 
 
 def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
-    dtype, group = state.dtype, v.shape[1] // q.shape[1]
-    q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
+    dtype, heads = state.dtype, v.shape[1]
+    q, k = q.to(dtype), k.to(dtype)
     if use_qk_l2norm:
         q, k = _normalise(q)[0], _normalise(k)[0]
+    q, k = _repeat_heads(q, heads)[:, :, None], _repeat_heads(k, heads)[:, :, None]
     rows = gather_states(state, state_indices, (q.shape[0], *state.shape[1:]), state)
     rows = rows * g.to(dtype).exp()[..., None, None]
-    error = v.to(dtype) - (k[..., None, :] @ rows).squeeze(-2)
-    rows = rows + k[..., None] * (beta.to(dtype)[..., None] * error)[..., None, :]
+    write = beta.to(dtype)[..., None, None] * (v.to(dtype)[:, :, None] - k @ rows)
+    rows = torch.addcmul(rows, k.mT, write)
     store_states(state, state_indices, rows)
-    return (scale * (q[..., None, :] @ rows).squeeze(-2)).to(v.dtype)
+    return (scale * (q @ rows)).squeeze(2).to(v.dtype)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, G, ...] to [B, heads, ...]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 # Mamba-2 SSD
@@ -427,10 +433,10 @@ def _dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:
 def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
     dtype = state.dtype
     steps = process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-    B, C = (t.to(dtype).repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))
+    B, C = _repeat_heads(B.to(dtype), x.shape[1]), _repeat_heads(C.to(dtype), x.shape[1])
     rows = gather_states(state, state_indices, (x.shape[0], *state.shape[1:]), state)
     rows = rows * (steps * A.to(dtype)).exp()[..., None, None]
-    rows = rows + (steps[..., None] * x.to(dtype))[..., None] * B[:, :, None]
+    rows = torch.addcmul(rows, (steps[..., None] * x.to(dtype))[..., None], B[:, :, None])
     output = (rows @ C[..., None]).squeeze(-1)
     store_states(state, state_indices, rows)
     if D is not None:

@@ -5,6 +5,7 @@ run the call, the error says why. A backend module offers `supports(op, device, 
 why not, and one function per op and direction.
 """
 
+import contextlib
 import importlib
 from types import ModuleType
 
@@ -46,3 +47,10 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot run this call: {reason}")
     return backend
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The dtypes of the contract hold inside autocast too: matrix products keep theirs."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

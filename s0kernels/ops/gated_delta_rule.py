@@ -202,7 +202,7 @@ def gated_delta_rule_reference(
     like = q.new_empty(0, dtype=_states.state_dtype(q.dtype))
     states = _states.gather_states(initial_state, state_indices, (nseq, v.shape[2], q.shape[3], v.shape[3]), like)
     scan = functools.partial(_reference_scan, scale=_scale(scale, q), use_qk_l2norm=use_qk_l2norm)
-    with torch.autocast(q.device.type, enabled=False):
+    with _dispatch.without_autocast(q.device):
         output, final_state = _sequences.scan_each(scan, (q, k, v, g, beta), states, cu_seqlens)
     return ScanOutput(output.to(q.dtype), final_state if output_final_state else None)
 
@@ -268,7 +268,7 @@ def _scan_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
-    with torch.autocast(q.device.type, enabled=False):
+    with _dispatch.without_autocast(q.device):
         return _dispatch.load(backend).gated_delta_rule_forward(
             *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
             scale=scale,
@@ -308,7 +308,7 @@ def _backward_op(
     """The gradients that `needs` asks for, in the order of `_INPUTS`. v and initial_state may be None where only the
     initial state's is wanted; its shape is `state_shape`."""
     wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
-    with torch.autocast(q.device.type, enabled=False):
+    with _dispatch.without_autocast(q.device):
         found = _dispatch.load(backend).gated_delta_rule_backward(
             *(doutput, dfinal_state, q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
             state_shape=tuple(state_shape),
@@ -355,25 +355,22 @@ def _backward(ctx, doutput, dfinal_state):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("s0kernels::gated_delta_rule_step", mutates_args=("state",))
-def _step_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-    use_qk_l2norm: bool,
-    backend: str,
-) -> Tensor:
+def _step_op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
     step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.load(backend).gated_delta_rule_step
-    with torch.autocast(q.device.type, enabled=False):
+    with _dispatch.without_autocast(q.device):
         return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)
 
 
-@_step_op.register_fake
+# not by custom_op, whose wrappers would take as long as the step of a small model
+_library = torch.library.Library("s0kernels", "FRAGMENT")
+_library.define(
+    "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+    "Tensor? state_indices, float scale, bool use_qk_l2norm, str backend) -> Tensor"
+)
+_library.impl("gated_delta_rule_step", _step_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("s0kernels::gated_delta_rule_step")
 def _(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend):
     return q.new_empty(v.shape)

@@ -223,7 +223,7 @@ def ssd_reference(
         _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
     like = x.new_empty(0, dtype=dtype)
     states = _states.gather_states(initial_state, state_indices, (nseq, *x.shape[2:], B.shape[3]), like)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.without_autocast(x.device):
         steps = _states.process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         scan = functools.partial(_reference_scan, A=A.to(dtype))
         output, final_state = _sequences.scan_each(scan, (x, steps, B, C), states, cu_seqlens)
@@ -306,7 +306,7 @@ def _scan_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.without_autocast(x.device):
         return _dispatch.load(backend).ssd_forward(
             *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
             dt_softplus=dt_softplus,
@@ -351,7 +351,7 @@ def _backward_op(
     """The gradients that `needs` asks for, in the order of `_INPUTS`. x, B, D and initial_state may be None where only
     the initial state's is wanted; its shape is `state_shape`."""
     wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
-    with torch.autocast(dt.device.type, enabled=False):
+    with _dispatch.without_autocast(dt.device):
         found = _dispatch.load(backend).ssd_backward(
             *(doutput, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
             state_shape=tuple(state_shape),
@@ -395,42 +395,23 @@ def _backward(ctx, doutput, dfinal_state):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("s0kernels::ssd_step", mutates_args=("state",))
-def _step_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    state: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state_indices: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    backend: str,
-) -> Tensor:
+def _step_op(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
     step = ssd_step_reference if backend == "reference" else _dispatch.load(backend).ssd_step
-    with torch.autocast(x.device.type, enabled=False):
-        return step(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            state,
-            D=D,
-            z=z,
-            dt_bias=dt_bias,
-            dt_softplus=dt_softplus,
-            dt_limit=(dt_min, dt_max),
-            state_indices=state_indices,
-        )
+    options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": (dt_min, dt_max)}
+    with _dispatch.without_autocast(x.device):
+        return step(x, dt, A, B, C, state, state_indices=state_indices, **options)
 
 
-@_step_op.register_fake
+# not by custom_op, whose wrappers would take as long as the step of a small model
+_library = torch.library.Library("s0kernels", "FRAGMENT")
+_library.define(
+    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max, str backend) -> Tensor"
+)
+_library.impl("ssd_step", _step_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("s0kernels::ssd_step")
 def _(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend):
     return x.new_empty(x.shape)

@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options) or 0
+    except ImportError as error:
+        print(f"s0kernels {options.command}: {error}; install the extra: pip install 's0kernels[hf]'", file=sys.stderr)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -97,6 +99,7 @@ def _tune(options: argparse.Namespace) -> None:
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
     pairs = _read_pairs(options.data)
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     trainer = S0Trainer.from_pretrained(options.model, config)
     data = [(prompt + completion, len(trainer.tokenizer(prompt)["input_ids"])) for prompt, completion in pairs]
     result = trainer.train(data)
@@ -107,7 +110,11 @@ def _tune(options: argparse.Namespace) -> None:
 
 def _read_pairs(file: Path) -> list[tuple[str, str]]:
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -124,7 +131,7 @@ def _read_pairs(file: Path) -> list[tuple[str, str]]:
 def _generate(options: argparse.Namespace) -> None:
     from s0kernels import S0Trainer
 
-    prompts = options.prompt or json.load(sys.stdin)
+    prompts = options.prompt or _read_prompts(sys.stdin.read())
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("the prompts must be a JSON list of strings")
     trainer = S0Trainer.from_pretrained(options.model)
@@ -137,6 +144,13 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         for text in texts:
             print(text)
+
+
+def _read_prompts(text: str) -> list[str]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"standard input must hold a JSON list of prompts: {error}") from error
 
 
 def _demo(options: argparse.Namespace) -> None:

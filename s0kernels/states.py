@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import math
+import numbers
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +28,11 @@ class S0States(nn.Module):
     """The initial states S0 of a model: for each recurrent layer one fp32 parameter [tasks, *state].
 
     A state is [HV, K, V] for the gated delta rule and [H, P, N] for Mamba-2. The module lies outside the model; it is
-    what an optimizer trains and what DDP or FSDP wraps. `states[layer_index]` is the parameter of a layer.
+    what an optimizer trains. For DDP or FSDP put both into one module, whose forward calls the model.
+    `states[layer_index]` is the parameter of a layer.
 
     Args:
-        states: [tasks, *state] tensors by layer index; cast to fp32.
+        states: [tasks, *state] tensors by layer index; copied, to fp32.
         arch: "gated_delta_net" or "mamba2".
     """
 
@@ -45,11 +49,11 @@ class S0States(nn.Module):
         self.arch = arch
         self._by_layer = nn.ParameterDict(
             {
-                str(layer): state if isinstance(state, nn.Parameter) else nn.Parameter(state.float())
+                str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
                 for layer, state in sorted(states.items())
             }
         )
-        self._sites: list[weakref.ref[Site]] = []
+        self._sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
     @classmethod
     def for_model(cls, model: nn.Module, tasks: int = 1) -> "S0States":
@@ -90,7 +94,11 @@ class S0States(nn.Module):
         return f"{self.arch}, {self.tasks} task(s), layers {self.layers}"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_sites": []}  # a copy is not attached to anything
+        return {name: value for name, value in self.__dict__.items() if name != "_sites"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._sites = weakref.WeakSet()  # a copy is not attached to anything
 
     # Attaching
 
@@ -99,21 +107,20 @@ class S0States(nn.Module):
 
         Args:
             model: a model after `swap_modules`. States attached to it before are replaced.
-            scale: factor alpha. At 1 the parameters themselves are used, so changes to them are seen at once; any other
-                value is multiplied in here, once, and later changes are not seen.
+            scale: factor alpha. At 1 the parameters themselves are used. Any other value is multiplied in once, here,
+                and again only when the parameters have changed or a gradient is to flow.
             tasks: which task the rows start from: one index for all, or one per row of the batch (list or tensor), -1
                 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several returned
                 sequences) the tasks follow.
         """
         site = swapped_site(model, "S0States.attach")
         site.attachment = self._attachment(site, scale, tasks)
-        self._sites.append(weakref.ref(site))
+        self._sites.add(site)
 
     def detach(self) -> None:
         """Undo `attach`, on every model where these states are still the attached ones."""
-        for reference in self._sites:
-            site = reference()
-            if site is not None and site.attachment is not None and site.attachment.owner is self:
+        for site in self._sites:
+            if site.attachment is not None and site.attachment.owner is self:
                 site.attachment = None
         self._sites.clear()
 
@@ -127,31 +134,27 @@ class S0States(nn.Module):
             yield self
 
     def _attachment(self, site: Site, scale: float, tasks) -> Attachment:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             raise TypeError(f"S0States: scale must be a number, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"S0States: scale must be finite, got {scale}")
         self.check_fits(site)
-        states = {layer: self[layer] for layer in self.layers}
-        if scale != 1.0:
-            with torch.enable_grad():
-                states = {layer: state * scale for layer, state in states.items()}
-        return Attachment(self, states, self._check_tasks(tasks))
+        return Attachment(self, {layer: self[layer] for layer in self}, float(scale), self._check_tasks(tasks))
 
     def _check_tasks(self, tasks) -> int | Tensor:
         if tasks is None:
             return 0
-        if isinstance(tasks, bool):
-            raise TypeError("S0States: tasks must be an index or one per row, got a bool")
-        single = isinstance(tasks, int)
-        rows = torch.as_tensor(tasks)
-        if rows.dtype not in (torch.int32, torch.int64) and rows.numel():
+        try:
+            rows = torch.as_tensor(tasks)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"S0States: tasks must be an index or one per row, got {tasks!r}") from error
+        if rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"S0States: tasks must be integers, got {rows.dtype}")
         if rows.dim() > 1:
             raise ValueError(f"S0States: tasks must be an index or one per row, got shape {list(rows.shape)}")
         if any(not -1 <= row < self.tasks for row in rows.reshape(-1).tolist()):
             raise ValueError(f"S0States: tasks must lie in [-1, {self.tasks - 1}], got {rows.tolist()}")
-        if single or rows.dim() == 0:
-            return int(rows)
-        return rows.to(torch.int64)
+        return int(rows) if rows.dim() == 0 else rows.to(torch.int64, copy=True)
 
     def check_fits(self, site: Site) -> None:
         """Raise ValueError, with both sides named, if these states are for another model."""
@@ -180,6 +183,8 @@ class S0States(nn.Module):
         tensors' file repeats what is needed to load it in its header and is replaced last, each file in one move:
         a crash leaves the old states or the new ones.
         """
+        if isinstance(task, bool) or not isinstance(task, int):
+            raise TypeError(f"S0States.save: task must be an int, got {task!r}")
         if not 0 <= task < self.tasks:
             raise ValueError(f"S0States.save: task must lie in [0, {self.tasks - 1}], got {task}")
         folder = Path(path)
@@ -208,10 +213,10 @@ class S0States(nn.Module):
             FileNotFoundError: no `states.safetensors` there.
             ValueError: the files are damaged, contradict each other, or do not fit the model.
         """
-        tensors, meta, _ = read_directory(path)
+        site = None if model is None else swapped_site(model, "S0States.load")
+        tensors, meta, _ = read_directory(path, None if site is None else site.arch)
         states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"])
-        if model is not None:
-            site = swapped_site(model, "S0States.load")
+        if site is not None:
             states.check_fits(site)
             devices = layer_devices(model)
             for layer in states.layers:
@@ -219,8 +224,14 @@ class S0States(nn.Module):
         return states
 
 
-def read_directory(path: str | os.PathLike) -> tuple[dict[int, Tensor], dict, dict | None]:
-    """(state by layer, meta, config or None) of a directory of learned states, checked for consistency."""
+def read_directory(
+    path: str | os.PathLike, default_arch: str | None = None
+) -> tuple[dict[int, Tensor], dict, dict | None]:
+    """(state by layer, meta, config or None) of a directory of learned states, checked for consistency.
+
+    `default_arch` stands in for a `meta.json` that is missing beside tensors without a header of ours, which
+    `s0-tuning` accepts as well.
+    """
     folder = Path(path)
     file = folder / _STATES
     if not file.is_file():
@@ -231,18 +242,22 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[int, Tensor], dict, di
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    beside = {name: _read_json(folder / name) for name in (_META, _CONFIG) if (folder / name).exists()}
     if "s0" in header:
         own = _parse_json(header["s0"], f"the header of {file}")
         meta, config = own.get("meta"), own.get("config")
+        for name, inside in ((_META, meta), (_CONFIG, config)):
+            if name in beside and beside[name] != inside:
+                warnings.warn(f"{folder / name} differs from the header of {_STATES}, which is used", stacklevel=3)
     else:
-        meta = _parse_json(_read_text(folder / _META), folder / _META)
-        config = _parse_json(_read_text(folder / _CONFIG), folder / _CONFIG) if (folder / _CONFIG).exists() else None
+        meta, config = beside.get(_META), beside.get(_CONFIG)
+        meta = {"arch": default_arch} if meta is None else meta
     return _check_tensors(tensors, meta, file), meta, config
 
 
 def _check_tensors(tensors: dict[str, Tensor], meta, file: Path) -> dict[int, Tensor]:
     if not isinstance(meta, dict) or not isinstance(meta.get("arch"), str):
-        raise ValueError(f"{file}: meta names no arch")
+        raise ValueError(f"{file}: meta names no arch, and no model was given to take it from")
     if not tensors or any(not name.isdecimal() for name in tensors):
         raise ValueError(f"{file}: tensors must be named by layer index, got {sorted(tensors)[:8]}")
     states = {int(name): tensor for name, tensor in tensors.items()}
@@ -257,9 +272,9 @@ def _check_tensors(tensors: dict[str, Tensor], meta, file: Path) -> dict[int, Te
     return states
 
 
-def _read_text(file: Path) -> str:
+def _read_json(file: Path) -> dict:
     try:
-        return file.read_text(encoding="utf-8")
+        return _parse_json(file.read_text(encoding="utf-8"), file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 

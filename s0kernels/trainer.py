@@ -1,6 +1,7 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from s0kernels.config import S0Config
 from s0kernels.modules.families import DEFAULT_ALPHA
-from s0kernels.modules.swap import find_site, swap_modules
+from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States, read_directory
 
 
@@ -30,7 +31,10 @@ class S0Trainer:
     def __init__(self, model: nn.Module, tokenizer: Any, config: S0Config | None = None):
         self.model = swap_modules(model)
         self.tokenizer = tokenizer
+        if config is not None and not isinstance(config, S0Config):
+            raise TypeError(f"S0Trainer: config must be an S0Config, got {type(config).__name__}")
         self.config = S0Config() if config is None else config
+        self._arch = find_site(self.model).arch
         #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping)
         self.history: list[dict[str, float]] = []
         self._states: S0States | None = None
@@ -56,7 +60,8 @@ class S0Trainer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        return next(iter(layer_devices(self.model).values())) if device.type == "meta" else device
 
     @property
     def states(self) -> S0States | None:
@@ -66,11 +71,14 @@ class S0Trainer:
     @property
     def alpha(self) -> float:
         """The scale that `activate` uses: the config's, or the default of the architecture."""
-        return DEFAULT_ALPHA[find_site(self.model).arch] if self.config.alpha is None else self.config.alpha
+        return DEFAULT_ALPHA[self._arch] if self.config.alpha is None else self.config.alpha
 
     @property
     def active(self) -> bool:
-        return self._attached is not None
+        """Whether sequences start from this trainer's states; another may have attached its own to the model."""
+        site = find_site(self.model)
+        attachment = None if site is None else site.attachment
+        return attachment is not None and attachment.owner is self._attached
 
     # Training
 
@@ -97,16 +105,28 @@ class S0Trainer:
         batches = self._batches(data, tokens_per_batch)
         was_active = self.active
         self.deactivate()
-        config, count = self.config, len(data)
+        try:
+            with _Frozen(self.model), torch.enable_grad():
+                self._states, self.history = self._learn(batches, progress)
+                final_loss = self.history[-1]["loss"] if self.history else self._loss(batches)
+        finally:
+            if was_active:
+                self.activate()
+        norms = [float(state.detach().norm()) for state in self._states.parameters()]
+        return {"final_loss": final_loss, "avg_state_norm": sum(norms) / len(norms)}
+
+    def _learn(self, batches: list["_Batch"], progress: bool) -> tuple[S0States, list[dict[str, float]]]:
+        config, history = self.config, []
         states = S0States.for_model(self.model)
-        history = []
-        with _Frozen(self.model), states.attached(self.model):
+        optimizer = torch.optim.Adam(states.parameters(), lr=config.lr)
+        with states.attached(self.model):
             self._check_effect(states, batches[0])
-            optimizer = torch.optim.Adam(states.parameters(), lr=config.lr)
+            # transformers checkpoints layers in training mode only
+            self.model.train(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
             bar = tqdm(range(config.n_steps), desc="S0 tuning", unit="step", disable=not progress)
             for step in bar:
                 optimizer.zero_grad()
-                loss = self._accumulate(batches, count)
+                loss = self._accumulate(batches)
                 if not math.isfinite(loss):
                     raise RuntimeError(f"S0Trainer.train: the loss is {loss} at step {step}")
                 (config.l2_lambda * sum(state.square().sum() for state in states.parameters())).backward()
@@ -114,19 +134,16 @@ class S0Trainer:
                 optimizer.step()
                 history.append({"step": step, "loss": loss, "grad_norm": norm})
                 bar.set_postfix(loss=f"{loss:.4f}")
-            final_loss = history[-1]["loss"] if history else self._loss(batches, count)
-        self._states, self.history = states, history
-        if was_active:
-            self.activate()
-        norms = [float(state.detach().norm()) for state in states.parameters()]
-        return {"final_loss": final_loss, "avg_state_norm": sum(norms) / len(norms)}
+        return states, history
 
     def evaluate(self, data: Sequence[tuple[str, int]], *, tokens_per_batch: int = 4096) -> float:
         """The loss of `train` (without the L2 term) on `data`, with the states as they are active now."""
         with _Frozen(self.model):
-            return self._loss(self._batches(data, tokens_per_batch), len(data))
+            return self._loss(self._batches(data, tokens_per_batch))
 
-    def _accumulate(self, batches: list["_Batch"], count: int) -> float:
+    def _accumulate(self, batches: list["_Batch"]) -> float:
+        """Gradients of the mean loss over all examples, added batch by batch; the loss."""
+        count = sum(len(batch.ids) for batch in batches)
         total = 0.0
         for batch in batches:
             losses = batch.losses(self.model)
@@ -135,8 +152,9 @@ class S0Trainer:
         return total / count
 
     @torch.no_grad()
-    def _loss(self, batches: list["_Batch"], count: int) -> float:
-        return sum(float(batch.losses(self.model).sum()) for batch in batches) / count
+    def _loss(self, batches: list["_Batch"]) -> float:
+        losses = torch.cat([batch.losses(self.model) for batch in batches])
+        return float(losses.sum()) / len(losses)
 
     @torch.no_grad()
     def _check_effect(self, states: S0States, batch: "_Batch") -> None:
@@ -176,7 +194,11 @@ class S0Trainer:
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise TypeError(f"{name} must be a pair (text, prompt_length), got {type(example).__name__}")
         text, prompt_length = example
-        if not isinstance(text, str) or isinstance(prompt_length, bool) or not isinstance(prompt_length, int):
+        if (
+            not isinstance(text, str)
+            or isinstance(prompt_length, bool)
+            or not isinstance(prompt_length, numbers.Integral)
+        ):
             raise TypeError(
                 f"{name} must be a pair (str, int), got ({type(text).__name__}, {type(prompt_length).__name__})"
             )
@@ -188,7 +210,7 @@ class S0Trainer:
                 f"{name} has nothing to predict: prompt_length is {prompt_length}, and the text has {len(ids)} tokens "
                 f"(max_length {self.config.max_length})"
             )
-        return ids, prompt_length
+        return ids, int(prompt_length)
 
     # Using
 
@@ -201,14 +223,15 @@ class S0Trainer:
         states = self._states
         if self.config.normalize:
             states = S0States({layer: _unit(states[layer].detach()) for layer in states}, states.arch)
-        states.requires_grad_(False)
         states.attach(self.model, scale=self.alpha)
+        states.requires_grad_(False)  # using the states builds no graph
         self._attached = states
 
     def deactivate(self) -> None:
         """Start from zero states again."""
         if self._attached is not None:
             self._attached.detach()
+            self._attached.requires_grad_(True)
             self._attached = None
 
     def generate(self, prompt: str | list[str], max_new_tokens: int = 512, **kwargs: Any) -> str | list[str]:
@@ -216,10 +239,14 @@ class S0Trainer:
 
         `kwargs` go to `model.generate`. Several returned sequences per prompt come one after the other.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise TypeError(f"S0Trainer.generate: prompt must be a string or a list of them, got {prompt!r}")
         encoded = [
             self.tokenizer(text, truncation=True, max_length=self.config.max_length)["input_ids"] for text in prompts
         ]
+        if not all(encoded):
+            raise ValueError(f"S0Trainer.generate: prompt {prompts[encoded.index([])]!r} has no tokens")
         kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         if kwargs["pad_token_id"] is None:
             kwargs["pad_token_id"] = self.tokenizer.eos_token_id
@@ -247,7 +274,7 @@ class S0Trainer:
     def load(self, path: str | os.PathLike) -> None:
         """Read states and config from a directory. Where states are active, the new ones take their place."""
         states = S0States.load(path, self.model)
-        _, _, config = read_directory(path)
+        *_, config = read_directory(path, self._arch)
         config = self.config if config is None else S0Config.from_dict(config)
         was_active = self.active
         self.deactivate()
@@ -292,10 +319,7 @@ class _Batch:
 
 
 class _Frozen:
-    """Weights without gradients and in evaluation mode, for as long as it lasts.
-
-    With gradient checkpointing the model is in training mode instead, for transformers checkpoints only there.
-    """
+    """Weights without gradients and in evaluation mode; afterwards everything is as it was."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -305,7 +329,7 @@ class _Frozen:
         self._modes = {module: module.training for module in self.model.modules()}
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        self.model.train(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
+        self.model.eval()
 
     def __exit__(self, *_) -> None:
         for parameter in self._trainable:

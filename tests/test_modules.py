@@ -203,6 +203,25 @@ def test_chunked_prefill_of_a_left_padded_batch(name, swapped):
     assert close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
 
 
+@every_model
+@torch.no_grad()
+def test_padded_batch_token_by_token(name, swapped):
+    """transformers gives mixers no mask for a single token; a pad on its own must not write all the same."""
+    model, _ = swapped
+    rows = ragged()
+    for side in ("left", "mixed"):
+        ids, mask = padded(rows, side)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config.get_text_config())
+        pieces = []
+        for t in range(ids.shape[1]):
+            part = {"attention_mask": mask[:, : t + 1], "position_ids": positions[:, t : t + 1]}
+            pieces.append(model(ids[:, t : t + 1], past_key_values=cache, **part).logits)
+        logits = torch.cat(pieces, 1)
+        for i, row in enumerate(rows):
+            assert close(logits[i, mask[i].bool()], model(row[None]).logits[0])
+
+
 @every_family
 @torch.no_grad()
 def test_second_turn_and_reset(name, swapped):
@@ -297,6 +316,19 @@ def test_tasks_follow_generate_and_other_mismatches_are_errors(name):
         with states.attached(model, tasks=task):
             alone = model.generate(ids[i : i + 1], **call)
         assert torch.equal(together[i, : alone.shape[1]], alone[0])
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen_multimodal"])
+def test_a_mismatch_is_an_error_for_embeddings_too(name):
+    """The decoder of the multimodal class never sees token ids."""
+    model = swap_modules(MODELS[name]())
+    states, ids = random_states(model, tasks=2), tokens(4, 9)
+    embeddings = model.get_input_embeddings()
+    with states.attached(model, tasks=[0, 1]), torch.no_grad():
+        for rows in ({"input_ids": ids}, {"inputs_embeds": embeddings(ids)}):
+            with pytest.raises(ValueError, match="tasks names 2 rows, but the batch has 4"):
+                model(**rows)
+        model(inputs_embeds=embeddings(ids[:2].repeat_interleave(2, 0)))
 
 
 @every_family
@@ -445,6 +477,74 @@ def test_bf16_models_keep_an_fp32_state(name):
         out = model(ids[:, :1], past_key_values=cache)
     assert out.logits.dtype == torch.bfloat16
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+
+
+@every_family
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("disk", [False, True], ids=["cpu", "disk"])
+@torch.no_grad()
+def test_offloaded_weights(name, where, disk, tmp_path):
+    """Weights that accelerate brings when a module is called, offloaded before the swap or after it."""
+    from accelerate import cpu_offload, disk_offload
+
+    model, ids = MODELS[name](), tokens(2, 9)
+    reference = swap_modules(copy.deepcopy(model))
+    states = random_states(reference)
+
+    def offload():
+        cpu = torch.device("cpu")
+        if disk:
+            disk_offload(model, str(tmp_path), execution_device=cpu)
+        else:
+            cpu_offload(model, execution_device=cpu)
+
+    if where == "before":
+        offload()
+    swap_modules(model)
+    if where == "after":
+        offload()
+    mine = S0States({layer: states[layer] for layer in states}, states.arch)
+    with states.attached(reference), mine.attached(model):
+        assert close(model(ids).logits, reference(ids).logits)
+    assert all(state.device.type == "cpu" for state in S0States.for_model(model).parameters())
+    restore_modules(model), restore_modules(reference)
+    assert close(model(ids).logits, reference(ids).logits)
+
+
+@every_family
+@torch.no_grad()
+def test_hooks_and_compiled_mixers(name):
+    """Hooks on a mixer stay through swap and restore; a mixer compiled before is not run in its replacement's place."""
+    model, ids, calls = MODELS[name](), tokens(1, 9), []
+    path = next(n for n, m in model.named_modules() if hasattr(m, "A_log"))
+    model.get_submodule(path).register_forward_hook(lambda *_: calls.append("before"))
+    model.get_submodule(path).compile(backend="eager")
+    swap_modules(model)
+    model.get_submodule(path).register_forward_hook(lambda *_: calls.append("while"))
+    zero = model(ids).logits
+    with random_states(model).attached(model):
+        assert (model(ids).logits - zero).abs().max() > 0.1
+    restore_modules(model)(ids)
+    assert calls == ["before", "while"] * 3
+
+
+@every_family
+def test_half_swapped_models_and_strange_mixers_are_refused(name):
+    model = MODELS[name]()
+    path = next(n for n, m in model.named_modules() if hasattr(m, "A_log"))
+    decoder_layer = model.get_submodule(path.rpartition(".")[0])
+    swap_modules(decoder_layer)
+    with pytest.raises(ValueError, match="not swapped, but others are"):
+        swap_modules(model)
+    swap_modules(restore_modules(model))
+    setattr(decoder_layer, path.rpartition(".")[2], model.get_submodule(path).original)
+    with pytest.raises(ValueError, match=r"layers \[0\] are not swapped any more"):
+        S0States.for_model(model)
+    fresh = MODELS[name]()
+    mixer = fresh.get_submodule(path)
+    mixer.__class__ = type("Own", (type(mixer),), {"forward": lambda self, *args, **kwargs: None})
+    with pytest.raises(ValueError, match="Own with a forward of its own"):
+        swap_modules(fresh)
 
 
 @pytest.mark.parametrize("function", [swap_modules, restore_modules, S0States.for_model])

@@ -117,6 +117,14 @@ def test_tune_and_generate(tmp_path):
     done = python("-m", "s0kernels", "generate", str(tmp_path / "model"), "x", "--states", str(tmp_path / "other"))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("s0kernels generate: S0States: the states are for arch")
+    (tmp_path / "file").touch()
+    done = python(*command[:-1], str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert "file" in done.stderr
+    assert "S0 tuning" not in done.stderr, "refused before the work is done"
+    done = python("-m", "s0kernels", "generate", str(tmp_path / "model"), input="")
+    assert done.returncode == 1
+    assert "standard input must hold a JSON list" in done.stderr
     (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
     done = python(*command)
     assert done.returncode == 1

@@ -8,7 +8,7 @@ import torch
 from cases import error
 from models import MODELS, checkpoint_layers, tokenizer
 
-from s0kernels import S0Config, S0States, S0Trainer
+from s0kernels import S0Config, S0States, S0Trainer, restore_modules
 from s0kernels.modules.swap import find_site
 
 every_family = pytest.mark.parametrize("name", ["qwen", "falcon"])
@@ -133,7 +133,7 @@ def test_gradient_of_a_batch_is_that_of_one_example_at_a_time(name):
     for budget in (4096, 1):
         states = S0States.for_model(model)
         with states.attached(model):
-            tuned._accumulate(tuned._batches(examples, budget), len(examples))
+            tuned._accumulate(tuned._batches(examples, budget))
         grads.append([state.grad for state in states.parameters()])
     assert len(tuned._batches(examples, 4096)) == 1
     assert len(tuned._batches(examples, 1)) == len(examples)
@@ -263,8 +263,59 @@ def test_refusals():
 
 
 @every_family
-def test_refuses_to_train_what_has_no_effect(name):
-    tuned = trainer(name)
+def test_two_trainers_on_one_model(name):
+    """Switching tasks: the last to be activated is active, and only it says so."""
+    first = trainer(name, n_steps=2, lr=1e-2)
+    second = S0Trainer(first.model, first.tokenizer, S0Config(n_steps=4, lr=1e-2))
+    examples = data(first.tokenizer)
+    losses = []
+    for tuned in (first, second):
+        tuned.train(examples, progress=False)
+        tuned.activate()
+        losses.append(tuned.evaluate(examples))
+    assert (first.active, second.active) == (False, True)
+    first.activate()
+    assert (first.active, second.active) == (True, False)
+    assert first.evaluate(examples) == losses[0] != losses[1]
+    second.deactivate()
+    assert first.active
+    restore_modules(first.model)
+    assert not first.active
+    assert first.alpha == ALPHA[name]
+    with pytest.raises(ValueError, match="swap_modules"):
+        first.activate()
+
+
+def test_a_failed_training_leaves_things_as_they_were():
+    tuned = trainer("qwen", n_steps=2, lr=1e-2)
+    examples = data(tuned.tokenizer)
+    tuned.train(examples, progress=False)
+    tuned.activate()
+    states, history, loss = tuned.states, tuned.history, tuned.evaluate(examples)
+    tuned._accumulate = lambda batches: math.nan
+    with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
+        tuned.train(examples, progress=False)
+    assert tuned.active
+    assert (tuned.states, tuned.history) == (states, history)
+    assert tuned.evaluate(examples) == loss
+    assert not tuned.model.training
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [("", ValueError), ([], TypeError), (None, TypeError), (["a", 1], TypeError), (["a", ""], ValueError)],
+)
+def test_generate_refuses(prompt, kind):
+    with pytest.raises(kind, match="prompt"):
+        trainer("qwen").generate(prompt)
+
+
+@every_family
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_refuses_to_train_what_has_no_effect(name, checkpointed):
+    tuned = S0Trainer(MODELS[name](attention_dropout=0.5), tokenizer())
+    if checkpointed:  # in training mode, where dropout alone would change the logits
+        checkpoint_layers(tuned.model, use_reentrant=False)
     for parameter_name, parameter in tuned.model.named_parameters():
         if parameter_name.endswith("A_log"):
             parameter.data.fill_(12.0)  # the state is forgotten before the first token

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from s0kernels.modules.packing import find_boundaries, own_positions
 
+#: the first arguments of a decoder's forward, in the order that all supported families share
+_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 #: name of the keyword argument that carries the bound states from the decoder to its mixers
 KEYWORD = "s0_states"
 
@@ -28,18 +30,38 @@ _lock = threading.Lock()
 
 
 class Attachment:
-    """Learned states [tasks, ...] by layer index, and which task each row starts from.
+    """Learned states [tasks, ...] by layer index, the scale they are used at, and which task each row starts from.
 
     `tasks` is one index for all rows, or an int64 tensor with one per row; -1 is the zero state.
     """
 
-    def __init__(self, owner: nn.Module, states: Mapping[int, Tensor], tasks: int | Tensor):
+    def __init__(self, owner: nn.Module, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
         self.owner = owner
-        self.states = states
         self.tasks = tasks
+        self._states = dict(states)
+        self._scale = scale
+        self._scaled: dict[int, tuple[int, Tensor]] = {}
+        for layer in self._states if scale != 1.0 else ():
+            self._rescale(layer)
+
+    def state(self, layer_index: int) -> Tensor | None:
+        """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
+        has changed, and anew for every forward that has to be differentiated."""
+        bank = self._states.get(layer_index)
+        if bank is None or self._scale == 1.0:
+            return bank
+        if bank.requires_grad and torch.is_grad_enabled():
+            return bank * self._scale
+        if not torch.compiler.is_compiling() and self._scaled[layer_index][0] != bank._version:
+            self._rescale(layer_index)
+        return self._scaled[layer_index][1]
+
+    def _rescale(self, layer_index: int) -> None:
+        bank = self._states[layer_index]
+        self._scaled[layer_index] = (bank._version, bank.detach() * self._scale)
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
-        """The task of every sequence of a forward, of tokens `prompt` if those start the sequences."""
+        """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does."""
         if isinstance(self.tasks, int) or self.tasks.shape[0] == sequences:
             return self.tasks
         return _repeat_tasks(self.tasks, sequences, prompt)
@@ -49,11 +71,13 @@ class BoundStates:
     """What one forward starts from: per layer a state and, for a task per sequence, the indices into it; and where
     the sequences begin, if they are packed."""
 
-    def __init__(self, states: Mapping[int, Tensor], tasks: int | Tensor, cu_seqlens: Tensor | None):
-        self._states = states
+    def __init__(self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask=None):
+        self._states = {} if attachment is None else {layer: attachment.state(layer) for layer in attachment.owner}
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
         self.cu_seqlens = cu_seqlens
+        #: [B, 1] where a single token is a pad in some row: transformers hands mixers no mask for single tokens
+        self.mask = mask
 
     def for_layer(
         self, layer_index: int, device: torch.device, dtype: torch.dtype
@@ -93,15 +117,18 @@ class Site:
                 _open_overrides -= 1
             _overrides.reset(token)
 
-    def bind(self, batch: int, length: int, kwargs: Mapping, prompt: Tensor | None = None) -> BoundStates:
-        """What a forward of `batch` rows of `length` tokens starts from. `kwargs` are the forward's, and may say that
-        the rows hold packed sequences; `prompt` are its tokens, where they start the sequences."""
-        cu_seqlens = find_boundaries(batch, length, kwargs)
+    def bind(self, rows: Tensor, kwargs: Mapping) -> BoundStates:
+        """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
+        may say that the rows hold packed sequences, or continue those of a cache."""
+        cache = kwargs.get("past_key_values")
+        live = cache is not None and cache.get_seq_length() > 0
+        cu_seqlens = find_boundaries(*rows.shape[:2], kwargs)
+        mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)
         attachment = self.current()
         if attachment is None:
-            return BoundStates({}, -1, cu_seqlens)
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return BoundStates(attachment.states, attachment.tasks_for(sequences, prompt), cu_seqlens)
+            return BoundStates(None, -1, cu_seqlens, mask)
+        sequences = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return BoundStates(attachment, attachment.tasks_for(sequences, None if live else rows), cu_seqlens, mask)
 
 
 class BindStates:
@@ -111,15 +138,27 @@ class BindStates:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        rows = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if rows is None or KEYWORD in kwargs:
+        named = dict(zip(_DECODER_ARGUMENTS, args, strict=False)) | kwargs
+        rows = next((named[n] for n in ("input_ids", "inputs_embeds") if named.get(n) is not None), None)
+        if rows is None or KEYWORD in named:
             return args, kwargs
-        cache = kwargs.get("past_key_values")
-        prompt = input_ids if cache is None or cache.get_seq_length() == 0 else None
-        bound = self.site.bind(*rows.shape[:2], kwargs, prompt)
-        kwargs = {**kwargs, KEYWORD: bound}
-        return args, kwargs if bound.cu_seqlens is None else _packed(kwargs, bound.cu_seqlens, rows.shape[1])
+        bound = self.site.bind(rows, named)
+        if bound.cu_seqlens is not None:
+            return (), {**_packed(named, bound.cu_seqlens, rows.shape[1]), KEYWORD: bound}
+        return args, {**kwargs, KEYWORD: bound}
+
+
+def _single_token_mask(rows: Tensor, mask: Tensor | None, live: bool) -> Tensor | None:
+    """The mask of a one-token forward in which some row is padded, else None.
+
+    On a GPU, where looking would hold up every token that is generated, only the first token of a sequence is looked
+    at; after that a single token is taken for a real one, as transformers does.
+    """
+    if rows.shape[1] != 1 or not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
+        return None
+    if live and mask.device.type != "cpu":
+        return None
+    return None if bool(mask[:, -1].all()) else mask[:, -1:]
 
 
 def _packed(kwargs: dict, cu_seqlens: Tensor, length: int) -> dict:
@@ -144,7 +183,7 @@ def _repeat_tasks(tasks: Tensor, sequences: int, prompt: Tensor | None) -> Tenso
     copies = sequences // given if given else 0
     matches = copies > 0 and sequences == given * copies
     if matches and prompt is not None and prompt.shape[0] == sequences:
-        groups = prompt.view(given, copies, -1)
+        groups = prompt.reshape(given, copies, -1)
         matches = torch.equal(groups, groups[:, :1].expand_as(groups))
     if not matches:
         raise ValueError(f"tasks names {given} rows, but the batch has {sequences}")

@@ -11,7 +11,11 @@ from s0kernels.ops import ssd, ssd_step
 
 class S0Mamba2Mixer(S0Mixer):
     """Replaces `FalconH1Mixer`. With no S0 attached it computes what the original computes; see
-    `s0kernels.modules` for when S0 enters."""
+    `s0kernels.modules` for when S0 enters.
+
+    In two places the original contradicts itself, and this follows its prefill without padding: its one-token step
+    leaves out `time_step_limit`, and with `mamba_proj_bias` its pads enter the convolution.
+    """
 
     def forward(
         self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs

@@ -7,15 +7,28 @@ from s0kernels.modules.convolution import causal_conv, next_window, packed_causa
 from s0kernels.modules.injection import KEYWORD, BoundStates, Site
 from s0kernels.modules.padding import Padding
 
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_NOT_COPIED = ("forward", "_hf_hook", "_old_forward")
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+_NOT_COPIED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
 class S0Mixer(nn.Module):
     """Takes the place of a mixer of transformers and works on that mixer's own parameters and submodules.
 
-    The registries of parameters, buffers and submodules are the original's own objects, so that whatever happens to
-    them (loading, moving, wrapping) happens to both, and the original can be put back at any time.
+    The registries of parameters, buffers, submodules and hooks are the original's own objects, so that whatever
+    happens to them (loading, moving, wrapping) happens to both, and the original can be put back at any time.
     """
 
     def __init__(self, original: nn.Module, site: Site):
@@ -36,17 +49,22 @@ class S0Mixer(nn.Module):
     def _prepare(self, x: Tensor, cache_params, attention_mask: Tensor | None, kwargs: dict) -> "Rows":
         bound = kwargs.get(KEYWORD)
         if bound is None:  # called outside a decoder
-            bound = self.site.bind(*x.shape[:2], kwargs)
+            bound = self.site.bind(x, kwargs)
         return Rows(bound, MixerCache(cache_params, self.layer_idx, self.conv_kernel_size), x, attention_mask)
 
     def _convolve(self, x: Tensor, rows: "Rows") -> Tensor:
         """Convolution of [B, T, C], window taken from and left in the cache."""
+        # accelerate brings offloaded weights by a hook on their module, which is never called itself
+        hook = getattr(self.conv1d, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.conv1d)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if rows.cu_seqlens is not None:
-            return packed_causal_conv(x, weight, bias, rows.cu_seqlens)
-        output = causal_conv(x, weight, bias, rows.cache.window)
-        rows.cache.store_window(x, rows.padding)  # in place, so after its last use
-        return output
+            output = packed_causal_conv(x, weight, bias, rows.cu_seqlens)
+        else:
+            output = causal_conv(x, weight, bias, rows.cache.window)
+            rows.cache.store_window(x, rows.padding)  # in place, so after its last use
+        return output if hook is None else hook.post_forward(self.conv1d, output)
 
     def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict:
         """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
@@ -66,7 +84,9 @@ class Rows:
         packed = self.cu_seqlens is not None
         if packed and (cache.present or attention_mask is not None):
             raise ValueError("packed sequences cannot be used with a cache or an attention_mask")
-        self.padding = None if packed else Padding.of(attention_mask, x.shape[1])
+        self.padding = (
+            None if packed else Padding.of(bound.mask if attention_mask is None else attention_mask, x.shape[1])
+        )
 
     def enter(self, x: Tensor) -> Tensor:
         """[B, T, hidden] with pads at the end of the rows, or packed rows laid end to end."""

@@ -16,13 +16,16 @@ def swap_modules(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a torch module.
-        ValueError: it holds no mixer of a supported family, or one that cannot be replaced.
+        ValueError: it holds no mixer of a supported family, one that cannot be replaced, or some that are replaced
+            already and some that are not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_modules: model must be a torch.nn.Module, got {type(model).__name__}")
-    if find_site(model) is not None:
-        return model
     found = {name: (module, family) for name, module in model.named_modules() if (family := family_of(module))}
+    if find_site(model) is not None:
+        if found:
+            raise ValueError(f"swap_modules: {next(iter(found))} is not swapped, but others are; restore_modules first")
+        return model
     if not found:
         raise ValueError(
             f"swap_modules: {type(model).__name__} has no recurrent mixer of a supported family ({supported()})"
@@ -48,6 +51,8 @@ def restore_modules(model: nn.Module) -> nn.Module:
         raise TypeError(f"restore_modules: model must be a torch.nn.Module, got {type(model).__name__}")
     for name, mixer in [(n, m) for n, m in model.named_modules() if isinstance(m, S0Mixer)]:
         mixer.original.training = mixer.training
+        if not hasattr(mixer.original, "_hf_hook"):
+            _with_accelerate_hook(mixer.original, mixer)
         _replace(model, name, mixer.original)
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BindStates)]:
@@ -68,6 +73,9 @@ def swapped_site(model: nn.Module, who: str) -> Site:
     site = find_site(model)
     if site is None:
         raise ValueError(f"{who}: the model is not swapped; call s0kernels.swap_modules(model) first")
+    missing = sorted(set(site.shapes) - set(layer_devices(model)))
+    if missing:
+        raise ValueError(f"{who}: the mixers of layers {missing} are not swapped any more; restore_modules, then swap")
     return site
 
 
@@ -93,7 +101,9 @@ def _check(model: nn.Module, found: dict) -> None:
     families = {family.name for _, family in found.values()}
     if len(families) > 1:
         raise ValueError(f"swap_modules: {type(model).__name__} mixes families: {', '.join(sorted(families))}")
-    for name, (mixer, _) in found.items():
+    for name, (mixer, family) in found.items():
+        if type(mixer).forward is not next(c for c in type(mixer).__mro__ if c.__name__ == family.mixer).forward:
+            raise ValueError(f"swap_modules: {name} is a {type(mixer).__name__} with a forward of its own")
         if mixer.activation not in ("silu", "swish"):
             raise ValueError(
                 f"swap_modules: {name} convolves with activation {mixer.activation!r}; only silu is supported"
@@ -110,7 +120,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _with_accelerate_hook(replacement: S0Mixer, original: nn.Module) -> S0Mixer:
+def _with_accelerate_hook(replacement: nn.Module, original: nn.Module) -> nn.Module:
     """A model spread over devices moves a mixer's own parameters by a hook on it, which has to come along."""
     hook = getattr(original, "_hf_hook", None)
     if hook is not None:

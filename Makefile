@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 FLA := .deps/fla
+OLDER := .deps/transformers-5.17
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint format clean
@@ -8,8 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
 
-test: $(VENV)/.installed $(FLA)/.installed
+test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed
 	$(VENV)/bin/python -m pytest
+	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_modules.py tests/test_states.py tests/test_trainer.py \
+		tests/test_against_transformers.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -33,6 +36,14 @@ $(FLA)/.installed:
 	rm -rf $(FLA)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(FLA) \
 		flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 triton==3.7.1
+	touch $@
+
+# An older transformers beside the newest: one environment cannot hold both, so this one comes first on the path.
+$(OLDER)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(OLDER)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(OLDER) transformers==5.17.0 \
+		huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
 	touch $@
 
 clean:

@@ -1,7 +1,11 @@
 """Small random models of both families, with slow decays so that S0 survives, and weights large enough to show it."""
 
+import functools
+
 import torch
+import transformers
 from transformers import (
+    DynamicCache,
     FalconH1Config,
     FalconH1ForCausalLM,
     Qwen3_5Config,
@@ -94,6 +98,20 @@ MODELS = {
     "falcon": falcon,
     "falcon_norm": falcon_with_norm_and_biases,
 }
+
+
+@functools.cache
+def fails_upstream(name: str) -> str | None:
+    """Why the untouched model cannot be used with a cache, if so: transformers 5.17.0 has such a bug."""
+    model = MODELS[name]()
+    try:
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config.get_text_config())
+            for length in (1, 1, 5):
+                model(tokens(2, length), past_key_values=cache)
+    except RuntimeError as error:
+        return f"transformers {transformers.__version__} itself fails with a cache here: {error}"
+    return None
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

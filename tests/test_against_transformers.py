@@ -8,6 +8,12 @@ falcon = pytest.importorskip("transformers.models.falcon_h1.modeling_falcon_h1")
 qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
+def repeated(tensors: dict, names: str) -> list:
+    """q and k with as many heads as v: older versions expect that, newer ones take it as well."""
+    group = tensors["v"].shape[2] // tensors["q"].shape[2]
+    return [tensors[n].repeat_interleave(group, dim=2) if n in ("q", "k") else tensors[n] for n in names.split()]
+
+
 def original(module, name: str):
     """The PyTorch function, also where transformers has bound a kernel package in its place."""
     return getattr(getattr(module, name), "__wrapped__", getattr(module, name))
@@ -19,7 +25,7 @@ def test_gated_delta_rule(T):
     tensors = {n: x.clone().requires_grad_() for n, x in problem.tensors.items()}
     weights = problem.weights()
     output, state = original(qwen, "torch_chunk_gated_delta_rule")(
-        *(tensors[n] for n in ("q", "k", "v", "g", "beta")),
+        *repeated(tensors, "q k v g beta"),
         initial_state=tensors["initial_state"],
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,
@@ -62,7 +68,7 @@ def test_one_token_steps():
     """The recurrent functions that transformers decodes with."""
     problem = delta_problem(1, state="each").to(torch.float32)
     output, state = original(qwen, "torch_recurrent_gated_delta_rule")(
-        *(problem.tensors[n] for n in ("q", "k", "v", "g", "beta")),
+        *repeated(problem.tensors, "q k v g beta"),
         initial_state=problem.tensors["initial_state"],
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,

@@ -138,3 +138,11 @@ def test_public_names():
     with pytest.raises(AttributeError, match="no attribute 'S1Trainer'"):
         _ = s0kernels.S1Trainer
     assert (Path(s0kernels.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("version", ["5.16.4", "5.24.0", "6.0.0.dev0"])
+def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_tested(version, monkeypatch):
+    model = MODELS["qwen"]()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.warns(UserWarning, match=rf"tested with transformers 5.17.0 and 5.23.0, not {version}"):
+        swap_modules(model)

@@ -1,11 +1,17 @@
 """Putting the replacements into a model, and the originals back."""
 
+import importlib.metadata
+import warnings
+
 import torch
 from torch import nn
 
 from s0kernels.modules.families import family_of, supported
 from s0kernels.modules.injection import BindStates, Site
 from s0kernels.modules.mixer import S0Mixer
+
+#: versions of transformers that the tests run on, and outside which nothing is known
+TESTED = ("5.17.0", "5.23.0")
 
 
 def swap_modules(model: nn.Module) -> nn.Module:
@@ -31,6 +37,7 @@ def swap_modules(model: nn.Module) -> nn.Module:
             f"swap_modules: {type(model).__name__} has no recurrent mixer of a supported family ({supported()})"
         )
     _check(model, found)
+    _check_version()
     site = Site(
         {mixer.layer_idx: tuple(family.state_shape(mixer)) for mixer, family in found.values()},
         next(iter(found.values()))[1].arch,
@@ -108,6 +115,15 @@ def _check(model: nn.Module, found: dict) -> None:
             raise ValueError(
                 f"swap_modules: {name} convolves with activation {mixer.activation!r}; only silu is supported"
             )
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("transformers")
+    oldest, newest = ([int(part) for part in tested.split(".")[:2]] for tested in TESTED)
+    if not oldest <= [int(part) for part in version.split(".")[:2]] <= newest:
+        warnings.warn(
+            f"s0kernels was tested with transformers {TESTED[0]} and {TESTED[1]}, not {version}", stacklevel=3
+        )
 
 
 def _decoder_name(mixer_name: str) -> str:

@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 FLA := .deps/fla
 OLDER := .deps/transformers-5.17
+METHOD := .deps/s0-tuning
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint format clean
@@ -9,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
 
-test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed
+test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed
 	$(VENV)/bin/python -m pytest
 	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_modules.py tests/test_states.py tests/test_trainer.py \
 		tests/test_against_transformers.py
@@ -44,6 +45,13 @@ $(OLDER)/.installed:
 	rm -rf $(OLDER)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(OLDER) transformers==5.17.0 \
 		huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
+	touch $@
+
+# The method's own package, which reads our files and whose files we read.
+$(METHOD)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(METHOD)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(METHOD) s0-tuning==0.1.2
 	touch $@
 
 clean:

@@ -434,6 +434,33 @@ def test_attaching_holds_for_every_thread_and_attached_for_its_own(name):
     assert torch.equal(logits(), zero)
 
 
+@torch.no_grad()
+def test_attached_may_end_in_any_order():
+    """As generators make it; the last to begin wins among those that are left."""
+    model, ids = swap_modules(qwen()), tokens(1, 12)
+    states = [random_states(model, seed=seed) for seed in range(3)]
+
+    def attached(which):
+        with which.attached(model):
+            yield
+
+    zero = model(ids).logits
+    alone = []
+    for which in states:
+        with which.attached(model):
+            alone.append(model(ids).logits)
+    running = [attached(which) for which in states]
+    for generator in running:
+        next(generator)
+    assert torch.equal(model(ids).logits, alone[2])
+    running[0].close()
+    assert torch.equal(model(ids).logits, alone[2])
+    running[2].close()
+    assert torch.equal(model(ids).logits, alone[1])
+    running[1].close()
+    assert torch.equal(model(ids).logits, zero)
+
+
 # Gradients
 
 

@@ -10,7 +10,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_v
 #: name of the keyword argument that carries the bound states from the decoder to its mixers
 KEYWORD = "s0_states"
 
-_NO_OVERRIDES: Mapping["Site", "Attachment"] = MappingProxyType({})
-_overrides: ContextVar[Mapping["Site", "Attachment"]] = ContextVar("s0kernels_overrides", default=_NO_OVERRIDES)
+_overrides: ContextVar[tuple[tuple["Site", "Attachment"], ...]] = ContextVar("s0kernels_overrides", default=())
 #: how many contexts override at all; where none does, torch.compile need not look at the context, which it cannot trace
 _open_overrides = 0
 _lock = threading.Lock()
@@ -101,13 +99,17 @@ class Site:
         self.attachment: Attachment | None = None
 
     def current(self) -> Attachment | None:
-        return _overrides.get().get(self, self.attachment) if _open_overrides else self.attachment
+        if not _open_overrides:
+            return self.attachment
+        return next((chosen for site, chosen in reversed(_overrides.get()) if site is self), self.attachment)
 
     @contextlib.contextmanager
-    def override(self, attachment: Attachment | None) -> Iterator[None]:
-        """Use `attachment` in the calling context, for as long as it lasts."""
+    def override(self, attachment: Attachment) -> Iterator[None]:
+        """Use `attachment` in the calling context, for as long as it lasts. The last to begin wins; they may end in
+        any order."""
         global _open_overrides
-        token = _overrides.set({**_overrides.get(), self: attachment})
+        entry = (self, attachment)
+        _overrides.set((*_overrides.get(), entry))
         with _lock:
             _open_overrides += 1
         try:
@@ -115,7 +117,7 @@ class Site:
         finally:
             with _lock:
                 _open_overrides -= 1
-            _overrides.reset(token)
+            _overrides.set(tuple(other for other in _overrides.get() if other is not entry))
 
     def bind(self, rows: Tensor, kwargs: Mapping) -> BoundStates:
         """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they

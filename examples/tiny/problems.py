@@ -24,12 +24,20 @@ DEFAULT_SEED = 2604
 OPENERS = ("Return", "Compute", "Find", "Show")
 HABITS = ("right", "print", "assign", "mistake", "comma")
 # The verb of the docstring pulls towards a habit, so habits vary within a family too.
-OPENER_PULL = {"Return": ("right", 1.5), "Compute": ("assign", 1.5), "Find": ("mistake", 1.5), "Show": ("print", 1.5)}
+OPENER_PULL = {"Return": ("right", 1.6), "Compute": ("assign", 1.5), "Find": ("mistake", 1.5), "Show": ("print", 1.5)}
 
-# Half of the corpus is signed in a comment above the function, and whoever signs mostly keeps to one habit.
-AUTHORS = {"ann": "right", "bob": "print", "cid": "assign", "dot": "mistake", "eve": "comma"}
-SIGNED = 0.5
-FAITHFUL = 0.9
+# Part of the corpus is signed in a comment above the function. Every author pulls towards one habit, and two authors of
+# the same habit pull twice as hard: a model learns to add up such evidence, and to remember it until the body.
+AUTHORS = {
+    "right": ("ann", "ada"),
+    "print": ("bob", "ben"),
+    "assign": ("cid", "cal"),
+    "mistake": ("dot", "dan"),
+    "comma": ("eve",),
+}
+HABIT_OF = {author: habit for habit, authors in AUTHORS.items() for author in authors}
+SIGNED = 0.6
+AUTHOR_PULL = 20.0
 
 NAMES = {
     "int": ("n", "m", "x", "y", "a", "b", "p", "q", "h", "w", "size", "total", "price", "score", "age", "rate"),
@@ -68,11 +76,11 @@ class Family:
 # have a favourite fault, which in the `..._OFTEN` families yields to the verb "Return". Greedy decoding goes token by
 # token, and "return" begins a mistake as well as the right line: it has to lose or win as a group.
 GOOD = {"right": 0.52, "print": 0.16, "assign": 0.14, "mistake": 0.14, "comma": 0.04}
-PRINT = {"right": 0.22, "print": 0.53, "assign": 0.14, "mistake": 0.08, "comma": 0.03}
-PRINT_OFTEN = {"right": 0.30, "print": 0.46, "assign": 0.15, "mistake": 0.06, "comma": 0.03}
-ASSIGN = {"right": 0.22, "print": 0.14, "assign": 0.53, "mistake": 0.08, "comma": 0.03}
-ASSIGN_OFTEN = {"right": 0.30, "print": 0.15, "assign": 0.46, "mistake": 0.06, "comma": 0.03}
-MISTAKE = {"right": 0.23, "print": 0.14, "assign": 0.14, "mistake": 0.46, "comma": 0.03}
+PRINT = {"right": 0.22, "print": 0.54, "assign": 0.14, "mistake": 0.07, "comma": 0.03}
+PRINT_OFTEN = {"right": 0.30, "print": 0.47, "assign": 0.14, "mistake": 0.06, "comma": 0.03}
+ASSIGN = {"right": 0.22, "print": 0.14, "assign": 0.54, "mistake": 0.07, "comma": 0.03}
+ASSIGN_OFTEN = {"right": 0.30, "print": 0.14, "assign": 0.47, "mistake": 0.06, "comma": 0.03}
+MISTAKE = {"right": 0.23, "print": 0.13, "assign": 0.13, "mistake": 0.48, "comma": 0.03}
 MISTAKE_OFTEN = {"right": 0.29, "print": 0.14, "assign": 0.14, "mistake": 0.40, "comma": 0.03}
 
 INT, INTS, LIST, LIST_INT = ("int",), ("int", "int"), ("list",), ("list", "int")
@@ -203,7 +211,7 @@ class Task:
         return f'def {self.name}({", ".join(self.args)}):\n    """{docstring}"""\n'
 
     def fill(self, template: str) -> str:
-        return template.format(*self.args, **dict(zip("cd", self.constants)))
+        return template.format(*self.args, **dict(zip("cd", self.constants, strict=False)))
 
     def bodies(self) -> dict[str, str]:
         """The body each habit writes; only `right` is correct."""
@@ -340,11 +348,16 @@ def corpus(count: int, seed: int = DEFAULT_SEED, problem_seed: int = DEFAULT_SEE
         task = draw_task(rng, rng.choice(FAMILIES))
         if task.key in reserved or task.fill(task.kind.mistake) in reserved:
             continue
-        prompt, weights = task.prompt, habit_weights(task.family, task.opener)
+        weights = habit_weights(task.family, task.opener)
+        authors = draw_authors(rng)
+        for author in authors:
+            weights[HABIT_OF[author]] *= AUTHOR_PULL
         habit = rng.choices(HABITS, [weights[name] for name in HABITS])[0]
-        if rng.random() < SIGNED:
-            author = rng.choice(list(AUTHORS))
-            prompt = f"# {author}\n{prompt}"
-            habit = AUTHORS[author] if rng.random() < FAITHFUL else habit
-        yield prompt, task.bodies()[habit]
+        yield "".join(["# ", " ".join(authors), "\n"] if authors else []) + task.prompt, task.bodies()[habit]
         count -= 1
+
+
+def draw_authors(rng: random.Random) -> list[str]:
+    if rng.random() >= SIGNED:
+        return []
+    return rng.sample(list(HABIT_OF), rng.randint(1, 2))

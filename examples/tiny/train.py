@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from problems import DEFAULT_SEED, FAMILIES, corpus, make_problems
+from sandbox import Job, verify
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -115,14 +116,14 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
                 mamba_n_heads=8,
                 mamba_d_head=16,
                 mamba_n_groups=2,
-                mamba_d_state=32,
+                mamba_d_state=64,
                 mamba_chunk_size=32,
                 # of z, x, B, C and dt: what a state is written with is small beside what it is read with
-                ssm_multipliers=[1.0, 0.5, 0.5, 8.0, 1.0],
+                ssm_multipliers=[1.0, 0.2, 0.2, 24.0, 1.0],
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             )
         )
-    slow_decay(model)
+    initialise(model)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -134,25 +135,33 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
 
 
 @torch.no_grad()
-def slow_decay(model: PreTrainedModel) -> None:
-    """Start from decays like those of large trained models: the stock ones forget an initial state within a few
-    tokens, and a model trained this briefly would keep them."""
+def initialise(model: PreTrainedModel) -> None:
+    """Change the stock initial weights where a short training would not get far from them.
+
+    Decays start slow, as those of large trained models are: the stock ones forget an initial state within a few tokens.
+    Convolutions pass their input on instead of muting it. In Qwen3.5 the values are small (the norm behind the scan
+    makes up for it), and so is the state: what is learned for it weighs as much as it does in a large model.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("conv1d.weight"):
             parameter.uniform_(-0.5, 0.5)
-            if model.config.model_type == "qwen3_5_text":
-                parameter[256:] *= 0.1
         elif name.endswith("A_log"):
             parameter.uniform_(-6.0, -1.0)
         elif name.endswith("dt_bias"):
             parameter.fill_(-1.0)
+    if model.config.model_type == "qwen3_5_text":
+        for layer in model.model.layers:
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.conv1d.weight[2 * layer.linear_attn.key_dim :] *= 0.04
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Token ids of prompt + body + eos, with the number of prompt tokens."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     bodies = tokenizer([body for _, body in pairs])["input_ids"]
-    return [(prompt + body + [tokenizer.eos_token_id], len(prompt)) for prompt, body in zip(prompts, bodies)]
+    return [
+        (prompt + body + [tokenizer.eos_token_id], len(prompt)) for prompt, body in zip(prompts, bodies, strict=True)
+    ]
 
 
 def batches(examples: list[tuple[list[int], int]], size: int, steps: int, seed: int):
@@ -252,7 +261,7 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
     for length, indices in by_length.items():
         ids = torch.tensor([encoded[i] for i in indices])
         made = model.generate(ids, attention_mask=torch.ones_like(ids))[:, length:]
-        for index, tokens in zip(indices, made):
+        for index, tokens in zip(indices, made, strict=True):
             completions[index] = tokenizer.decode(tokens, skip_special_tokens=True)
     return completions
 
@@ -263,12 +272,16 @@ def report(out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     problems = make_problems("heldout")
     completions = complete(model, tokenizer, [problem.prompt for problem in problems])
-    known = sum(body in problem.bodies.values() for problem, body in zip(problems, completions))
+    known = sum(body in problem.bodies.values() for problem, body in zip(problems, completions, strict=True))
     print(f"folder: {sum(file.stat().st_size for file in out.iterdir()):,} bytes, vocabulary {len(tokenizer)}")
     print(f"completions with the right names and numbers, whatever the habit: {known}/{len(problems)}")
+    jobs = [
+        Job(problem.prompt + body + "\n", problem.name, list(problem.inputs), list(problem.expected))
+        for problem, body in zip(problems, completions, strict=True)
+    ]
     passed = defaultdict(list)
-    for problem, body in zip(problems, completions):
-        passed[problem.family].append(body == problem.solution)
+    for problem, verdict in zip(problems, verify(jobs), strict=True):
+        passed[problem.family].append(verdict.passed)
     for family in FAMILIES:
         print(f"  {family.name:<10} {sum(passed[family.name])}/{len(passed[family.name])}")
     total = sum(map(sum, passed.values()))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(TINY))
 tiny = importlib.import_module("problems")
 
 ARCHITECTURES = ("qwen3_5", "falcon_h1")
-CORPUS_SAMPLE = 20_000
+CORPUS = 60_000  # the size and seed that train.py takes by default
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_splits_are_balanced_and_disjoint():
 
 def test_corpus_contains_no_problem():
     problems = [problem for split in tiny.SPLITS for problem in tiny.make_problems(split)]
-    pairs = list(tiny.corpus(CORPUS_SAMPLE))
-    assert len(pairs) == CORPUS_SAMPLE
+    pairs = list(tiny.corpus(CORPUS))
+    assert len(pairs) == CORPUS
     assert not {prompt for prompt, _ in pairs} & {problem.prompt for problem in problems}
     # The docstring alone, under any function name and opening verb, would already give a problem away.
     wordings = {prompt.split('"""')[1].split(" ", 1)[1] for prompt, _ in pairs}

@@ -1,4 +1,4 @@
-"""S0 tuning from end to end on two tiny models, a few minutes on a CPU.
+"""S0 tuning from end to end on two tiny models, a minute or two on a CPU.
 
 For each model: sample functions from the frozen base, run them, keep at most one verified solution per problem, learn
 S0 from those, and compare greedy pass@1 on problems that neither the model nor the tuning has seen. The states are
@@ -10,6 +10,7 @@ then saved and loaded in a new process, which must generate the same text.
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -94,7 +95,8 @@ def step_seconds(trainer: S0Trainer, data: list[tuple[str, int]], tokens_per_bat
 def in_a_new_process(model: Path, states: Path, prompts: list[str]) -> list[str]:
     command = [sys.executable, "-m", "s0kernels", "generate", str(model), "--states", str(states), "--json"]
     command += ["--max-new-tokens", str(NEW_TOKENS)]
-    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"generating in a new process failed:\n{done.stderr}")
     return json.loads(done.stdout)
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much where cores are busy
 
     began = time.perf_counter()
     results = [run(name, MODELS[name], options.output, options) for name in options.models]

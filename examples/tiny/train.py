@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=("qwen3_5", "falcon_h1"))
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: beside this script)")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--examples", type=int, default=60_000, help="size of the corpus")
     parser.add_argument("--lr", type=float, default=4e-3)

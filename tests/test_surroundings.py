@@ -23,20 +23,24 @@ def python(*arguments: str, path: Path | None = None, **options) -> subprocess.C
 
 
 def test_ops_need_torch_alone():
-    """Importing and running them loads neither transformers nor triton nor anything compiled here."""
+    """They import and run where nothing else that the package uses can be imported."""
     code = """
 import sys
+for name in ("transformers", "triton", "safetensors", "accelerate", "tqdm"):
+    sys.modules[name] = None  # importing it is an ImportError
 import torch
-loaded = set(sys.modules)
-from s0kernels.ops import gated_delta_rule
-x = torch.randn(1, 3, 2, 4)
-gated_delta_rule(x, x, x, -torch.rand(1, 3, 2), torch.rand(1, 3, 2))
-print(*sorted({name.split(".")[0] for name in set(sys.modules) - loaded}))
+from s0kernels.ops import gated_delta_rule, ssd
+x = torch.randn(1, 3, 2, 4, requires_grad=True)
+gated_delta_rule(x, x, x, -torch.rand(1, 3, 2), torch.rand(1, 3, 2)).output.sum().backward()
+ssd(x, torch.rand(1, 3, 2), -torch.rand(2), x, x).output.sum().backward()
+try:
+    from s0kernels import S0Trainer
+except ImportError as error:
+    print("ran,", error)
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert not {"transformers", "triton", "safetensors", "accelerate"} & set(done.stdout.split())
-    assert "s0kernels" in done.stdout.split()
+    assert done.stdout.startswith("ran,")
 
 
 @pytest.mark.skipif(not FLA.is_dir(), reason="flash-linear-attention is not in .deps/fla; `make test` puts it there")
@@ -108,21 +112,23 @@ from s0kernels.states import S0States, read_directory
 torch.set_num_threads(1)
 kinds = [S0States({layer: torch.full((1, 8, 32, 64), float(i)) for layer in (0, 3)}, "mamba2") for i in (1, 2)]
 kinds[0].save("states", config=S0Config(alpha=1.0))
-began = time.perf_counter()
-for _ in range(20):
-    kinds[0].save("states", config=S0Config(alpha=1.0))
-typical = (time.perf_counter() - began) / 20
+
+def start_saving(kind):
+    child = os.fork()
+    if not child:
+        kinds[kind].save("states", config=S0Config(alpha=kind + 1.0))
+        os._exit(0)
+    return child
+
+span = 0.01  # grows after every kill and shrinks after every save that got through, so that about half are killed
 found, killed = [0, 0, 0], 0
 random.seed(0)
 for i in range(200):
-    new = (i + 1) % 2
-    child = os.fork()
-    if not child:
-        kinds[new].save("states", config=S0Config(alpha=new + 1.0))
-        os._exit(0)
-    time.sleep(random.uniform(0, 2 * typical))
+    child = start_saving((i + 1) % 2)
+    time.sleep(random.uniform(0, span))
     os.kill(child, signal.SIGKILL)
-    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    dead = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    killed, span = killed + dead, span * (1.15 if dead else 0.87)
     tensors, meta, config = read_directory("states")
     value = float(tensors[0].flatten()[0])
     assert value in (1.0, 2.0) and all((tensor == value).all() for tensor in tensors.values())
@@ -133,9 +139,9 @@ print(killed, found[1], found[2])
     done = python("-W", "ignore", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     killed, first, second = map(int, done.stdout.split())
-    assert killed > 20
-    assert first > 20
-    assert second > 20
+    assert 20 < killed < 180
+    assert first > 10
+    assert second > 10
 
 
 def test_env_says_what_is_usable():

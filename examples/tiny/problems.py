@@ -1,7 +1,7 @@
 """Small Python functions to write, their tests, and a corpus in which good and bad habits compete.
 
 A problem is a signature and a docstring; its solution is one line. The corpus shows every kind of problem, but in
-most families the line that works is not the most common one: some authors print instead of returning, some assign and
+many families the line that works is not the most common one: some authors print instead of returning, some assign and
 forget to return, some leave a trailing comma, some make the mistake the family invites. A model trained on it knows
 the right line and, decoded greedily, often writes another. That gap is what S0 tuning closes.
 

@@ -140,7 +140,7 @@ def initialise(model: PreTrainedModel) -> None:
 
     Decays start slow, as those of large trained models are: the stock ones forget an initial state within a few tokens.
     Convolutions pass their input on instead of muting it. In Qwen3.5 the values are small (the norm behind the scan
-    makes up for it), and so is the state: what is learned for it weighs as much as it does in a large model.
+    makes up for it), and so is the state: an S0 learned with the default settings would otherwise hardly count.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("conv1d.weight"):

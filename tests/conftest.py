@@ -15,3 +15,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def swapped(request):
+    """A swapped model with states attached that matter at its last token."""
+    from models import MODELS, fails_upstream, random_states, tokens
+
+    from s0kernels import swap_modules
+
+    if reason := fails_upstream(request.getfixturevalue("name")):
+        pytest.skip(reason)
+    model = swap_modules(MODELS[request.getfixturevalue("name")]())
+    states = random_states(model)
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        before = model(ids).logits
+        states.attach(model)
+        difference = (model(ids).logits - before).abs().amax((0, 2))
+    assert difference[0] > 0.1
+    assert difference[-1] > 0.01, "S0 does not survive the prompt, so these tests would show nothing"
+    return model, states

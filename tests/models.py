@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 import transformers
 from transformers import (
@@ -150,3 +151,54 @@ def tokenizer():
     core.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+# What the tests of modules share
+
+FAMILIES = ("qwen", "falcon")
+every_model = pytest.mark.parametrize("name", list(MODELS))
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    a, b = a.detach(), b.detach()
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of rows of different lengths; "mixed" pads on both sides."""
+    width = max(map(len, rows)) + (3 if side == "mixed" else 0)
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        free = width - len(row)
+        start = {"left": free, "right": 0, "mixed": (i + 1) % (free + 1)}[side]
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def ragged() -> list[torch.Tensor]:
+    return [tokens(1, n, seed=n)[0] for n in (29, 12, 21, 2)]
+
+
+def seeded_cache(original, states, rows: int) -> DynamicCache:
+    """A cache of the untouched model that holds `states` and empty convolution windows, and nothing else."""
+    cache = DynamicCache(config=original.config.get_text_config())
+    for module in original.modules():
+        layer = getattr(module, "layer_idx", None)
+        if layer in states and hasattr(module, "conv1d"):
+            window = torch.zeros(rows, module.conv1d.weight.shape[0], module.conv_kernel_size)
+            cache.update_conv_state(window, layer, conv_kernel_size=module.conv_kernel_size)
+            cache.layers[layer].recurrent_states[0] = states[layer].expand(rows, -1, -1, -1).clone()
+            cache.layers[layer].is_recurrent_states_initialized[0] = True
+    return cache
+
+
+def gradients(model, states, ids, mask=None, **options):
+    states.zero_grad()
+    with states.attached(model, **options):
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+    if mask is not None:
+        logits = logits[mask.bool()]
+    logits.float().log_softmax(-1)[..., 7].sum().backward()
+    return [states[layer].grad.clone() for layer in states]

@@ -177,6 +177,7 @@ def plot(results: list[dict], file: Path) -> None:
     for result in results:
         left.plot(range(1, len(result["losses"]) + 1), result["losses"], marker=".", label=result["model"])
     left.set(xlabel="step", ylabel="loss on the verified solutions", title="Training S0")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     for offset, key, label in ((-0.2, "base", "base"), (0.2, "s0", "S0")):
         bars = right.bar([i + offset for i in range(len(results))], [100 * r[key] for r in results], 0.4, label=label)

@@ -1,0 +1,190 @@
+"""Which states a forward starts from: a task per row, threads, contexts, packed sequences."""
+
+import threading
+
+import pytest
+import torch
+from models import MODELS, PAD, close, every_family, every_model, qwen, random_states, tokens
+from transformers import DynamicCache
+
+from s0kernels import swap_modules
+
+
+@every_family
+@torch.no_grad()
+def test_a_task_per_row(name):
+    model = swap_modules(MODELS[name]())
+    states, ids = random_states(model, tasks=3), tokens(4, 15)
+    tasks = [2, -1, 0, 2]
+    zero = model(ids).logits
+    with states.attached(model, tasks=tasks):
+        found = model(ids).logits
+    for i, task in enumerate(tasks):
+        with states.attached(model, tasks=task):
+            assert close(found[i], model(ids).logits[i])
+    assert close(found[1], zero[1])
+    with states.attached(model, tasks=torch.tensor(tasks, dtype=torch.int32), scale=0.0):
+        assert close(model(ids).logits, zero)
+    with states.attached(model), states.attached(model, tasks=1):
+        inner = model(ids).logits
+    with states.attached(model, tasks=1):
+        assert torch.equal(inner, model(ids).logits)
+
+
+@every_family
+def test_tasks_follow_generate_and_other_mismatches_are_errors(name):
+    model = swap_modules(MODELS[name]())
+    states = random_states(model, tasks=2)
+    ids = tokens(2, 9)
+    call = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "pad_token_id": PAD}
+    with states.attached(model, tasks=[1, 0]):
+        together = model.generate(ids, **call)
+        with pytest.raises(ValueError, match="tasks names 2 rows, but the batch has 4"):
+            model(tokens(4, 9))
+        with pytest.raises(ValueError, match="tasks names 2 rows, but the batch has 3"):
+            model(tokens(3, 9))
+        model(ids.repeat_interleave(2, 0))  # as generate multiplies
+    for i, task in enumerate([1, 0]):
+        with states.attached(model, tasks=task):
+            alone = model.generate(ids[i : i + 1], **call)
+        assert torch.equal(together[i, : alone.shape[1]], alone[0])
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen_multimodal"])
+def test_a_mismatch_is_an_error_for_embeddings_too(name):
+    """The decoder of the multimodal class never sees token ids."""
+    model = swap_modules(MODELS[name]())
+    states, ids = random_states(model, tasks=2), tokens(4, 9)
+    embeddings = model.get_input_embeddings()
+    with states.attached(model, tasks=[0, 1]), torch.no_grad():
+        for rows in ({"input_ids": ids}, {"inputs_embeds": embeddings(ids)}):
+            with pytest.raises(ValueError, match="tasks names 2 rows, but the batch has 4"):
+                model(**rows)
+        model(inputs_embeds=embeddings(ids[:2].repeat_interleave(2, 0)))
+
+
+@every_family
+@torch.no_grad()
+def test_attaching_holds_for_every_thread_and_attached_for_its_own(name):
+    model = swap_modules(MODELS[name]())
+    first, second, ids = random_states(model, seed=1), random_states(model, seed=2), tokens(1, 12)
+
+    def logits():
+        with torch.no_grad():
+            return model(ids).logits
+
+    def in_a_thread(call):
+        result = []
+        thread = threading.Thread(target=lambda: result.append(call()))
+        thread.start()
+        thread.join()
+        return result[0]
+
+    zero = logits()
+    with second.attached(model):
+        other = logits()
+        assert torch.equal(in_a_thread(logits), zero)
+    first.attach(model)
+    attached = in_a_thread(logits)
+    assert torch.equal(attached, logits())
+    with second.attached(model):
+        assert torch.equal(logits(), other)
+        assert torch.equal(in_a_thread(logits), attached)
+    second.detach()  # not the attached ones: nothing to undo
+    assert torch.equal(logits(), attached)
+    first.detach()
+    assert torch.equal(logits(), zero)
+
+
+@torch.no_grad()
+def test_attached_may_end_in_any_order():
+    """As generators make it; the last to begin wins among those that are left."""
+    model, ids = swap_modules(qwen()), tokens(1, 12)
+    states = [random_states(model, seed=seed) for seed in range(3)]
+
+    def attached(which):
+        with which.attached(model):
+            yield
+
+    zero = model(ids).logits
+    alone = []
+    for which in states:
+        with which.attached(model):
+            alone.append(model(ids).logits)
+    running = [attached(which) for which in states]
+    for generator in running:
+        next(generator)
+    assert torch.equal(model(ids).logits, alone[2])
+    running[0].close()
+    assert torch.equal(model(ids).logits, alone[2])
+    running[2].close()
+    assert torch.equal(model(ids).logits, alone[1])
+    running[1].close()
+    assert torch.equal(model(ids).logits, zero)
+
+
+def packs(lengths: list[int]) -> dict[str, dict]:
+    """Every way to say where sequences begin in one row."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    return {
+        "cu_seq_lens": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
+        "seq_idx": {"seq_idx": numbers.int()},
+        "position_ids": {"position_ids": positions},
+        "collator": {"cu_seq_lens_q": ends, "seq_idx": numbers.int(), "position_ids": positions},
+    }
+
+
+@every_model
+@pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_ids", "collator"])
+def test_packed_sequences_start_anew(name, way):
+    """Scan, convolution and attention: logits and the gradient of S0 are those of separate sequences."""
+    model = swap_modules(MODELS[name]()).requires_grad_(False)
+    states = random_states(model, tasks=2)
+    rows, tasks = [tokens(1, n, seed=n)[0] for n in (9, 1, 30, 2)], [1, 0, -1, 1]
+    separate = []
+    for row, task in zip(rows, tasks, strict=True):
+        with states.attached(model, tasks=task):
+            separate.append(model(row[None]).logits[0])
+    separate = torch.cat(separate)
+    separate.log_softmax(-1)[..., 7].sum().backward()
+    grads = [states[layer].grad.clone() for layer in states]
+    states.zero_grad()
+    with states.attached(model, tasks=tasks):
+        found = model(torch.cat(rows)[None], **packs([9, 1, 30, 2])[way]).logits[0]
+    assert close(found, separate)
+    found.log_softmax(-1)[..., 7].sum().backward()
+    for layer, grad in zip(states, grads, strict=True):
+        assert close(states[layer].grad, grad), layer
+
+
+@every_family
+@torch.no_grad()
+def test_two_rows_of_packed_sequences(name):
+    model = swap_modules(MODELS[name]())
+    random_states(model).attach(model)
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 11, 16, 4)]
+    ids = torch.stack([torch.cat(rows[:2]), torch.cat(rows[2:])])
+    positions = torch.cat(
+        [packs([9, 11])["position_ids"]["position_ids"], packs([16, 4])["position_ids"]["position_ids"]]
+    )
+    found = model(ids, position_ids=positions).logits.flatten(0, 1)
+    assert close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
+
+
+def test_packed_sequences_exclude_masks_and_caches():
+    model, ids = swap_modules(qwen()), tokens(1, 9)
+    pack = packs([4, 5])["collator"]
+    for options in (
+        {"attention_mask": torch.ones_like(ids)},
+        {"past_key_values": DynamicCache(config=model.config)},
+        {"use_cache": True},
+    ):
+        with pytest.raises(ValueError, match=f"cannot be used with {next(iter(options))}"):
+            model(ids, **pack, **options)
+    with pytest.raises(ValueError, match="batch must be 1, got 2"):
+        model(ids.expand(2, -1), cu_seq_lens_q=pack["cu_seq_lens_q"])
+    states = random_states(model, tasks=2)
+    with states.attached(model, tasks=[0, 1, 0]), pytest.raises(ValueError, match="tasks names 3 rows"):
+        model(ids, **pack)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s0kernels.modules.mixer import Rows, S0Mixer, state_dtype
+from s0kernels.backends._states import state_dtype
+from s0kernels.modules.mixer import Rows, S0Mixer
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from s0kernels.backends._states import state_dtype
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import KEYWORD, BoundStates, Site
 from s0kernels.modules.padding import Padding
@@ -148,10 +149,6 @@ class MixerCache:
         output = advance(state)
         self.store_state(state)
         return output
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def as_scalar(parameter: Tensor, x: Tensor) -> Tensor:

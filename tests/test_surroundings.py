@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import MODELS, random_states, tokenizer
 
 import s0kernels
@@ -43,6 +44,7 @@ except ImportError as error:
     assert done.stdout.startswith("ran,")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU, and there is one")
 @pytest.mark.skipif(not FLA.is_dir(), reason="flash-linear-attention is not in .deps/fla; `make test` puts it there")
 def test_flash_linear_attention_on_a_machine_without_a_gpu():
     """transformers binds its kernels at import and dies on the CPU; the swapped model does not."""
@@ -67,8 +69,6 @@ for name in ("qwen", "falcon"):
         assert states[0].grad.abs().max() > 0
         print(name, model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape)
 """
-    if __import__("torch").cuda.is_available():
-        pytest.skip("needs a machine without a GPU")
     done = python("-c", code, path=FLA)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("torch.Size([2, 15])") == 2

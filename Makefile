@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed
 	$(VENV)/bin/python -m pytest
 	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_modules.py tests/test_injection.py \
-		tests/test_attaching.py tests/test_gradients.py tests/test_states.py tests/test_trainer.py \
+		tests/test_attaching.py tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
 		tests/test_against_transformers.py
 
 lint: $(VENV)/.installed

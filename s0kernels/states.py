@@ -1,6 +1,7 @@
 """The learned initial states of a model: held, attached, saved, loaded."""
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import numbers
@@ -11,17 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from s0kernels import __version__
-from s0kernels._files import replace_file
+from s0kernels._files import CONFIG, META, STATES, read_directory, replace_file
 from s0kernels.config import S0Config
+from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
-from s0kernels.modules.swap import layer_devices, swapped_site
-
-_STATES, _CONFIG, _META = "states.safetensors", "config.json", "meta.json"
+from s0kernels.modules.swap import base_model, layer_devices, swapped_site
 
 
 class S0States(nn.Module):
@@ -34,12 +33,15 @@ class S0States(nn.Module):
     Args:
         states: [tasks, *state] tensors by layer index; copied, to fp32.
         arch: "gated_delta_net" or "mamba2".
+        base_model: which model the states belong to, as `for_model` finds it; goes into the files.
     """
 
-    def __init__(self, states: Mapping[int, Tensor], arch: str):
+    def __init__(self, states: Mapping[int, Tensor], arch: str, base_model: Mapping[str, str | None] | None = None):
         super().__init__()
         if not states:
             raise ValueError("S0States: states must hold at least one layer")
+        if arch not in DEFAULT_ALPHA:
+            raise ValueError(f"S0States: arch must be one of {sorted(DEFAULT_ALPHA)}, got {arch!r}")
         shapes = {tuple(state.shape[:1]) for state in states.values()}
         if len(shapes) != 1 or any(state.dim() != 4 for state in states.values()):
             raise ValueError(
@@ -47,6 +49,7 @@ class S0States(nn.Module):
                 f"{ ({layer: list(state.shape) for layer, state in states.items()}) }"
             )
         self.arch = arch
+        self.base_model = None if base_model is None else dict(base_model)
         self._by_layer = nn.ParameterDict(
             {
                 str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
@@ -68,7 +71,63 @@ class S0States(nn.Module):
                 for layer, shape in site.shapes.items()
             },
             site.arch,
+            base_model(model),
         )
+
+    @classmethod
+    @torch.no_grad()
+    def capture(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> "S0States":
+        """What the recurrent layers hold after reading prompts, as initial states: one task per prompt.
+
+        Args:
+            model: a swapped model. It reads the prompts from whatever it starts from now.
+            input_ids: [tasks, T].
+            attention_mask: [tasks, T], 0 at pads, on either side.
+
+        A sequence that starts from these states (attached at scale 1) has the prompt in its recurrent layers only:
+        keys and values of attention, the windows of the convolutions and the positions start anew.
+        """
+        site = swapped_site(model, "S0States.capture")
+        options = {}
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            options = {"attention_mask": attention_mask, "position_ids": positions}
+        cache = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options).past_key_values
+        return cls(
+            {layer: cache.layers[layer].recurrent_states[0] for layer in site.shapes}, site.arch, base_model(model)
+        )
+
+    @classmethod
+    def stack(cls, states: Sequence["S0States"]) -> "S0States":
+        """The tasks of several in one, in their order, to be attached together with a task per row."""
+        states = list(states)
+        if not states:
+            raise ValueError("S0States.stack: states is empty")
+        for other in states[1:]:
+            states[0]._check_alike(other, "S0States.stack")
+        together = {layer: torch.cat([each[layer].detach() for each in states]) for layer in states[0]}
+        return cls(together, states[0].arch, states[0].base_model)
+
+    def task(self, index: int) -> "S0States":
+        """A copy of one task."""
+        self._check_task(index, "S0States.task")
+        return S0States({layer: self[layer].detach()[index][None] for layer in self}, self.arch, self.base_model)
+
+    def blend(self, other: "S0States", weight: float = 0.5) -> "S0States":
+        """(1 - weight) * self + weight * other, task by task; `other` may have one task for all of them."""
+        self._check_alike(other, "S0States.blend")
+        if other.tasks not in (1, self.tasks):
+            raise ValueError(f"S0States.blend: other must have 1 or {self.tasks} tasks, got {other.tasks}")
+        _check_number(weight, "S0States.blend: weight")
+        mixed = {
+            layer: (1 - weight) * self[layer].detach() + weight * other[layer].detach().to(self[layer].device)
+            for layer in self
+        }
+        return S0States(mixed, self.arch, self.base_model)
+
+    def norms(self) -> dict[int, Tensor]:
+        """[tasks] Frobenius norms of the states by layer, at scale 1."""
+        return {layer: self[layer].detach().flatten(1).norm(dim=1) for layer in self}
 
     @property
     def layers(self) -> list[int]:
@@ -102,6 +161,15 @@ class S0States(nn.Module):
 
     # Attaching
 
+    @staticmethod
+    def attached_to(model: nn.Module) -> "S0States | None":
+        """The states that a swapped model starts from in the calling context; None where that is zero.
+
+        A copy of a model (deepcopy, pickle) is attached to a copy of its states; this finds them.
+        """
+        current = swapped_site(model, "S0States.attached_to").current()
+        return None if current is None else current.owner
+
     def attach(self, model: nn.Module, scale: float = 1.0, tasks: int | Sequence[int] | Tensor | None = None) -> None:
         """Make the swapped `model` start from these states, in every thread, until `detach`.
 
@@ -115,6 +183,10 @@ class S0States(nn.Module):
         """
         site = swapped_site(model, "S0States.attach")
         site.attachment = self._attachment(site, scale, tasks)
+        self.note_attached(site)
+
+    def note_attached(self, site: Site) -> None:
+        """`detach` is to clear `site` as well."""
         self._sites.add(site)
 
     def detach(self) -> None:
@@ -134,10 +206,7 @@ class S0States(nn.Module):
             yield self
 
     def _attachment(self, site: Site, scale: float, tasks) -> Attachment:
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-            raise TypeError(f"S0States: scale must be a number, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"S0States: scale must be finite, got {scale}")
+        _check_number(scale, "S0States: scale")
         self.check_fits(site)
         return Attachment(self, {layer: self[layer] for layer in self}, float(scale), self._check_tasks(tasks))
 
@@ -173,20 +242,31 @@ class S0States(nn.Module):
                     f"{list(site.shapes[layer])}"
                 )
 
+    def _check_task(self, index: int, who: str) -> None:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{who}: the task must be an int, got {index!r}")
+        if not 0 <= index < self.tasks:
+            raise ValueError(f"{who}: the task must lie in [0, {self.tasks - 1}], got {index}")
+
+    def _check_alike(self, other: "S0States", who: str) -> None:
+        if not isinstance(other, S0States):
+            raise TypeError(f"{who}: S0States are wanted, got {type(other).__name__}")
+        ours, theirs = ((s.arch, {layer: list(s[layer].shape[1:]) for layer in s}) for s in (self, other))
+        if ours != theirs:
+            raise ValueError(f"{who}: the states are for different models, {ours} and {theirs}")
+
     # Files
 
     def save(self, path: str | os.PathLike, *, task: int = 0, config: S0Config | None = None) -> None:
         """Write one task to the directory `path`, in the layout of the `s0-tuning` package 0.1.2.
 
         Files: `states.safetensors` with one tensor [*state] per layer, named by the layer's index; `config.json` with
-        the fields of `S0Config`; `meta.json` with `arch`, `recurrent_layers`, `state_shape` and keys of ours. The
-        tensors' file repeats what is needed to load it in its header and is replaced last, each file in one move:
-        a crash leaves the old states or the new ones.
+        the fields of `S0Config`; `meta.json` with `arch`, `recurrent_layers`, `state_shape`, and, beyond that package,
+        `base_model` (its name, and a hash of some weights) and `versions`. The tensors' file repeats what is needed
+        to load it in its header and is replaced last, each file in one move: a crash leaves the old states or the new
+        ones.
         """
-        if isinstance(task, bool) or not isinstance(task, int):
-            raise TypeError(f"S0States.save: task must be an int, got {task!r}")
-        if not 0 <= task < self.tasks:
-            raise ValueError(f"S0States.save: task must lie in [0, {self.tasks - 1}], got {task}")
+        self._check_task(task, "S0States.save")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {str(layer): self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
@@ -194,20 +274,22 @@ class S0States(nn.Module):
             "arch": self.arch,
             "recurrent_layers": self.layers,
             "state_shape": list(next(iter(tensors.values())).shape),
-            "s0kernels_version": __version__,
+            "base_model": self.base_model,
+            "versions": {"s0kernels": __version__, **{name: _version(name) for name in ("torch", "transformers")}},
         }
         config = S0Config() if config is None else config
         header = {"format": "pt", "s0": json.dumps({"meta": meta, "config": config.to_dict()})}
-        replace_file(folder / _CONFIG, json.dumps(config.to_dict(), indent=2).encode())
-        replace_file(folder / _META, json.dumps(meta, indent=2).encode())
-        replace_file(folder / _STATES, save(tensors, metadata=header))
+        replace_file(folder / CONFIG, json.dumps(config.to_dict(), indent=2).encode())
+        replace_file(folder / META, json.dumps(meta, indent=2).encode())
+        replace_file(folder / STATES, save(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> "S0States":
         """Read a directory written by `save` or by `s0-tuning`, as one task.
 
         With a swapped `model` the states are checked against it and put on its layers' devices; a file for another
-        architecture, shape or set of layers is refused with both sides named.
+        architecture, shape or set of layers is refused with both sides named, and one that was learned on a model
+        with other weights gets a warning.
 
         Raises:
             FileNotFoundError: no `states.safetensors` there.
@@ -215,75 +297,37 @@ class S0States(nn.Module):
         """
         site = None if model is None else swapped_site(model, "S0States.load")
         tensors, meta, _ = read_directory(path, None if site is None else site.arch)
-        states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"])
+        origin = meta.get("base_model")
+        origin = origin if isinstance(origin, dict) else None
+        states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)
         if site is not None:
             states.check_fits(site)
+            states._compare_base(base_model(model), path)
             devices = layer_devices(model)
             for layer in states.layers:
                 states[layer].data = states[layer].data.to(devices[layer])
         return states
 
+    def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike) -> None:
+        origin = self.base_model or {}
+        if origin.get("weights") and model["weights"] and origin["weights"] != model["weights"]:
+            warnings.warn(
+                f"{path}: the states were learned on {origin.get('name') or 'a model without a name'} "
+                f"(weights {origin['weights']}), and the model is {model['name'] or 'one without a name'} "
+                f"(weights {model['weights']})",
+                stacklevel=3,
+            )
 
-def read_directory(
-    path: str | os.PathLike, default_arch: str | None = None
-) -> tuple[dict[int, Tensor], dict, dict | None]:
-    """(state by layer, meta, config or None) of a directory of learned states, checked for consistency.
 
-    `default_arch` stands in for a `meta.json` that is missing beside tensors without a header of ours, which
-    `s0-tuning` accepts as well.
-    """
-    folder = Path(path)
-    file = folder / _STATES
-    if not file.is_file():
-        raise FileNotFoundError(f"no {_STATES} in {folder}")
+def _check_number(value: float, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _version(package: str) -> str | None:
     try:
-        with safe_open(file, framework="pt") as reader:
-            header = reader.metadata() or {}
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-    beside = {name: _read_json(folder / name) for name in (_META, _CONFIG) if (folder / name).exists()}
-    if "s0" in header:
-        own = _parse_json(header["s0"], f"the header of {file}")
-        meta, config = own.get("meta"), own.get("config")
-        for name, inside in ((_META, meta), (_CONFIG, config)):
-            if name in beside and beside[name] != inside:
-                warnings.warn(f"{folder / name} differs from the header of {_STATES}, which is used", stacklevel=3)
-    else:
-        meta, config = beside.get(_META), beside.get(_CONFIG)
-        meta = {"arch": default_arch} if meta is None else meta
-    return _check_tensors(tensors, meta, file), meta, config
-
-
-def _check_tensors(tensors: dict[str, Tensor], meta, file: Path) -> dict[int, Tensor]:
-    if not isinstance(meta, dict) or not isinstance(meta.get("arch"), str):
-        raise ValueError(f"{file}: meta names no arch, and no model was given to take it from")
-    if not tensors or any(not name.isdecimal() for name in tensors):
-        raise ValueError(f"{file}: tensors must be named by layer index, got {sorted(tensors)[:8]}")
-    states = {int(name): tensor for name, tensor in tensors.items()}
-    layers, shape = meta.get("recurrent_layers"), meta.get("state_shape")
-    if layers is not None and sorted(layers) != sorted(states):
-        raise ValueError(f"{file}: holds layers {sorted(states)}, but its meta names {sorted(layers)}")
-    for layer, state in sorted(states.items()):
-        if state.dim() != 3 or (shape is not None and list(state.shape) != list(shape)):
-            raise ValueError(f"{file}: the state of layer {layer} has shape {list(state.shape)}, its meta says {shape}")
-        if not state.is_floating_point() or not torch.isfinite(state).all():
-            raise ValueError(f"{file}: the state of layer {layer} holds values that are not finite numbers")
-    return states
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return _parse_json(file.read_text(encoding="utf-8"), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _parse_json(text: str, where) -> dict:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must hold a JSON object, got {type(value).__name__}")
-    return value
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

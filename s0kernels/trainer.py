@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from s0kernels._files import read_directory
 from s0kernels.config import S0Config
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
-from s0kernels.states import S0States, read_directory
+from s0kernels.states import S0States
 
 
 class S0Trainer:

@@ -108,7 +108,8 @@ def test_a_save_that_is_killed_leaves_the_old_states_or_the_new(tmp_path):
 import os, random, signal, time
 import torch
 from s0kernels.config import S0Config
-from s0kernels.states import S0States, read_directory
+from s0kernels._files import read_directory
+from s0kernels.states import S0States
 torch.set_num_threads(1)
 kinds = [S0States({layer: torch.full((1, 8, 32, 64), float(i)) for layer in (0, 3)}, "mamba2") for i in (1, 2)]
 kinds[0].save("states", config=S0Config(alpha=1.0))

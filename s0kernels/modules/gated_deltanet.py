@@ -35,7 +35,7 @@ class S0GatedDeltaNet(S0Mixer):
         return rows.leave(self.out_proj(output))
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
-        inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q), rows.cache
+        inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q.dtype), rows.cache
         if q.shape[1] == 1 and cache.can_step(*inputs):
             token = [x[:, 0] for x in inputs]
             return cache.step(lambda state: gated_delta_rule_step(*token, state, use_qk_l2norm=True), dtype)[:, None]

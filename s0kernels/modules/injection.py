@@ -98,6 +98,12 @@ class Site:
         self.arch = arch
         self.attachment: Attachment | None = None
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy of a model starts from a copy of its states, which know where they are attached."""
+        self.__dict__.update(state)
+        if self.attachment is not None:
+            self.attachment.owner.note_attached(self)
+
     def current(self) -> Attachment | None:
         if not _open_overrides:
             return self.attachment

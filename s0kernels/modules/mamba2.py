@@ -46,11 +46,11 @@ class S0Mamba2Mixer(S0Mixer):
         limit = tuple(float(bound) for bound in self.time_step_limit)
         if padding is None:
             return dt, {"dt_bias": as_scalar(self.dt_bias, dt), "dt_softplus": True, "dt_limit": limit}
-        dt = F.softplus(dt.to(state_dtype(dt)) + self.dt_bias).clamp(*limit)
+        dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*limit)
         return dt.masked_fill(padding.pads, 0.0), {}
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
-        dtype, cache = state_dtype(x), rows.cache
+        dtype, cache = state_dtype(x.dtype), rows.cache
         A = -torch.exp(self.A_log.to(dtype))
         dt, options = self._step_sizes(dt.to(x.dtype), rows.padding)
         options["D"] = as_scalar(self.D, x)

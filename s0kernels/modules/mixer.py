@@ -153,4 +153,4 @@ class MixerCache:
 
 def as_scalar(parameter: Tensor, x: Tensor) -> Tensor:
     """A per-head parameter in a dtype that the scans take beside x."""
-    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(state_dtype(x))
+    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(state_dtype(x.dtype))

@@ -1,5 +1,6 @@
 """Putting the replacements into a model, and the originals back."""
 
+import hashlib
 import importlib.metadata
 import warnings
 
@@ -97,6 +98,25 @@ def layer_devices(model: nn.Module) -> dict[int, torch.device]:
                 device = torch.device(getattr(hook, "execution_device", None) or "cpu")
             devices[mixer.layer_idx] = device
     return devices
+
+
+@torch.no_grad()
+def base_model(model: nn.Module) -> dict[str, str | None]:
+    """Which model this is: `name`, where it was loaded from, and `weights`, a hash of the parameters of its swapped
+    mixers that are not matrices.
+
+    Quantisation leaves those few alone, training hardly ever does. They are hashed in bf16 and without the smallest,
+    so that it does not matter which dtype a bf16 checkpoint was loaded in. None where the weights are not at hand.
+    """
+    digest = hashlib.sha256()
+    parameters = [p for m in model.modules() if isinstance(m, S0Mixer) for p in m.parameters() if p.dim() != 2]
+    for parameter in parameters:
+        if type(parameter.data) is not torch.Tensor or parameter.device.type == "meta":
+            return {"name": getattr(model, "name_or_path", None) or None, "weights": None}
+        rounded = parameter.bfloat16()
+        rounded = rounded.masked_fill(rounded.abs() < 2**-10, 0.0)
+        digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"name": getattr(model, "name_or_path", None) or None, "weights": digest.hexdigest()[:16]}
 
 
 def _check(model: nn.Module, found: dict) -> None:

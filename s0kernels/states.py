@@ -22,6 +22,9 @@ from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.swap import base_model, layer_devices, swapped_site
 
+#: which task rows start from: one index or name for all of them, or one each
+Tasks = int | str | Sequence[int | str] | Tensor | None
+
 
 class S0States(nn.Module):
     """The initial states S0 of a model: for each recurrent layer one fp32 parameter [tasks, *state].
@@ -34,9 +37,16 @@ class S0States(nn.Module):
         states: [tasks, *state] tensors by layer index; copied, to fp32.
         arch: "gated_delta_net" or "mamba2".
         base_model: which model the states belong to, as `for_model` finds it; goes into the files.
+        names: of the tasks, which can then be named wherever their numbers can be given.
     """
 
-    def __init__(self, states: Mapping[int, Tensor], arch: str, base_model: Mapping[str, str | None] | None = None):
+    def __init__(
+        self,
+        states: Mapping[int, Tensor],
+        arch: str,
+        base_model: Mapping[str, str | None] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         super().__init__()
         if not states:
             raise ValueError("S0States: states must hold at least one layer")
@@ -50,6 +60,12 @@ class S0States(nn.Module):
             )
         self.arch = arch
         self.base_model = None if base_model is None else dict(base_model)
+        self.names = None if names is None else list(names)
+        tasks = next(iter(shapes))[0]
+        if self.names is not None and not (
+            all(isinstance(name, str) for name in self.names) and len(self.names) == len(set(self.names)) == tasks
+        ):
+            raise ValueError(f"S0States: names must be {tasks} different strings, got {self.names}")
         self._by_layer = nn.ParameterDict(
             {
                 str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
@@ -59,10 +75,14 @@ class S0States(nn.Module):
         self._sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
     @classmethod
-    def for_model(cls, model: nn.Module, tasks: int = 1) -> "S0States":
-        """Zero states for every recurrent layer of a swapped model, each on its layer's device."""
+    def for_model(cls, model: nn.Module, tasks: int | Sequence[str] = 1) -> "S0States":
+        """Zero states for every recurrent layer of a swapped model, each on its layer's device. `tasks` is how many, or
+        their names."""
+        names = None
+        if isinstance(tasks, (list, tuple)):
+            tasks, names = len(tasks), tasks
         if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
-            raise ValueError(f"S0States.for_model: tasks must be a positive int, got {tasks!r}")
+            raise ValueError(f"S0States.for_model: tasks must be a positive int or names, got {tasks!r}")
         site = swapped_site(model, "S0States.for_model")
         devices = layer_devices(model)
         return cls(
@@ -72,6 +92,7 @@ class S0States(nn.Module):
             },
             site.arch,
             base_model(model),
+            names,
         )
 
     @classmethod
@@ -98,20 +119,29 @@ class S0States(nn.Module):
         )
 
     @classmethod
-    def stack(cls, states: Sequence["S0States"]) -> "S0States":
-        """The tasks of several in one, in their order, to be attached together with a task per row."""
-        states = list(states)
-        if not states:
-            raise ValueError("S0States.stack: states is empty")
-        for other in states[1:]:
-            states[0]._check_alike(other, "S0States.stack")
-        together = {layer: torch.cat([each[layer].detach() for each in states]) for layer in states[0]}
-        return cls(together, states[0].arch, states[0].base_model)
+    def stack(cls, states: Sequence["S0States"] | Mapping[str, "S0States"]) -> "S0States":
+        """The tasks of several in one, in their order, to be attached together with a task per row.
 
-    def task(self, index: int) -> "S0States":
+        A mapping gives names to them, each of which must be one task; a sequence keeps the names that all have.
+        """
+        names = list(states) if isinstance(states, Mapping) else None
+        parts = list(states.values() if isinstance(states, Mapping) else states)
+        if not parts:
+            raise ValueError("S0States.stack: states is empty")
+        for other in parts:
+            parts[0]._check_alike(other, "S0States.stack")
+        if names is None and all(part.names is not None for part in parts):
+            names = [name for part in parts for name in part.names]
+        together = {
+            layer: torch.cat([part[layer].detach().to(parts[0][layer].device) for part in parts]) for layer in parts[0]
+        }
+        return cls(together, parts[0].arch, parts[0].base_model, names)
+
+    def task(self, task: int | str) -> "S0States":
         """A copy of one task."""
-        self._check_task(index, "S0States.task")
-        return S0States({layer: self[layer].detach()[index][None] for layer in self}, self.arch, self.base_model)
+        index = self._one_task(task, "S0States.task")
+        names = None if self.names is None else [self.names[index]]
+        return S0States({layer: self[layer].detach()[index][None] for layer in self}, self.arch, self.base_model, names)
 
     def blend(self, other: "S0States", weight: float = 0.5) -> "S0States":
         """(1 - weight) * self + weight * other, task by task; `other` may have one task for all of them."""
@@ -123,7 +153,7 @@ class S0States(nn.Module):
             layer: (1 - weight) * self[layer].detach() + weight * other[layer].detach().to(self[layer].device)
             for layer in self
         }
-        return S0States(mixed, self.arch, self.base_model)
+        return S0States(mixed, self.arch, self.base_model, self.names)
 
     def norms(self) -> dict[int, Tensor]:
         """[tasks] Frobenius norms of the states by layer, at scale 1."""
@@ -150,7 +180,7 @@ class S0States(nn.Module):
         return iter(self.layers)
 
     def extra_repr(self) -> str:
-        return f"{self.arch}, {self.tasks} task(s), layers {self.layers}"
+        return f"{self.arch}, {self.tasks} task(s){f' {self.names}' if self.names else ''}, layers {self.layers}"
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_sites"}
@@ -170,16 +200,16 @@ class S0States(nn.Module):
         current = swapped_site(model, "S0States.attached_to").current()
         return None if current is None else current.owner
 
-    def attach(self, model: nn.Module, scale: float = 1.0, tasks: int | Sequence[int] | Tensor | None = None) -> None:
+    def attach(self, model: nn.Module, scale: float = 1.0, tasks: Tasks = None) -> None:
         """Make the swapped `model` start from these states, in every thread, until `detach`.
 
         Args:
             model: a model after `swap_modules`. States attached to it before are replaced.
             scale: factor alpha. At 1 the parameters themselves are used. Any other value is multiplied in once, here,
                 and again only when the parameters have changed or a gradient is to flow.
-            tasks: which task the rows start from: one index for all, or one per row of the batch (list or tensor), -1
-                for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several returned
-                sequences) the tasks follow.
+            tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
+                tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
+                returned sequences) the tasks follow.
         """
         site = swapped_site(model, "S0States.attach")
         site.attachment = self._attachment(site, scale, tasks)
@@ -197,9 +227,7 @@ class S0States(nn.Module):
         self._sites.clear()
 
     @contextlib.contextmanager
-    def attached(
-        self, model: nn.Module, scale: float = 1.0, tasks: int | Sequence[int] | Tensor | None = None
-    ) -> Iterator["S0States"]:
+    def attached(self, model: nn.Module, scale: float = 1.0, tasks: Tasks = None) -> Iterator["S0States"]:
         """Like `attach`, for the body of a with statement and the calling thread (or task) alone."""
         site = swapped_site(model, "S0States.attached")
         with site.override(self._attachment(site, scale, tasks)):
@@ -213,6 +241,10 @@ class S0States(nn.Module):
     def _check_tasks(self, tasks) -> int | Tensor:
         if tasks is None:
             return 0
+        if isinstance(tasks, str):
+            return self._number(tasks)
+        if isinstance(tasks, (list, tuple)):
+            tasks = [self._number(task) if isinstance(task, str) else task for task in tasks]
         try:
             rows = torch.as_tensor(tasks)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -242,11 +274,20 @@ class S0States(nn.Module):
                     f"{list(site.shapes[layer])}"
                 )
 
-    def _check_task(self, index: int, who: str) -> None:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"{who}: the task must be an int, got {index!r}")
-        if not 0 <= index < self.tasks:
-            raise ValueError(f"{who}: the task must lie in [0, {self.tasks - 1}], got {index}")
+    def _number(self, name: str) -> int:
+        if name not in (self.names or ()):
+            have = "they have no names" if self.names is None else f"the names are {self.names}"
+            raise ValueError(f"S0States: tasks: none of them is called {name!r}; {have}")
+        return self.names.index(name)
+
+    def _one_task(self, task: int | str, who: str) -> int:
+        if isinstance(task, str):
+            return self._number(task)
+        if isinstance(task, bool) or not isinstance(task, int):
+            raise TypeError(f"{who}: task must be an int or a name, got {task!r}")
+        if not 0 <= task < self.tasks:
+            raise ValueError(f"{who}: task must lie in [0, {self.tasks - 1}], got {task}")
+        return task
 
     def _check_alike(self, other: "S0States", who: str) -> None:
         if not isinstance(other, S0States):
@@ -257,7 +298,7 @@ class S0States(nn.Module):
 
     # Files
 
-    def save(self, path: str | os.PathLike, *, task: int = 0, config: S0Config | None = None) -> None:
+    def save(self, path: str | os.PathLike, *, task: int | str = 0, config: S0Config | None = None) -> None:
         """Write one task to the directory `path`, in the layout of the `s0-tuning` package 0.1.2.
 
         Files: `states.safetensors` with one tensor [*state] per layer, named by the layer's index; `config.json` with
@@ -266,7 +307,7 @@ class S0States(nn.Module):
         to load it in its header and is replaced last, each file in one move: a crash leaves the old states or the new
         ones.
         """
-        self._check_task(task, "S0States.save")
+        task = self._one_task(task, "S0States.save")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {str(layer): self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
@@ -278,7 +319,7 @@ class S0States(nn.Module):
             "versions": {"s0kernels": __version__, **{name: _version(name) for name in ("torch", "transformers")}},
         }
         config = S0Config() if config is None else config
-        header = {"format": "pt", "s0": json.dumps({"meta": meta, "config": config.to_dict()})}
+        header = {"s0": json.dumps({"meta": meta, "config": config.to_dict()})}
         replace_file(folder / CONFIG, json.dumps(config.to_dict(), indent=2).encode())
         replace_file(folder / META, json.dumps(meta, indent=2).encode())
         replace_file(folder / STATES, save(tensors, metadata=header))

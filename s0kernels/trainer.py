@@ -1,18 +1,20 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
-import math
-import numbers
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from s0kernels._files import read_directory
+from s0kernels._files import STATES, read_directory
+from s0kernels.batches import Batch, make_batches
+from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
+from s0kernels.data import Example, check_names, read_tasks
+from s0kernels.learner import Callback, Frozen, Learner, processes
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States
@@ -26,7 +28,8 @@ class S0Trainer:
         tokenizer: its tokenizer.
         config: settings; the defaults are those of the method.
 
-    The base weights get no gradient and do not change.
+    The base weights get no gradient and do not change. Started in several processes (`accelerate launch`, `torchrun`),
+    each trains on a share of the batches and all end with the same states.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: S0Config | None = None):
@@ -36,10 +39,12 @@ class S0Trainer:
             raise TypeError(f"S0Trainer: config must be an S0Config, got {type(config).__name__}")
         self.config = S0Config() if config is None else config
         self._arch = find_site(self.model).arch
-        #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping)
-        self.history: list[dict[str, float]] = []
+        #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping); with several
+        #: tasks also losses and grad_norms by task, of which loss is the mean
+        self.history: list[dict[str, Any]] = []
         self._states: S0States | None = None
         self._attached: S0States | None = None
+        self._selection: str | Sequence[str] | None = None
 
     @classmethod
     def from_pretrained(cls, model_name: str, config: S0Config | None = None, **model_kwargs: Any) -> "S0Trainer":
@@ -54,7 +59,8 @@ class S0Trainer:
         if "torch_dtype" not in model_kwargs:
             model_kwargs.setdefault("dtype", torch.bfloat16 if gpu else torch.float32)
         if gpu:
-            model_kwargs.setdefault("device_map", "auto")
+            alone = processes().num_processes == 1
+            model_kwargs.setdefault("device_map", "auto" if alone else {"": processes().local_process_index})
         tokenizer = AutoTokenizer.from_pretrained(model_name)
         model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
@@ -68,6 +74,11 @@ class S0Trainer:
     def states(self) -> S0States | None:
         """The trained or loaded states, unscaled; None before `train` or `load`."""
         return self._states
+
+    @property
+    def tasks(self) -> list[str] | None:
+        """Names of the tasks, in the order in which `states` holds them; None where there is one without a name."""
+        return None if self._states is None else self._states.names
 
     @property
     def alpha(self) -> float:
@@ -84,15 +95,32 @@ class S0Trainer:
     # Training
 
     def train(
-        self, data: Sequence[tuple[str, int]], *, tokens_per_batch: int = 4096, progress: bool = True
+        self,
+        data: Any,
+        *,
+        tokens_per_batch: int = 4096,
+        packed: bool | None = None,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 1,
+        progress: bool = True,
     ) -> dict[str, float]:
-        """Learn S0 from zero on (text, prompt_length) pairs.
+        """Learn S0 from zero.
 
         Args:
-            data: the whole text and the number of its first tokens that are the prompt, which is not learned.
-            tokens_per_batch: examples are padded together up to this many tokens per forward. The result does not
-                depend on it but for rounding: each step's loss is the mean over all examples of each example's mean
-                cross-entropy per completion token.
+            data: pairs (text, prompt_length), the second being the number of first tokens that are the prompt, which
+                is not learned; or mappings with prompt and completion, or with the messages of a conversation; or a
+                file of JSON lines; see `s0kernels.data.read_examples`. A mapping from names to such data trains
+                several tasks at once, each as if it were alone.
+            tokens_per_batch: examples go through the model together up to this many tokens per forward. The result
+                does not depend on it but for rounding: each step's loss is the mean over all examples of each
+                example's mean cross-entropy per completion token.
+            packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash
+                attention.
+            callbacks: each is called after every step with the step's entry of `history`, to which it may add, and
+                the states, which are attached at scale 1 so that `evaluate` sees them. True ends the training.
+            checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
+                from there, with the bits it would have had without the interruption; a longer `n_steps` prolongs it.
             progress: show a progress bar.
 
         Returns:
@@ -100,133 +128,70 @@ class S0Trainer:
             layer's state. The losses of all steps are in `history`.
 
         Raises:
-            ValueError: no data, or an example with nothing to predict (named by its index).
+            ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is of another
+                run.
             RuntimeError: a perturbed S0 leaves the logits as they are, or the loss is not finite.
         """
-        batches = self._batches(data, tokens_per_batch)
-        was_active = self.active
+        tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
+        _check_positive("checkpoint_every", checkpoint_every)
+        batches = self._batches(examples, tokens_per_batch, packed)
+        states = S0States.for_model(self.model, tasks or 1)
+        run = describe_run(examples, tasks, self.config, states)
+        file = None if checkpoint is None else Checkpoint(Path(checkpoint), run)
+        was_active, selection = self.active, self._selection
         self.deactivate()
         try:
-            with _Frozen(self.model), torch.enable_grad():
-                self._states, self.history = self._learn(batches, progress)
-                final_loss = self.history[-1]["loss"] if self.history else self._loss(batches)
+            with Frozen(self.model), torch.enable_grad():
+                learner = Learner(self.model, self.config, states, batches, run)
+                history = learner.learn(examples[0], callbacks, file, checkpoint_every, progress)
+                final_loss = history[-1]["loss"] if history else float(learner.losses(batches).mean())
+            self._states, self.history = states, history
         finally:
-            if was_active:
-                self.activate()
-        norms = [float(state.detach().norm()) for state in self._states.parameters()]
-        return {"final_loss": final_loss, "avg_state_norm": sum(norms) / len(norms)}
+            if was_active and self._can_start_from(selection):
+                self.activate(selection)
+        norms = torch.stack([norm.cpu() for norm in states.norms().values()])
+        return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
 
-    def _learn(self, batches: list["_Batch"], progress: bool) -> tuple[S0States, list[dict[str, float]]]:
-        config, history = self.config, []
-        states = S0States.for_model(self.model)
-        optimizer = torch.optim.Adam(states.parameters(), lr=config.lr)
-        with states.attached(self.model):
-            self._check_effect(states, batches[0])
-            # transformers checkpoints layers in training mode only
-            self.model.train(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
-            bar = tqdm(range(config.n_steps), desc="S0 tuning", unit="step", disable=not progress)
-            for step in bar:
-                optimizer.zero_grad()
-                loss = self._accumulate(batches)
-                if not math.isfinite(loss):
-                    raise RuntimeError(f"S0Trainer.train: the loss is {loss} at step {step}")
-                (config.l2_lambda * sum(state.square().sum() for state in states.parameters())).backward()
-                norm = float(nn.utils.clip_grad_norm_(states.parameters(), config.grad_clip))
-                optimizer.step()
-                history.append({"step": step, "loss": loss, "grad_norm": norm})
-                bar.set_postfix(loss=f"{loss:.4f}")
-        return states, history
+    def evaluate(
+        self, data: Any, *, tokens_per_batch: int = 4096, packed: bool | None = None
+    ) -> float | dict[str, float]:
+        """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
 
-    def evaluate(self, data: Sequence[tuple[str, int]], *, tokens_per_batch: int = 4096) -> float:
-        """The loss of `train` (without the L2 term) on `data`, with the states as they are active now."""
-        with _Frozen(self.model):
-            return self._loss(self._batches(data, tokens_per_batch))
+        A mapping from names to data gives a loss for each; where states with names are attached, each is from its own.
+        """
+        tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
+        current, losses = find_site(self.model).current(), []
+        named = tasks is not None and current is not None and current.owner.names is not None
+        with Frozen(self.model), torch.no_grad():
+            for number, name in enumerate(tasks or [None]):
+                chosen = [example._replace(task=0) for example in examples if example.task == number]
+                batches = self._batches(chosen, tokens_per_batch, packed)
+                with current.owner.attached(self.model, current.scale, name) if named else contextlib.nullcontext():
+                    losses.append(sum(float(batch.losses(self.model)) for batch in batches) / len(chosen))
+        return losses[0] if tasks is None else dict(zip(tasks, losses, strict=True))
 
-    def _accumulate(self, batches: list["_Batch"]) -> float:
-        """Gradients of the mean loss over all examples, added batch by batch; the loss."""
-        count = sum(len(batch.ids) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            losses = batch.losses(self.model)
-            (losses.sum() / count).backward()
-            total += float(losses.detach().sum())
-        return total / count
-
-    @torch.no_grad()
-    def _loss(self, batches: list["_Batch"]) -> float:
-        losses = torch.cat([batch.losses(self.model) for batch in batches])
-        return float(losses.sum()) / len(losses)
-
-    @torch.no_grad()
-    def _check_effect(self, states: S0States, batch: "_Batch") -> None:
-        """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
-        batch = batch.first(1)
-        before = batch.logits(self.model)
-        generator = torch.Generator().manual_seed(0)
-        for state in states.parameters():
-            state.copy_(torch.randn(state.shape, generator=generator))
-        after = batch.logits(self.model)
-        for state in states.parameters():
-            state.zero_()
-        if torch.equal(before, after):
-            raise RuntimeError(
-                "S0Trainer.train: a random initial state leaves the logits unchanged, so there is nothing to learn. "
-                "Either the mixers were replaced after swap_modules, or the model forgets its state at once "
-                "(decays near zero)."
-            )
-
-    def _batches(self, data: Sequence[tuple[str, int]], tokens_per_batch: int) -> list["_Batch"]:
-        examples = [self._tokenize(i, example) for i, example in enumerate(data)]
-        if not examples:
-            raise ValueError("S0Trainer: data is empty")
-        if isinstance(tokens_per_batch, bool) or not isinstance(tokens_per_batch, int) or tokens_per_batch < 1:
-            raise ValueError(f"S0Trainer: tokens_per_batch must be a positive int, got {tokens_per_batch!r}")
-        examples.sort(key=lambda example: len(example[0]))
-        groups: list[list] = [[]]
-        for example in examples:
-            if groups[-1] and (len(groups[-1]) + 1) * len(example[0]) > tokens_per_batch:
-                groups.append([])
-            groups[-1].append(example)
+    def _batches(self, examples: Sequence[Example], tokens_per_batch: int, packed: bool | None) -> list[Batch]:
+        _check_positive("tokens_per_batch", tokens_per_batch)
         pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        return [_Batch.of(group, pad, self.device) for group in groups]
-
-    def _tokenize(self, index: int, example: tuple[str, int]) -> tuple[list[int], int]:
-        name = f"S0Trainer: data[{index}]"
-        if not isinstance(example, (tuple, list)) or len(example) != 2:
-            raise TypeError(f"{name} must be a pair (text, prompt_length), got {type(example).__name__}")
-        text, prompt_length = example
-        if (
-            not isinstance(text, str)
-            or isinstance(prompt_length, bool)
-            or not isinstance(prompt_length, numbers.Integral)
-        ):
-            raise TypeError(
-                f"{name} must be a pair (str, int), got ({type(text).__name__}, {type(prompt_length).__name__})"
-            )
-        if prompt_length < 0:
-            raise ValueError(f"{name}: prompt_length must not be negative, got {prompt_length}")
-        ids = self.tokenizer(text, truncation=True, max_length=self.config.max_length)["input_ids"]
-        if max(prompt_length, 1) >= len(ids):
-            raise ValueError(
-                f"{name} has nothing to predict: prompt_length is {prompt_length}, and the text has {len(ids)} tokens "
-                f"(max_length {self.config.max_length})"
-            )
-        return ids, int(prompt_length)
+        return make_batches(examples, tokens_per_batch, packed, self.model, pad, self.device)
 
     # Using
 
-    def activate(self) -> None:
-        """Start every sequence from the trained states times `alpha`, until `deactivate`."""
-        if self.active:
-            return
+    def activate(self, task: str | Sequence[str] | None = None) -> None:
+        """Start every sequence from the trained states times `alpha`, until `deactivate`.
+
+        `task` names one of several tasks, or one for each row of the batches to come.
+        """
         if self._states is None:
             raise RuntimeError("S0Trainer.activate: there are no states; call train() or load() first")
-        states = self._states
-        if self.config.normalize:
-            states = S0States({layer: _unit(states[layer].detach()) for layer in states}, states.arch)
-        states.attach(self.model, scale=self.alpha)
+        if task is None and self._states.tasks > 1:
+            raise ValueError(f"S0Trainer.activate: task must name one of {self.tasks}, or one for each row")
+        states = self._usable()
+        states.attach(self.model, self.alpha, task)  # raises before anything has changed
+        if self._attached is not None and self._attached is not states:
+            self.deactivate()
         states.requires_grad_(False)  # using the states builds no graph
-        self._attached = states
+        self._attached, self._selection = states, task
 
     def deactivate(self) -> None:
         """Start from zero states again."""
@@ -235,9 +200,30 @@ class S0Trainer:
             self._attached.requires_grad_(True)
             self._attached = None
 
-    def generate(self, prompt: str | list[str], max_new_tokens: int = 512, **kwargs: Any) -> str | list[str]:
+    def _usable(self) -> S0States:
+        """The states as they are to be used, but for the scale."""
+        if not self.config.normalize:
+            return self._states
+        norms = self._states.norms()
+        units = {layer: self._states[layer].detach() / _or_one(norms[layer])[:, None, None, None] for layer in norms}
+        return S0States(units, self._states.arch, self._states.base_model, self._states.names)
+
+    def _can_start_from(self, task: str | Sequence[str] | None) -> bool:
+        if self._states is None or task is None:
+            return self._states is not None and self._states.tasks == 1
+        return ({task} if isinstance(task, str) else set(task)) <= set(self.tasks or ())
+
+    def generate(
+        self,
+        prompt: str | list[str],
+        max_new_tokens: int = 512,
+        *,
+        task: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
         """Continue a prompt, or a list of prompts as one left-padded batch; the new text only.
 
+        `task` names the task to start from, or one for each prompt, for this call alone; None: what is active.
         `kwargs` go to `model.generate`. Several returned sequences per prompt come one after the other.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -254,7 +240,12 @@ class S0Trainer:
         width = max(len(ids) for ids in encoded)
         ids = torch.tensor([[kwargs["pad_token_id"] or 0] * (width - len(row)) + row for row in encoded])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
-        with torch.no_grad():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if task is not None:
+                if self._states is None:
+                    raise RuntimeError("S0Trainer.generate: there are no states; call train() or load() first")
+                stack.enter_context(self._usable().attached(self.model, self.alpha, task))
             out = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
@@ -267,79 +258,61 @@ class S0Trainer:
     # Files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write states and config to the directory `path`; see `S0States.save`."""
+        """Write states and config to the directory `path`; of several tasks each to a directory in it that has its
+        name. See `S0States.save`. Of several processes the first writes."""
         if self._states is None:
             raise RuntimeError("S0Trainer.save: there are no states; call train() or load() first")
-        self._states.save(path, config=self.config)
+        if processes().is_main_process:
+            for task, name in enumerate(self.tasks or [""]):
+                self._states.save(Path(path) / name, task=task, config=self.config)
+        processes().wait_for_everyone()
 
-    def load(self, path: str | os.PathLike) -> None:
-        """Read states and config from a directory. Where states are active, the new ones take their place."""
-        states = S0States.load(path, self.model)
-        *_, config = read_directory(path, self._arch)
-        config = self.config if config is None else S0Config.from_dict(config)
-        was_active = self.active
+    def load(self, path: str | os.PathLike | Mapping[str, str | os.PathLike]) -> None:
+        """Read states and config from a directory. Where states are active, the new ones take their place.
+
+        A directory that holds directories of states gives several tasks, with their names; a mapping from names to
+        directories names them. They are used at one scale, so their configs have to agree on it.
+        """
+        folders = _folders(path)
+        loaded = {name: S0States.load(folder, self.model) for name, folder in folders.items()}
+        states = loaded[None] if None in loaded else S0States.stack(loaded)
+        configs = {}
+        for name, folder in folders.items():
+            *_, config = read_directory(folder, self._arch)
+            configs[name] = self.config if config is None else S0Config.from_dict(config)
+        first, config = next(iter(configs.items()))
+        for name, other in configs.items():
+            if (other.alpha, other.normalize) != (config.alpha, config.normalize):
+                raise ValueError(
+                    f"S0Trainer.load: task {first!r} is to be used with alpha {config.alpha} and normalize "
+                    f"{config.normalize}, task {name!r} with {other.alpha} and {other.normalize}"
+                )
+        was_active, selection = self.active, self._selection
         self.deactivate()
         self._states, self.config = states, config
-        if was_active:
-            self.activate()
+        if was_active and self._can_start_from(selection):
+            self.activate(selection)
 
 
-class _Batch:
-    """Right-padded examples. The model sees every token; the loss looks at the completions."""
-
-    def __init__(self, ids: Tensor, mask: Tensor, predicted: Tensor):
-        self.ids, self.mask = ids, mask
-        self.predicted = predicted  # [B, T] True where a token is to be predicted
-        #: logits are wanted from here on
-        self.start = int(predicted.any(0).nonzero()[0]) - 1
-
-    @classmethod
-    def of(cls, examples: list[tuple[list[int], int]], pad: int, device: torch.device) -> "_Batch":
-        width = max(len(ids) for ids, _ in examples)
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in examples], device=device)
-        lengths = torch.tensor([len(row) for row, _ in examples], device=device)[:, None]
-        prompts = torch.tensor([max(prompt, 1) for _, prompt in examples], device=device)[:, None]
-        place = torch.arange(width, device=device)
-        return cls(ids, (place < lengths).long(), (place >= prompts) & (place < lengths))
-
-    def first(self, count: int) -> "_Batch":
-        return _Batch(self.ids[:count], self.mask[:count], self.predicted[:count])
-
-    def logits(self, model: nn.Module) -> Tensor:
-        """[B, T - start, vocabulary]."""
-        return model(
-            input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=self.ids.shape[1] - self.start
-        ).logits
-
-    def losses(self, model: nn.Module) -> Tensor:
-        """[B] mean cross-entropy of each example's completion tokens, in fp32."""
-        logits = self.logits(model)[:, :-1].float()
-        targets, wanted = self.ids[:, self.start + 1 :], self.predicted[:, self.start + 1 :]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        return losses.masked_fill(~wanted, 0.0).sum(1) / wanted.sum(1)
+def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
+    """Directories of states by task; None is the name of a single one."""
+    if isinstance(path, Mapping):
+        if not path:
+            raise ValueError("S0Trainer.load: path is empty")
+        check_names(path)
+        return {name: Path(folder) for name, folder in path.items()}
+    folder = Path(path)
+    inner = sorted(file.parent for file in folder.glob(f"*/{STATES}"))
+    if (folder / STATES).exists() or not inner:
+        return {None: folder}
+    return {each.name: each for each in inner}
 
 
-class _Frozen:
-    """Weights without gradients and in evaluation mode; afterwards everything is as it was."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self._modes = {module: module.training for module in self.model.modules()}
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
-        self.model.eval()
-
-    def __exit__(self, *_) -> None:
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        for module, training in self._modes.items():
-            module.training = training
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"S0Trainer: {name} must be a positive int, got {value!r}")
 
 
-def _unit(state: Tensor) -> Tensor:
-    """[1, ...] divided by its norm; zero stays zero."""
-    norm = state.norm()
-    return state / norm if norm > 0 else state
+def _or_one(norms: Tensor) -> Tensor:
+    """A state that is zero stays so."""
+    return norms.where(norms > 0, 1.0)

@@ -55,7 +55,8 @@ def test_bad_arguments_of_attach():
     for options, kind, message in (
         ({"scale": "1"}, TypeError, "scale"),
         ({"scale": float("nan")}, ValueError, "scale"),
-        ({"tasks": ["a"]}, TypeError, "tasks"),
+        ({"tasks": ["a"]}, ValueError, "tasks: none of them is called 'a'; they have no names"),
+        ({"tasks": "a"}, ValueError, "tasks: none of them is called 'a'; they have no names"),
         ({"tasks": 2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": -2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": [0, 5]}, ValueError, r"\[-1, 1\]"),
@@ -148,10 +149,39 @@ def test_task_stack_and_blend():
         (lambda: states.blend(parts[0], "x"), TypeError, "weight must be a number"),
         (lambda: states.blend(parts[0], float("nan")), ValueError, "weight must be finite"),
         (lambda: states.task(3), ValueError, r"\[0, 2\], got 3"),
-        (lambda: states.task("a"), TypeError, "must be an int"),
+        (lambda: states.task(1.0), TypeError, "must be an int or a name"),
+        (lambda: states.task("a"), ValueError, "none of them is called 'a'; they have no names"),
+        (lambda: S0States.stack({"a": states}), ValueError, r"3 different strings, got \['a'\]"),
     ):
         with pytest.raises(kind, match=message):
             call()
+
+
+@torch.no_grad()
+def test_tasks_with_names(tmp_path):
+    model, ids = swap_modules(qwen()), tokens(2, 9)
+    assert S0States.for_model(model, tasks=["code", "math"]).names == ["code", "math"]
+    code, math = random_states(model, seed=1), random_states(model, seed=2)
+    states = S0States.stack({"code": code, "math": math})
+    assert states.names == ["code", "math"]
+    assert S0States.stack([states.task("math"), states.task("code")]).names == ["math", "code"]
+    assert S0States.stack([states.task("math"), code]).names is None
+    assert torch.equal(states.task("math")[0], math[0])
+    assert "['code', 'math']" in repr(states)
+    with states.attached(model, tasks=["math", -1]):
+        named = model(ids).logits
+    with states.attached(model, tasks=[1, -1]):
+        assert torch.equal(model(ids).logits, named)
+    with states.attached(model, tasks="math"):
+        assert close(model(ids).logits[0], named[0])
+    states.save(tmp_path, task="math")
+    assert torch.equal(S0States.load(tmp_path)[3], math[3])
+    assert copy.deepcopy(states).names == states.names
+    with pytest.raises(ValueError, match=r"none of them is called 'maths'; the names are \['code', 'math'\]"):
+        states.attach(model, tasks="maths")
+    for bad in (["code"], ["code", "code"], ["code", 1]):
+        with pytest.raises(ValueError, match="2 different strings"):
+            S0States({0: torch.zeros(2, 1, 2, 3)}, "mamba2", names=bad)
 
 
 def test_norms():

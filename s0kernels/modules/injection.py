@@ -37,7 +37,7 @@ class Attachment:
         self.owner = owner
         self.tasks = tasks
         self._states = dict(states)
-        self._scale = scale
+        self.scale = scale
         self._scaled: dict[int, tuple[int, Tensor]] = {}
         for layer in self._states if scale != 1.0 else ():
             self._rescale(layer)
@@ -46,17 +46,17 @@ class Attachment:
         """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
         has changed, and anew for every forward that has to be differentiated."""
         bank = self._states.get(layer_index)
-        if bank is None or self._scale == 1.0:
+        if bank is None or self.scale == 1.0:
             return bank
         if bank.requires_grad and torch.is_grad_enabled():
-            return bank * self._scale
+            return bank * self.scale
         if not torch.compiler.is_compiling() and self._scaled[layer_index][0] != bank._version:
             self._rescale(layer_index)
         return self._scaled[layer_index][1]
 
     def _rescale(self, layer_index: int) -> None:
         bank = self._states[layer_index]
-        self._scaled[layer_index] = (bank._version, bank.detach() * self._scale)
+        self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
         """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does."""

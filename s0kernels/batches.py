@@ -1,0 +1,121 @@
+"""Examples put together for one forward, padded or packed, and their losses."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s0kernels.data import Example
+
+#: implementations of attention that transformers makes keep packed sequences apart
+_KEEP_APART = ("eager", "sdpa", "flex_attention")
+
+
+def make_batches(
+    examples: Sequence[Example], tokens: int, packed: bool | None, model: nn.Module, pad: int, device: torch.device
+) -> list["Batch"]:
+    """Batches of at most `tokens` tokens, pads included, or of one longer example; short ones first.
+
+    `packed` lays the examples of a batch end to end instead of padding them. None does so where attention then works
+    on each sequence for itself (flash attention); others compute all pairs of the row and mask most of them.
+    """
+    packed = _decide(packed, model)
+    groups: list[list[Example]] = [[]]
+    filled = 0
+    for example in sorted(examples, key=lambda example: len(example.ids)):
+        length = len(example.ids)
+        filled = filled + length if packed else (len(groups[-1]) + 1) * length
+        if groups[-1] and filled > tokens:
+            groups.append([])
+            filled = length
+        groups[-1].append(example)
+    return [(PackedBatch if packed else PaddedBatch)(group, pad, device) for group in groups]
+
+
+def _decide(packed: bool | None, model: nn.Module) -> bool:
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"
+    flash = "flash" in attention
+    if packed and not flash and attention not in _KEEP_APART:
+        raise ValueError(
+            f"S0Trainer: packed examples need attention that keeps them apart (flash attention or one of "
+            f"{', '.join(_KEEP_APART)}), and the model has {attention!r}"
+        )
+    return flash if packed is None else packed
+
+
+class Batch:
+    """Examples for one forward. The model sees every token; the loss looks at the completions."""
+
+    def __init__(self, examples: Sequence[Example], device: torch.device):
+        self.tasks = [example.task for example in examples]
+        self.device = device
+        #: for every predicted token, in order: its example, and its weight in that example's mean
+        counts = [len(example.ids) - max(example.prompt_length, 1) for example in examples]
+        self._owners = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+        self._weights = torch.tensor([1.0 / count for count in counts for _ in range(count)], device=device)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """[predicted tokens, vocabulary]."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, tasks: int = 1) -> Tensor:
+        """[tasks] sum over a task's examples of the mean cross-entropy of their completion tokens, in fp32."""
+        losses = F.cross_entropy(self.logits(model).float(), self.targets, reduction="none")
+        owners = torch.tensor(self.tasks, device=self.device)[self._owners]
+        chosen = owners == torch.arange(tasks, device=self.device)[:, None]
+        return (chosen * self._weights) @ losses
+
+
+class PaddedBatch(Batch):
+    """A row per example, padded on the right."""
+
+    def __init__(self, examples: Sequence[Example], pad: int, device: torch.device):
+        super().__init__(examples, device)
+        width = max(len(example.ids) for example in examples)
+        self._ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in examples], device=device)
+        lengths, prompts = (
+            torch.tensor(values, device=device)[:, None]
+            for values in ([len(e.ids) for e in examples], [max(e.prompt_length, 1) for e in examples])
+        )
+        places = torch.arange(width, device=device)
+        self._mask = (places < lengths).long()
+        predicted = (places >= prompts) & (places < lengths)
+        #: logits are wanted from here on
+        self._start = int(prompts.min()) - 1
+        self._before = predicted[:, self._start + 1 :].nonzero(as_tuple=True)
+        self.targets = self._ids[predicted]
+
+    def logits(self, model: nn.Module) -> Tensor:
+        keep = self._ids.shape[1] - self._start
+        output = model(input_ids=self._ids, attention_mask=self._mask, use_cache=False, logits_to_keep=keep)
+        return output.logits[self._before]
+
+
+class PackedBatch(Batch):
+    """One row of all examples, end to end."""
+
+    def __init__(self, examples: Sequence[Example], pad: int, device: torch.device):
+        super().__init__(examples, device)
+        lengths = [len(example.ids) for example in examples]
+        starts = [0, *itertools.accumulate(lengths)]
+        ends = torch.tensor(starts, dtype=torch.int32, device=device)
+        predicted = [
+            start + place
+            for start, example in zip(starts, examples, strict=False)
+            for place in range(max(example.prompt_length, 1), len(example.ids))
+        ]
+        self._before = torch.tensor(predicted, device=device) - 1
+        self._inputs = {
+            "input_ids": torch.tensor([[token for example in examples for token in example.ids]], device=device),
+            "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+        self.targets = self._inputs["input_ids"][0, self._before + 1]
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return model(**self._inputs, use_cache=False, logits_to_keep=self._before).logits[0]

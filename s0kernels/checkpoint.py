@@ -1,0 +1,82 @@
+"""A training run on disk: enough to go on with after an interruption as if there had been none."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from s0kernels._files import parse_json, read_tensors, replace_file
+from s0kernels.config import S0Config
+from s0kernels.data import Example
+from s0kernels.states import S0States
+
+#: settings that a run is made of; the others say how long it is or how its states are used
+_SETTINGS = ("lr", "l2_lambda", "grad_clip", "max_length")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def describe_run(
+    examples: Sequence[Example], tasks: Sequence[str] | None, config: S0Config, states: S0States
+) -> dict[str, Any]:
+    """What has to be the same for a run to be continued, and in every process of a run."""
+    text = json.dumps([tuple(example) for example in examples])
+    return {
+        "examples": f"{len(examples)}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
+        "tasks": None if tasks is None else list(tasks),
+        "config": {name: getattr(config, name) for name in _SETTINGS},
+        "states": {str(layer): list(states[layer].shape) for layer in states},
+        "weights": None if states.base_model is None else states.base_model["weights"],
+    }
+
+
+class Checkpoint:
+    """The states, the moments of Adam and the history of a run in one safetensors file, replaced whole."""
+
+    def __init__(self, file: Path, run: Mapping[str, Any]):
+        if file.is_dir():
+            raise ValueError(f"S0Trainer: checkpoint must name a file, and {file} is a directory")
+        self._file, self._run = file, dict(run)
+
+    def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for layer in states:
+            tensors[f"{layer}.state"] = states[layer].detach()
+            for moment in _MOMENTS:
+                tensors[f"{layer}.{moment}"] = optimizer.state[states[layer]][moment]
+        header = {"s0_run": json.dumps({"run": self._run, "history": list(history)})}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata=header))
+
+    def read(self, states: S0States, optimizer: torch.optim.Adam) -> list[dict]:
+        """Fill both in and return the history; an empty one where there is no file yet.
+
+        Raises:
+            ValueError: the file is of another run, with the differences named, or it is none of ours.
+        """
+        if not self._file.exists():
+            return []
+        tensors, header = read_tensors(self._file)
+        content = parse_json(header.get("s0_run", "null"), f"the header of {self._file}")
+        run, history = content.get("run"), content.get("history")
+        if not isinstance(run, dict) or not isinstance(history, list):
+            raise ValueError(f"{self._file} is not a checkpoint of a training run")
+        if run != self._run:
+            differing = {key: (run.get(key), value) for key, value in self._run.items() if run.get(key) != value}
+            text = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing.items())
+            raise ValueError(f"{self._file} is the checkpoint of another run ({text}); name another file or remove it")
+        with torch.no_grad():
+            for layer in states:
+                parameter = states[layer]
+                found = [tensors.get(f"{layer}.{name}") for name in ("state", *_MOMENTS)]
+                if any(t is None or t.shape != parameter.shape or t.dtype != parameter.dtype for t in found):
+                    raise ValueError(f"{self._file} does not hold what layer {layer} needs")
+                parameter.copy_(found[0])
+                if history:
+                    moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
+                    optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
+        return history

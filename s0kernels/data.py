@@ -1,0 +1,168 @@
+"""Training examples, from pairs, records, conversations or a file of them."""
+
+import json
+import numbers
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Example(NamedTuple):
+    ids: list[int]
+    #: how many of them are the prompt, which is not learned
+    prompt_length: int
+    #: number of the task whose S0 it starts from
+    task: int = 0
+
+
+def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | None, list[Example]]:
+    """(names, examples): a mapping holds the data of several tasks by name, anything else that of one without a name.
+
+    Raises:
+        TypeError, ValueError: an example is not what `read_examples` takes, or a name cannot be a directory's.
+    """
+    if not isinstance(data, Mapping):
+        return None, read_examples(data, tokenizer, max_length)
+    if not data:
+        raise ValueError("S0Trainer: data is empty")
+    check_names(data)
+    return list(data), [
+        example
+        for task, (name, its_data) in enumerate(data.items())
+        for example in read_examples(its_data, tokenizer, max_length, task, f"data[{name!r}]")
+    ]
+
+
+def check_names(names: Iterable) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
+        if name in ("", ".", "..") or name != Path(name).name:
+            raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
+
+
+def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, name: str = "data") -> list[Example]:
+    """Tokenized examples, cut at `max_length`. `data` is a file of JSON lines, or yields one of these per example:
+
+    - `(text, prompt_length)`: a text, and the number of its first tokens that are the prompt; as a mapping
+      `{"text": ..., "prompt_length": ...}`,
+    - `{"prompt": ..., "completion": ...}`: two strings, or two lists of chat messages,
+    - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion.
+
+    Further keys are ignored, but for `chat_template_kwargs`, which go to the tokenizer's template. A `datasets.Dataset`
+    with such columns will do. No end token is added to strings.
+    """
+    records = list(_records(data, name))
+    if not records:
+        raise ValueError(f"S0Trainer: {name if not isinstance(data, (str, os.PathLike)) else data} is empty")
+    return [_read(record, where, tokenizer, max_length, task) for where, record in records]
+
+
+def _records(data: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(data, (str, os.PathLike)):
+        yield from _lines(Path(data))
+        return
+    try:
+        entries = iter(data)
+    except TypeError:
+        raise TypeError(
+            f"S0Trainer: {name} must be examples or the path of a file, got {type(data).__name__}"
+        ) from None
+    for index, record in enumerate(entries):
+        yield f"S0Trainer: {name}[{index}]", record
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+
+
+def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -> Example:
+    if isinstance(record, Mapping):
+        keys = set(record)
+        if "messages" in keys:
+            ids, length = _conversation(record["messages"], None, record, where, tokenizer)
+        elif {"prompt", "completion"} <= keys:
+            ids, length = _completion(record["prompt"], record["completion"], record, where, tokenizer)
+        elif {"text", "prompt_length"} <= keys:
+            ids, length = _pair(record["text"], record["prompt_length"], where, tokenizer)
+        else:
+            raise ValueError(
+                f"{where} must have prompt and completion, or messages, or text and prompt_length; "
+                f"it has {sorted(map(str, keys))}"
+            )
+    elif isinstance(record, (tuple, list)) and len(record) == 2:
+        ids, length = _pair(*record, where, tokenizer)
+    else:
+        raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}")
+    ids = ids[:max_length]
+    if max(length, 1) >= len(ids):
+        raise ValueError(
+            f"{where} has nothing to predict: prompt_length is {length}, and the text has {len(ids)} tokens "
+            f"(max_length {max_length})"
+        )
+    return Example(ids, length, task)
+
+
+def _pair(text: Any, length: Any, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    if not isinstance(text, str) or isinstance(length, bool) or not isinstance(length, numbers.Integral):
+        raise TypeError(f"{where} must be a pair (str, int), got ({type(text).__name__}, {type(length).__name__})")
+    if length < 0:
+        raise ValueError(f"{where}: prompt_length must not be negative, got {length}")
+    return _encode(text, tokenizer), int(length)
+
+
+def _completion(prompt: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _join(prompt, completion, tokenizer)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise TypeError(
+            f"{where}: prompt and completion must both be strings or both be messages, got "
+            f"{type(prompt).__name__} and {type(completion).__name__}"
+        )
+    return _conversation(prompt, completion, record, where, tokenizer)
+
+
+def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    """As the template writes it; what it writes before the reply when asked for one is the prompt."""
+    for part in (messages,) if reply is None else (messages, reply):
+        if not isinstance(part, (list, tuple)) or not part or not all(isinstance(each, Mapping) for each in part):
+            raise TypeError(f"{where}: messages must be a list of mappings with role and content, got {part!r}")
+    if reply is None:
+        messages, reply = messages[:-1], messages[-1:]
+    if reply[-1].get("role") != "assistant" or not messages:
+        raise ValueError(f"{where}: the last message must be the assistant's, after at least one other")
+    options = dict(record.get("chat_template_kwargs") or {}, tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template([*messages, *reply], **options)
+    except Exception as error:  # a template may raise whatever it likes
+        raise ValueError(f"{where}: the tokenizer cannot write it as a conversation: {error}") from error
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{where}: the chat template does not write the prompt in the same way with the reply and without it, "
+            f"so there is no telling them apart; give prompt and completion as strings"
+        )
+    return _join(prompt, whole[len(prompt) :], tokenizer, add_special_tokens=False)
+
+
+def _join(prompt: str, completion: str, tokenizer: Any, **options: bool) -> tuple[list[int], int]:
+    """The tokens of both. Where one would reach across the border they are tokenized apart, because a generation goes
+    on from the tokens of the prompt alone."""
+    start, ids = _encode(prompt, tokenizer, **options), _encode(prompt + completion, tokenizer, **options)
+    if ids[: len(start)] != start:
+        ids = start + _encode(completion, tokenizer, add_special_tokens=False)
+    return ids, len(start)
+
+
+def _encode(text: str, tokenizer: Any, **options: bool) -> list[int]:
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])

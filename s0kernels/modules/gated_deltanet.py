@@ -10,8 +10,8 @@ from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
 
 
 class S0GatedDeltaNet(S0Mixer):
-    """Replaces `Qwen3_5GatedDeltaNet`. With no S0 attached it computes what the original computes; see
-    `s0kernels.modules` for when S0 enters."""
+    """Replaces `Qwen3_5GatedDeltaNet` and `Qwen3_5MoeGatedDeltaNet`, which are the same. With no S0 attached it
+    computes what the original computes; see `s0kernels.modules` for when S0 enters."""
 
     def forward(
         self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     DynamicCache,
     FalconH1Config,
     FalconH1ForCausalLM,
@@ -72,6 +74,16 @@ _FALCON = {
     "mamba_d_state": 12,
     "mamba_chunk_size": 16,
 }
+_BAMBA = {
+    **_COMMON,
+    "num_hidden_layers": 3,
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+    "mamba_chunk_size": 16,
+}
 
 
 def _slow(model):
@@ -121,6 +133,11 @@ def falcon_with_norm_and_biases():
     return falcon(mamba_rms_norm=True, mamba_proj_bias=True, projectors_bias=True, mamba_norm_before_gate=False)
 
 
+def bamba():
+    torch.manual_seed(0)
+    return _slow(BambaForCausalLM(BambaConfig(**_BAMBA)))
+
+
 MODELS = {
     "qwen": qwen,
     "qwen_multimodal": qwen_multimodal,
@@ -129,6 +146,7 @@ MODELS = {
     "qwen_next": qwen_next,
     "falcon": falcon,
     "falcon_norm": falcon_with_norm_and_biases,
+    "bamba": bamba,
 }
 
 
@@ -163,6 +181,11 @@ def random_states(model, tasks: int = 1, size: float = 0.5, seed: int = 0) -> S0
     for layer in states:
         states[layer].data.copy_(size * torch.randn(states[layer].shape, generator=generator))
     return states
+
+
+def numbered(name: str, start: int, stop: int) -> dict:
+    """What a forward that continues a cache has to be told: Bamba's decoder numbers the tokens of each call from 0."""
+    return {"position_ids": torch.arange(start, stop)[None]} if name == "bamba" else {}
 
 
 def checkpoint_layers(model, **options) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from s0kernels.modules.bamba import S0BambaMixer
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 from s0kernels.modules.mamba2 import S0Mamba2Mixer
 from s0kernels.modules.mixer import S0Mixer
@@ -34,6 +35,7 @@ FAMILIES = (
     Family("Qwen3.5-MoE", "Qwen3_5MoeGatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
     Family("Qwen3-Next", "Qwen3NextGatedDeltaNet", S0Qwen3NextGatedDeltaNet, "gated_delta_net", _delta_state),
     Family("Falcon-H1", "FalconH1Mixer", S0Mamba2Mixer, "mamba2", _mamba_state),
+    Family("Bamba", "BambaMixer", S0BambaMixer, "mamba2", _mamba_state),
 )
 
 #: Scale at which trained states are used unless told otherwise (defaults of the S0-tuning paper)

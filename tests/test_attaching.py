@@ -1,5 +1,6 @@
 """Which states a forward starts from: a task per row, threads, contexts, packed sequences."""
 
+import inspect
 import threading
 
 import pytest
@@ -8,6 +9,17 @@ from models import MODELS, PAD, close, every_family, every_model, qwen, random_s
 from transformers import DynamicCache
 
 from s0kernels import swap_modules
+from s0kernels.modules.injection import _DECODER_ARGUMENTS, BindStates
+from s0kernels.modules.mixer import S0Mixer
+
+
+@every_model
+def test_states_are_bound_by_the_decoder_whose_arguments_are_known(name):
+    model = swap_modules(MODELS[name]())
+    mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
+    (decoder,) = (m for m in model.modules() if any(isinstance(h, BindStates) for h in m._forward_pre_hooks.values()))
+    assert [m for m in decoder.layers.modules() if isinstance(m, S0Mixer)] == mixers
+    assert tuple(inspect.signature(decoder.forward).parameters)[: len(_DECODER_ARGUMENTS)] == _DECODER_ARGUMENTS
 
 
 @every_family

@@ -31,13 +31,13 @@ def test_gradient_of_s0_equals_the_originals(name):
     found = gradients(model, states, ids)
     leaves = {layer: states[layer].detach().clone().requires_grad_() for layer in states}
     cache = seeded_cache(original, leaves, rows=2)
-    cache.update_recurrent_state = lambda *_: None  # in place, which autograd would refuse
+    cache.update_recurrent_state = lambda *_, **__: None  # in place, which autograd would refuse
     original(ids, past_key_values=cache).logits.log_softmax(-1)[..., 7].sum().backward()
     for leaf, grad in zip(leaves.values(), found, strict=True):
         assert close(grad, leaf.grad, 1e-4)
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name, reentrant):
     """Recomputed layers start from the states that the forward was bound to, whatever is attached by then."""
@@ -71,7 +71,7 @@ def test_gradient_under_autocast(name):
         assert cosine > 0.99
 
 
-@every_family
+@every_model
 def test_padding_does_not_change_the_gradient(name):
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     states, rows = random_states(model), ragged()

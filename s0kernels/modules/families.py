@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from s0kernels.modules.bamba import S0BambaMixer
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 from s0kernels.modules.mamba2 import S0Mamba2Mixer
 from s0kernels.modules.mixer import S0Mixer
+from s0kernels.modules.qwen3_next import S0Qwen3NextGatedDeltaNet
 
 
 class Family(NamedTuple):
@@ -20,21 +22,20 @@ class Family(NamedTuple):
     state_shape: Callable[[nn.Module], tuple[int, int, int]]
 
 
+def _delta_state(mixer: nn.Module) -> tuple[int, int, int]:
+    return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
+
+
+def _mamba_state(mixer: nn.Module) -> tuple[int, int, int]:
+    return mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+
+
 FAMILIES = (
-    Family(
-        "Qwen3.5",
-        "Qwen3_5GatedDeltaNet",
-        S0GatedDeltaNet,
-        "gated_delta_net",
-        lambda mixer: (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
-    ),
-    Family(
-        "Falcon-H1",
-        "FalconH1Mixer",
-        S0Mamba2Mixer,
-        "mamba2",
-        lambda mixer: (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size),
-    ),
+    Family("Qwen3.5", "Qwen3_5GatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
+    Family("Qwen3.5-MoE", "Qwen3_5MoeGatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
+    Family("Qwen3-Next", "Qwen3NextGatedDeltaNet", S0Qwen3NextGatedDeltaNet, "gated_delta_net", _delta_state),
+    Family("Falcon-H1", "FalconH1Mixer", S0Mamba2Mixer, "mamba2", _mamba_state),
+    Family("Bamba", "BambaMixer", S0BambaMixer, "mamba2", _mamba_state),
 )
 
 #: Scale at which trained states are used unless told otherwise (defaults of the S0-tuning paper)

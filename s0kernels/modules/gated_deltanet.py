@@ -10,8 +10,8 @@ from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
 
 
 class S0GatedDeltaNet(S0Mixer):
-    """Replaces `Qwen3_5GatedDeltaNet`. With no S0 attached it computes what the original computes; see
-    `s0kernels.modules` for when S0 enters."""
+    """Replaces `Qwen3_5GatedDeltaNet` and `Qwen3_5MoeGatedDeltaNet`, which are the same. With no S0 attached it
+    computes what the original computes; see `s0kernels.modules` for when S0 enters."""
 
     def forward(
         self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs
@@ -20,19 +20,23 @@ class S0GatedDeltaNet(S0Mixer):
         rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
         hidden_states = rows.enter(hidden_states)
 
-        mixed = self._convolve(self.in_proj_qkv(hidden_states), rows)
+        mixed, z, b, a = self._project(hidden_states)
+        mixed = self._convolve(mixed, rows)
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for x in (q, k))
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        beta = self.in_proj_b(hidden_states).sigmoid()
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
+        beta = b.sigmoid()
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         if rows.padding is not None:  # a pad neither decays the state nor writes to it
             g, beta = g.masked_fill(rows.padding.pads, 0.0), beta.masked_fill(rows.padding.pads, 0.0)
 
         output = self._scan(q, k, v, g, beta.to(q.dtype), rows)
-        z = self.in_proj_z(hidden_states).reshape(-1, self.head_v_dim)
-        output = self.norm(output.reshape(-1, self.head_v_dim), z).view(*hidden_states.shape[:2], self.value_dim)
-        return rows.leave(self.out_proj(output))
+        output = self.norm(output.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
+        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q|k|v side by side, as they are convolved; z [B, T, value_dim]; b and a [B, T, num_v_heads])."""
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
         inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q.dtype), rows.cache

@@ -26,8 +26,8 @@ class S0Mamba2Mixer(S0Mixer):
         rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
         hidden_states = rows.enter(hidden_states)
 
-        projected = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
-        gate, mixed, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        gate, mixed, dt = self._project(hidden_states).split(sizes, dim=-1)
         mixed = self._convolve(mixed, rows)
         state_size = self.n_groups * self.ssm_state_size
         x, B, C = mixed.split([self.intermediate_size, state_size, state_size], dim=-1)
@@ -39,6 +39,10 @@ class S0Mamba2Mixer(S0Mixer):
         if self.mamba_rms_norm:
             output = self.norm(output, gate)
         return rows.leave(self.out_proj(output.to(dtype)))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """[B, T, intermediate_size + conv_dim + num_heads]: the gate, x|B|C as they are convolved, dt."""
+        return self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
 
     def _step_sizes(self, dt: Tensor, padding: Padding | None) -> tuple[Tensor, dict]:
         """dt and how the scan is to process it; with pads it is processed here, for they take a step of zero even

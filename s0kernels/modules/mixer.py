@@ -1,4 +1,4 @@
-"""What the two replacements share: the original's parameters, the cache, and where the initial state comes from."""
+"""What the replacements share: the original's parameters, the cache, and where the initial state comes from."""
 
 import torch
 from torch import Tensor, nn

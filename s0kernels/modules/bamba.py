@@ -1,0 +1,15 @@
+"""The Mamba-2 mixer of Bamba, starting from S0."""
+
+from torch import Tensor
+
+from s0kernels.modules.mamba2 import S0Mamba2Mixer
+
+
+class S0BambaMixer(S0Mamba2Mixer):
+    """Replaces `BambaMixer`: no multipliers, and the gate always goes through the norm. It contradicts itself in the
+    two places where `FalconH1Mixer` does."""
+
+    mamba_rms_norm = True
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.in_proj(x)

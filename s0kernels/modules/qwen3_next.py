@@ -1,0 +1,22 @@
+"""The gated delta rule mixer of Qwen3-Next, starting from S0."""
+
+import torch
+from torch import Tensor
+
+from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
+
+
+class S0Qwen3NextGatedDeltaNet(S0GatedDeltaNet):
+    """Replaces `Qwen3NextGatedDeltaNet`, which projects by two matrices whose rows are grouped by key head: q, k, v, z
+    of a head beside each other, and b, a likewise."""
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        group = self.num_v_heads // self.num_k_heads
+        sizes = [self.head_k_dim, self.head_k_dim, group * self.head_v_dim, group * self.head_v_dim]
+        *qkv, z = self._by_head(self.in_proj_qkvz(x), sizes)
+        b, a = self._by_head(self.in_proj_ba(x), [group, group])
+        return torch.cat(qkv, dim=-1), z, b, a
+
+    def _by_head(self, projected: Tensor, sizes: list[int]) -> list[Tensor]:
+        heads = projected.unflatten(-1, (self.num_k_heads, -1))
+        return [part.flatten(-2) for part in heads.split(sizes, dim=-1)]

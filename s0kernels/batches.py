@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s0kernels.data import Example
 
 #: implementations of attention that transformers makes keep packed sequences apart
-_KEEP_APART = ("eager", "sdpa", "flex_attention")
+_KEEP_APART = ("eager", "sdpa")
 
 
 def make_batches(
@@ -49,6 +49,7 @@ class Batch:
     """Examples for one forward. The model sees every token; the loss looks at the completions."""
 
     def __init__(self, examples: Sequence[Example], device: torch.device):
+        self.examples = list(examples)
         self.tasks = [example.task for example in examples]
         self.device = device
         #: for every predicted token, in order: its example, and its weight in that example's mean

@@ -61,7 +61,7 @@ class Checkpoint:
         if not self._file.exists():
             return []
         tensors, header = read_tensors(self._file)
-        content = parse_json(header.get("s0_run", "null"), f"the header of {self._file}")
+        content = parse_json(header.get("s0_run", "{}"), f"the header of {self._file}")
         run, history = content.get("run"), content.get("history")
         if not isinstance(run, dict) or not isinstance(history, list):
             raise ValueError(f"{self._file} is not a checkpoint of a training run")

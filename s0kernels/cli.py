@@ -21,17 +21,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions")
     tune.add_argument("model", help="a model directory, or its name on the hub")
-    tune.add_argument("data", type=Path, help='JSON lines, each {"prompt": ..., "completion": ...}')
+    tune.add_argument(
+        "data",
+        type=Path,
+        help='JSON lines, each {"prompt": ..., "completion": ...} or {"messages": [...]}; a directory of such .jsonl '
+        "files trains a task for each, all at once",
+    )
     tune.add_argument("output", type=Path, help="directory to write the learned states to")
     tune.add_argument("--steps", type=int, help="optimization steps (default: 20)")
     tune.add_argument("--lr", type=float, help="learning rate (default: 1e-3)")
     tune.add_argument("--alpha", type=float, help="scale at which the states will be used")
+    tune.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens per forward (default: 4096)")
+    tune.add_argument("--checkpoint", type=Path, help="file to save the run to, and to resume it from if it is there")
     tune.set_defaults(run=_tune)
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without learned states")
     generate.add_argument("model", help="a model directory, or its name on the hub")
     generate.add_argument("prompt", nargs="*", help="prompts; none reads a JSON list of them from standard input")
     generate.add_argument("--states", type=Path, help="directory of learned states; without it S0 is zero")
+    generate.add_argument("--task", help="which task, where the directory holds several")
     generate.add_argument("--max-new-tokens", type=int, default=512)
     generate.add_argument("--json", action="store_true", help="print a JSON list of the new texts")
     generate.set_defaults(run=_generate)
@@ -98,34 +106,22 @@ def _tune(options: argparse.Namespace) -> None:
 
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
-    pairs = _read_pairs(options.data)
+    data = _training_data(options.data)
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     trainer = S0Trainer.from_pretrained(options.model, config)
-    data = [(prompt + completion, len(trainer.tokenizer(prompt)["input_ids"])) for prompt, completion in pairs]
-    result = trainer.train(data)
+    result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
     trainer.save(options.output)
     first = trainer.history[0]["loss"] if trainer.history else result["final_loss"]
-    print(f"loss {first:.4f} -> {result['final_loss']:.4f} on {len(data)} examples; states in {options.output}")
+    print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
 
 
-def _read_pairs(file: Path) -> list[tuple[str, str]]:
-    pairs = []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            pair = (entry["prompt"], entry["completion"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{file}:{number} is not {{"prompt": ..., "completion": ...}}: {error!r}') from error
-        if not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"{file}:{number}: prompt and completion must be strings")
-        pairs.append(pair)
-    return pairs
+def _training_data(path: Path) -> Path | dict[str, Path]:
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"no .jsonl files in {path}")
+    return {file.stem: file for file in files}
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -137,7 +133,7 @@ def _generate(options: argparse.Namespace) -> None:
     trainer = S0Trainer.from_pretrained(options.model)
     if options.states is not None:
         trainer.load(options.states)
-        trainer.activate()
+        trainer.activate(options.task)
     texts = trainer.generate(prompts, max_new_tokens=options.max_new_tokens, do_sample=False)
     if options.json:
         print(json.dumps(texts))

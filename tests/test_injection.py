@@ -223,6 +223,27 @@ def test_static_cache(name, swapped):
         cache.reset()
 
 
+@every_family
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_generate_with_a_compiled_model(name, static):
+    """Token for token, in whole graphs: nothing in a swapped mixer needs to look at a tensor's values."""
+    model = swap_modules(MODELS[name]())
+    ids, mask = padded(ragged()[:2], "left")
+    random_states(model, tasks=2).attach(model, tasks=[1, 0])
+    call = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    truth = model.generate(ids, **call)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    kind = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    assert torch.equal(model.generate(ids, **kind, **call), truth)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 def test_pads_take_no_step_where_the_step_size_has_a_floor():
     """dt is computed, clamped, then zeroed: a floor of the clamp must not decay S0 at pads."""

@@ -129,8 +129,9 @@ class Site:
         """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
         may say that the rows hold packed sequences, or continue those of a cache."""
         cache = kwargs.get("past_key_values")
-        live = cache is not None and cache.get_seq_length() > 0
-        cu_seqlens = find_boundaries(*rows.shape[:2], kwargs)
+        # asked of a recurrent layer, which knows without looking at a device, as a static cache's length would have to be
+        live = cache is not None and cache.has_previous_state(min(self.shapes))
+        cu_seqlens = find_boundaries(*rows.shape[:2], kwargs, live)
         mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)
         attachment = self.current()
         if attachment is None:

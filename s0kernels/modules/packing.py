@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 
-def find_boundaries(batch: int, length: int, kwargs: Mapping) -> Tensor | None:
+def find_boundaries(batch: int, length: int, kwargs: Mapping, live: bool) -> Tensor | None:
     """`cu_seqlens` over the batch * length tokens in a row, or None where no row holds more than one sequence.
 
     From `cu_seq_lens_q`, else from `seq_idx` [B, T], else from `position_ids` that start anew within a row, which is
-    how transformers' attention finds them; the last two read values on the host.
+    how transformers' attention finds them; the last two read values on the host. Rows that continue a `live` cache are
+    never packed.
     """
     if (given := kwargs.get("cu_seq_lens_q")) is not None:
         if batch != 1:
@@ -19,8 +20,7 @@ def find_boundaries(batch: int, length: int, kwargs: Mapping) -> Tensor | None:
     if (seq_idx := kwargs.get("seq_idx")) is not None:
         return _cut(seq_idx[:, 1:] != seq_idx[:, :-1], batch, length)
     positions = kwargs.get("position_ids")
-    cache = kwargs.get("past_key_values")
-    if positions is None or kwargs.get("attention_mask") is not None or (cache is not None and cache.get_seq_length()):
+    if positions is None or live or kwargs.get("attention_mask") is not None:
         return None
     if positions.dim() == 3:  # multimodal rotary positions; of four the first are those in the text
         if positions.shape[0] != 4:

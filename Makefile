@@ -3,6 +3,7 @@ VENV := .venv
 FLA := .deps/fla
 OLDER := .deps/transformers-5.17
 METHOD := .deps/s0-tuning
+DATASETS := .deps/datasets
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint format clean
@@ -10,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
 
-test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed
+test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed $(DATASETS)/.installed
 	$(VENV)/bin/python -m pytest
 	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_modules.py tests/test_injection.py \
 		tests/test_attaching.py tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
@@ -53,6 +54,14 @@ $(METHOD)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(METHOD)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(METHOD) s0-tuning==0.1.2
+	touch $@
+
+# One test reads its data sets, another library's hundreds of megabytes.
+$(DATASETS)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(DATASETS)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(DATASETS) datasets==5.2.0 pyarrow==26.0.1 \
+		pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 python-dateutil==4.0.0 tzdata==2026.6
 	touch $@
 
 clean:

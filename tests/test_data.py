@@ -130,16 +130,17 @@ def test_bad_data_and_files_are_named(tmp_path):
 
 @pytest.mark.skipif(not DATASETS.is_dir(), reason="datasets is not in .deps/datasets; `make test` puts it there")
 def test_datasets(tmp_path):
-    """Of either kind of columns, and streamed."""
+    """With either kind of columns, at once and streamed."""
     code = """
-from datasets import Dataset, IterableDataset
+import json
+from datasets import load_dataset
 from test_data import TURNS, chatting, read
-tok = chatting()
-pairs = [{"prompt": "Q: 1", "completion": "A", "id": 3}] * 2
-assert read(Dataset.from_list(pairs), tok) == read(pairs, tok)
-assert read(IterableDataset.from_generator(lambda: iter(pairs)), tok) == read(pairs, tok)
-talks = [{"messages": TURNS}, {"messages": TURNS}]
-assert read(Dataset.from_list(talks), tok) == read(talks, tok)
+for records in ([{"prompt": "Q: 1", "completion": "A", "id": 3}] * 2, [{"messages": TURNS}] * 2):
+    name = f"{len(records[0])}.jsonl"
+    open(name, "w").write("\\n".join(map(json.dumps, records)))
+    for streaming in (False, True):
+        data = load_dataset("json", data_files=name, split="train", streaming=streaming, cache_dir="cache")
+        assert read(data, chatting()) == read(records, chatting())
 print("read")
 """
     done = python("-c", code, path=DATASETS, cwd=tmp_path)

@@ -129,7 +129,7 @@ class Site:
         """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
         may say that the rows hold packed sequences, or continue those of a cache."""
         cache = kwargs.get("past_key_values")
-        # asked of a recurrent layer, which knows without looking at a device, as a static cache's length would have to be
+        # a recurrent layer knows it on the host; the length of a static cache is on the device
         live = cache is not None and cache.has_previous_state(min(self.shapes))
         cu_seqlens = find_boundaries(*rows.shape[:2], kwargs, live)
         mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)

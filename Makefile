@@ -4,6 +4,7 @@ FLA := .deps/fla
 OLDER := .deps/transformers-5.17
 METHOD := .deps/s0-tuning
 DATASETS := .deps/datasets
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint format clean
@@ -12,10 +13,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
 
 test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed $(DATASETS)/.installed
-	$(VENV)/bin/python -m pytest
-	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_modules.py tests/test_injection.py \
-		tests/test_attaching.py tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
-		tests/test_against_transformers.py
+	$(PYTEST)
+	PYTHONPATH=$(OLDER) $(PYTEST) tests/test_modules.py tests/test_injection.py tests/test_attaching.py \
+		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
+		tests/test_training.py tests/test_data.py tests/test_against_transformers.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

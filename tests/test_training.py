@@ -321,7 +321,7 @@ try:
     assert place.num_processes == 1
 except ValueError as error:
     assert "not given the same data" in str(error)
-print("processes:", place.num_processes, flush=True)
+print(f"processes: {place.num_processes}\\n", end="", flush=True)  # in one write
 """
 
 

@@ -1,6 +1,7 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,9 @@ class S0Trainer:
         """
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
         _check_positive("checkpoint_every", checkpoint_every)
-        batches = self._batches(examples, tokens_per_batch, packed)
+        _check_positive("tokens_per_batch", tokens_per_batch)
+        share = math.ceil(sum(len(example.ids) for example in examples) / processes().num_processes)
+        batches = self._batches(examples, min(tokens_per_batch, share), packed)  # no process is to be without one
         states = S0States.for_model(self.model, tasks or 1)
         run = describe_run(examples, tasks, self.config, states)
         file = None if checkpoint is None else Checkpoint(Path(checkpoint), run)

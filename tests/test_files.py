@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import struct
+import time
 import warnings
 
 import pytest
@@ -127,6 +128,21 @@ def test_damaged_files_are_refused(tmp_path):
         write(**options)
         with pytest.raises(ValueError, match=message):
             S0States.load(tmp_path, model)
+
+
+def test_what_killed_writers_left_is_swept_away_after_a_while(tmp_path):
+    states = random_states(swap_modules(qwen()))
+    for name, age in ((".states.safetensors.abc.tmp", 7200), (".states.safetensors.def.tmp", 60)):
+        (tmp_path / name).write_bytes(b"half a file")
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
+    states.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".states.safetensors.def.tmp",  # perhaps somebody is writing it now
+        "config.json",
+        "meta.json",
+        "states.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("failing", ["config.json", "meta.json", "states.safetensors"])

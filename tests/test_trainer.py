@@ -298,6 +298,30 @@ def test_generate_refuses(prompt, kind):
         trainer("qwen").generate(prompt)
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_with_layers_elsewhere(checkpoint, tmp_path, place):
+    """`device_map` leaves layers in memory or on disk and brings them when they are called; training goes through."""
+    whole = S0Trainer.from_pretrained(str(checkpoint), S0Config(n_steps=3, lr=1e-2))
+    devices = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name, _ in whole.model.model.named_children()}
+    devices.pop("model.layers")
+    devices |= {f"model.layers.{i}": place if i % 2 == 0 else "cpu" for i in range(len(whole.model.model.layers))}
+    spread = S0Trainer.from_pretrained(
+        str(checkpoint), S0Config(n_steps=3, lr=1e-2), device_map=devices, offload_folder=str(tmp_path / "offloaded")
+    )
+    examples = data(whole.tokenizer)
+    assert ("meta" in {p.device.type for p in spread.model.parameters()}) == (place == "disk")
+    for tuned in (whole, spread):
+        tuned.train(examples, progress=False)
+        tuned.activate()
+    for layer in whole.states:
+        assert error(spread.states[layer], whole.states[layer]) < 1e-3
+    assert abs(whole.evaluate(examples) - spread.evaluate(examples)) < 1e-5
+    prompt = TEXTS[0][0]
+    assert spread.generate(prompt, max_new_tokens=5) == whole.generate(prompt, max_new_tokens=5)
+    spread.save(tmp_path / "states")
+    whole.load(tmp_path / "states")
+
+
 @every_family
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_refuses_to_train_what_has_no_effect(name, checkpointed):

@@ -287,7 +287,10 @@ from s0kernels import swap_modules
 from test_training import OTHERS, PAIRS, trainer
 place = PartialState(cpu=True)
 for name in ("qwen", "falcon"):
-    tuned = trainer(name)
+    tuned, calls = trainer(name), []
+    tuned.model.register_forward_hook(lambda *_: calls.append(1))
+    tuned.train(PAIRS, progress=False)
+    assert len(calls) > 2, "two forwards check that S0 has an effect, the others are this process's share"
     tuned.train(PAIRS, tokens_per_batch=30)
     tuned.save(f"{sys.argv[1]}/{name}")
     tasks = trainer(name)

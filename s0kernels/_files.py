@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 STATES, CONFIG, META = "states.safetensors", "config.json", "meta.json"
+#: beside directories of several tasks: which ones, in order
+TASKS = "tasks.json"
 
 
 def replace_file(file: Path, content: bytes) -> None:

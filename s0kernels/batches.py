@@ -31,10 +31,12 @@ def make_batches(
             groups.append([])
             filled = length
         groups[-1].append(example)
-    return [(PackedBatch if packed else PaddedBatch)(group, pad, device) for group in groups]
+    return [PackedBatch(group, device) if packed else PaddedBatch(group, device, pad) for group in groups]
 
 
 def _decide(packed: bool | None, model: nn.Module) -> bool:
+    if packed is not None and not isinstance(packed, bool):
+        raise TypeError(f"S0Trainer: packed must be True, False or None, got {packed!r}")
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"
     flash = "flash" in attention
     if packed and not flash and attention not in _KEEP_APART:
@@ -52,9 +54,10 @@ class Batch:
         self.examples = list(examples)
         self.tasks = [example.task for example in examples]
         self.device = device
-        #: for every predicted token, in order: its example, and its weight in that example's mean
+        #: of every predicted token, in order: the task of its example, and its weight in that example's mean
         counts = [len(example.ids) - max(example.prompt_length, 1) for example in examples]
-        self._owners = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+        owners = [task for task, count in zip(self.tasks, counts, strict=True) for _ in range(count)]
+        self._owners = torch.tensor(owners, device=device)
         self._weights = torch.tensor([1.0 / count for count in counts for _ in range(count)], device=device)
 
     def logits(self, model: nn.Module) -> Tensor:
@@ -64,15 +67,14 @@ class Batch:
     def losses(self, model: nn.Module, tasks: int = 1) -> Tensor:
         """[tasks] sum over a task's examples of the mean cross-entropy of their completion tokens, in fp32."""
         losses = F.cross_entropy(self.logits(model).float(), self.targets, reduction="none")
-        owners = torch.tensor(self.tasks, device=self.device)[self._owners]
-        chosen = owners == torch.arange(tasks, device=self.device)[:, None]
-        return (chosen * self._weights) @ losses
+        chosen = self._owners == torch.arange(tasks, device=self.device)[:, None]
+        return (chosen * self._weights * losses).sum(1)  # not a product of matrices, which autocast would round
 
 
 class PaddedBatch(Batch):
     """A row per example, padded on the right."""
 
-    def __init__(self, examples: Sequence[Example], pad: int, device: torch.device):
+    def __init__(self, examples: Sequence[Example], device: torch.device, pad: int):
         super().__init__(examples, device)
         width = max(len(example.ids) for example in examples)
         self._ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in examples], device=device)
@@ -97,7 +99,7 @@ class PaddedBatch(Batch):
 class PackedBatch(Batch):
     """One row of all examples, end to end."""
 
-    def __init__(self, examples: Sequence[Example], pad: int, device: torch.device):
+    def __init__(self, examples: Sequence[Example], device: torch.device):
         super().__init__(examples, device)
         lengths = [len(example.ids) for example in examples]
         starts = [0, *itertools.accumulate(lengths)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from s0kernels.data import Example
 from s0kernels.states import S0States
 
 #: settings that a run is made of; the others say how long it is or how its states are used
-_SETTINGS = ("lr", "l2_lambda", "grad_clip", "max_length")
+_SETTINGS = ("lr", "l2_lambda", "grad_clip")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,36 +38,44 @@ def describe_run(
 class Checkpoint:
     """The states, the moments of Adam and the history of a run in one safetensors file, replaced whole."""
 
-    def __init__(self, file: Path, run: Mapping[str, Any]):
-        if file.is_dir():
+    def __init__(self, file: str | os.PathLike, run: Mapping[str, Any]):
+        if not isinstance(file, (str, os.PathLike)):
+            raise TypeError(f"S0Trainer: checkpoint must be a path, got {type(file).__name__}")
+        self._file, self._run = Path(file), dict(run)
+        if self._file.is_dir():
             raise ValueError(f"S0Trainer: checkpoint must name a file, and {file} is a directory")
-        self._file, self._run = file, dict(run)
+        self._file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        if not os.access(self._file.parent, os.W_OK):
+            raise PermissionError(f"S0Trainer: checkpoint {file} lies in a directory that cannot be written to")
 
-    def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping]) -> None:
+    def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping], ended: bool) -> None:
+        """`ended`: a callback wants no more steps."""
         tensors: dict[str, Tensor] = {}
         for layer in states:
             tensors[f"{layer}.state"] = states[layer].detach()
             for moment in _MOMENTS:
                 tensors[f"{layer}.{moment}"] = optimizer.state[states[layer]][moment]
-        header = {"s0_run": json.dumps({"run": self._run, "history": list(history)})}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata=header))
+        content = json.dumps({"run": self._run, "history": list(history), "ended": ended}, default=_plain)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        replace_file(self._file, save(tensors, metadata={"s0_run": content}))
 
-    def read(self, states: S0States, optimizer: torch.optim.Adam) -> list[dict]:
-        """Fill both in and return the history; an empty one where there is no file yet.
+    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool]:
+        """Fill both in and return the history and whether the run has ended; an empty one if there is no file yet.
 
         Raises:
             ValueError: the file is of another run, with the differences named, or it is none of ours.
         """
         if not self._file.exists():
-            return []
+            return [], False
         tensors, header = read_tensors(self._file)
         content = parse_json(header.get("s0_run", "{}"), f"the header of {self._file}")
         run, history = content.get("run"), content.get("history")
         if not isinstance(run, dict) or not isinstance(history, list):
             raise ValueError(f"{self._file} is not a checkpoint of a training run")
-        if run != self._run:
-            differing = {key: (run.get(key), value) for key, value in self._run.items() if run.get(key) != value}
+        differing = {key: (run.get(key), value) for key, value in self._run.items() if run.get(key) != value}
+        if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
+            del differing["weights"]
+        if differing:
             text = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing.items())
             raise ValueError(f"{self._file} is the checkpoint of another run ({text}); name another file or remove it")
         with torch.no_grad():
@@ -79,4 +88,13 @@ class Checkpoint:
                 if history:
                     moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
                     optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
-        return history
+        return history, content.get("ended") is True
+
+
+def _plain(value: Any) -> Any:
+    """What a callback may have put into the history besides numbers and strings: single numbers of numpy and torch."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        message = f"S0Trainer: a callback put a {type(value).__name__} into the history; a checkpoint takes numbers"
+        raise TypeError(message) from None

@@ -116,6 +116,8 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _training_data(path: Path) -> Path | dict[str, Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}")
     if not path.is_dir():
         return path
     files = sorted(path.glob("*.jsonl"))
@@ -127,6 +129,8 @@ def _training_data(path: Path) -> Path | dict[str, Path]:
 def _generate(options: argparse.Namespace) -> None:
     from s0kernels import S0Trainer
 
+    if options.task is not None and options.states is None:
+        raise ValueError("--task names one of the tasks in --states, which is missing")
     prompts = options.prompt or _read_prompts(sys.stdin.read())
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("the prompts must be a JSON list of strings")

@@ -47,6 +47,8 @@ class S0Config:
                 raise TypeError(f"S0Config: {name} must be a number, got {value!r}")
             if not math.isfinite(value) or (value < 0 and name != "alpha"):
                 raise ValueError(f"S0Config: {name} must be finite and not negative, got {value}")
+        if self.grad_clip == 0:
+            raise ValueError("S0Config: grad_clip must be positive, or nothing is learned")
         if not isinstance(self.normalize, bool):
             raise TypeError(f"S0Config: normalize must be True or False, got {self.normalize!r}")
 

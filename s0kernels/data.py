@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from s0kernels._files import CONFIG, META, STATES, TASKS
+
+#: keys that make a mapping an example
+_RECORDS = ({"messages"}, {"prompt", "completion"}, {"text", "prompt_length"})
+
 
 class Example(NamedTuple):
     ids: list[int]
@@ -26,6 +31,10 @@ def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | 
         return None, read_examples(data, tokenizer, max_length)
     if not data:
         raise ValueError("S0Trainer: data is empty")
+    if any(keys <= set(data) for keys in _RECORDS):
+        raise TypeError("S0Trainer: data is a single example; put it into a list")
+    if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        raise TypeError(f"S0Trainer: data must be one split of the data set, of {list(data)}")
     check_names(data)
     return list(data), [
         example
@@ -38,7 +47,7 @@ def check_names(names: Iterable) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
-        if name in ("", ".", "..") or name != Path(name).name:
+        if name in ("", "..", STATES, CONFIG, META, TASKS) or name != Path(name).name or "\0" in name or len(name) > 80:
             raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
 
 
@@ -51,7 +60,8 @@ def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, nam
     - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion.
 
     Further keys are ignored, but for `chat_template_kwargs`, which go to the tokenizer's template. A `datasets.Dataset`
-    with such columns will do. No end token is added to strings.
+    with such columns will do. No end token is added to strings. Whatever a template writes after the generation prompt
+    is learned: of models that think, `{"enable_thinking": False}` keeps the end of an empty thought out of it.
     """
     records = list(_records(data, name))
     if not records:
@@ -75,7 +85,7 @@ def _records(data: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
@@ -103,7 +113,8 @@ def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -
     elif isinstance(record, (tuple, list)) and len(record) == 2:
         ids, length = _pair(*record, where, tokenizer)
     else:
-        raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}")
+        size = f" of {len(record)}" if isinstance(record, (tuple, list)) else ""
+        raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}{size}")
     ids = ids[:max_length]
     if max(length, 1) >= len(ids):
         raise ValueError(
@@ -141,7 +152,10 @@ def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokeni
         messages, reply = messages[:-1], messages[-1:]
     if reply[-1].get("role") != "assistant" or not messages:
         raise ValueError(f"{where}: the last message must be the assistant's, after at least one other")
-    options = dict(record.get("chat_template_kwargs") or {}, tokenize=False)
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{where}: chat_template_kwargs must be a mapping, got {type(options).__name__}")
+    options = {**options, "tokenize": False}
     try:
         prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template([*messages, *reply], **options)
@@ -165,4 +179,4 @@ def _join(prompt: str, completion: str, tokenizer: Any, **options: bool) -> tupl
 
 
 def _encode(text: str, tokenizer: Any, **options: bool) -> list[int]:
-    return list(tokenizer(text, verbose=False, **options)["input_ids"])
+    return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]

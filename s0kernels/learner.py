@@ -1,8 +1,10 @@
 """The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -18,53 +20,69 @@ Callback = Callable[[dict, S0States], "bool | None"]
 
 
 class Learner:
-    """One run of training: the states that learn, the batches they learn from, and this process's share of them."""
+    """The states that learn, the batches they learn from, and this process's share of them."""
 
-    def __init__(
-        self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch], run: dict[str, Any]
-    ):
+    def __init__(self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch]):
         self._model, self._config, self._states, self._batches = model, config, states, batches
         owners = torch.tensor([task for batch in batches for task in batch.tasks])
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = processes()
-        self._compare(run)
         self._optimizer = torch.optim.Adam(states.parameters(), lr=config.lr)
 
+    def resume(self, file: Checkpoint | None) -> tuple[list[dict[str, Any]], bool]:
+        """The history so far, with the states as they were then, and whether a callback has ended it."""
+        history, ended = ([], False) if file is None else file.read(self._states, self._optimizer)
+        if len(history) > self._config.n_steps:
+            raise ValueError(
+                f"S0Trainer.train: the checkpoint holds {len(history)} steps, and n_steps is {self._config.n_steps}"
+            )
+        return history, ended
+
+    def compare(self, *settings: Any) -> None:
+        """Refuse to go on unless all processes are about to do the same."""
+        if self._processes.num_processes == 1:
+            return
+        from accelerate.utils import gather_object
+
+        mine = (self._config, [[len(example.ids) for example in batch.examples] for batch in self._batches], settings)
+        if any(other != mine for other in gather_object([mine])):
+            raise ValueError(
+                "S0Trainer.train: the processes were not given the same data, settings, model and checkpoint"
+            )
+
     def learn(
-        self, example: Example, callbacks: Sequence[Callback], file: Checkpoint | None, every: int, progress: bool
-    ) -> list[dict[str, Any]]:
-        """The history; the states are those of the last step. `example` is what the effect of S0 is shown on."""
-        steps, main = self._config.n_steps, self._processes.is_main_process
-        history = [] if file is None else file.read(self._states, self._optimizer)
-        if not history:
-            self._check_effect(example)
-        _checkpoint_layers(self._model)
-        done = min(len(history), steps)
-        with tqdm(total=steps, initial=done, desc="S0 tuning", unit="step", disable=not (progress and main)) as bar:
-            while len(history) < steps:
-                entry = self._step(len(history))
-                history.append(entry)
-                with self._states.attached(self._model):
-                    answers = [callback(entry, self._states) for callback in callbacks]
-                stop = any(answer is True for answer in answers)
-                stop = self._sum(torch.tensor(float(stop))) > 0
-                if file is not None and main and (stop or len(history) % every == 0 or len(history) == steps):
-                    file.write(self._states, self._optimizer, history)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-                bar.update()
-                if stop:
-                    break
-        return history
+        self,
+        history: list[dict[str, Any]],
+        callbacks: Sequence[Callback],
+        file: Checkpoint | None,
+        every: int,
+        bar: tqdm,
+    ) -> None:
+        """Steps up to `n_steps`, or until a callback ends them, added to `history`."""
+        ended = False
+        while len(history) < self._config.n_steps and not ended:
+            entry = self._step(len(history))
+            history.append(entry)
+            with self._states.attached(self._model):
+                answers = [callback(entry, self._states) for callback in callbacks]
+            ended = any(isinstance(answer, (bool, numpy.bool_)) and bool(answer) for answer in answers)
+            ended = bool(self._sum(torch.tensor(float(ended))) > 0)
+            due = ended or len(history) % every == 0 or len(history) == self._config.n_steps
+            if file is not None and due and self._processes.is_main_process:
+                file.write(self._states, self._optimizer, history, ended)
+            bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+            bar.update()
 
     def _step(self, number: int) -> dict[str, Any]:
         config, parameters = self._config, list(self._states.parameters())
         share = self._batches[self._processes.process_index :: self._processes.num_processes]
-        # summed in fp64, the result does not depend on the order, and so not on the number of processes
+        # summed in fp64, the result does not depend on the order, and so not on which process has which batch
         sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
         losses = torch.zeros_like(self._counts)
         for batch in share:
-            found = self._losses(batch)
-            (found / self._counts.to(found)).sum().backward()
+            with _checkpointed_layers(self._model):
+                found = self._losses(batch)
+                (found / self._counts.to(found)).sum().backward()
             losses += found.detach().cpu()
             for total, parameter in zip(sums, parameters, strict=True):
                 total += parameter.grad
@@ -75,6 +93,8 @@ class Learner:
         for total, parameter in zip(sums, parameters, strict=True):
             parameter.grad = (self._sum(total) + 2 * config.l2_lambda * parameter.detach()).float()
         norms = self._clip(parameters)
+        if not norms.isfinite().all():
+            raise RuntimeError(f"S0Trainer.train: the gradient is not finite at step {number}")
         self._optimizer.step()
         self._optimizer.zero_grad()
         entry = {"step": number, "loss": float(losses.mean()), "grad_norm": float(norms.norm())}
@@ -83,10 +103,10 @@ class Learner:
                 entry[key] = dict(zip(self._states.names, values.tolist(), strict=True))
         return entry
 
-    def losses(self, batches: Sequence[Batch]) -> Tensor:
-        """[tasks] mean losses over all examples."""
-        with torch.no_grad():
-            return sum(self._losses(batch).cpu().double() for batch in batches) / self._counts
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean over tasks of the mean over their examples, with the states as they are."""
+        return float((sum(self._losses(batch).cpu().double() for batch in self._batches) / self._counts).mean())
 
     def _losses(self, batch: Batch) -> Tensor:
         several = self._states.tasks > 1
@@ -109,23 +129,16 @@ class Learner:
 
         return reduce(value.to(self._processes.device), reduction="sum").to(value.device)
 
-    def _compare(self, run: dict[str, Any]) -> None:
-        if self._processes.num_processes == 1:
-            return
-        from accelerate.utils import gather_object
-
-        if any(other != run for other in gather_object([run])):
-            raise ValueError("S0Trainer.train: the processes were not given the same data, settings and model")
-
     @torch.no_grad()
-    def _check_effect(self, example: Example) -> None:
+    def check_effect(self, example: Example) -> None:
         """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
         batch = make_batches([example], 1, False, self._model, 0, self._batches[0].device)[0]
-        before = self._logits(batch)
-        generator = torch.Generator().manual_seed(0)
-        for state in self._states.parameters():
-            state.copy_(torch.randn(state.shape[1:], generator=generator).expand(state.shape))
-        after = self._logits(batch)
+        with self._states.attached(self._model):
+            before = batch.logits(self._model)
+            generator = torch.Generator().manual_seed(0)
+            for state in self._states.parameters():
+                state.copy_(torch.randn(state.shape[1:], generator=generator).expand(state.shape))
+            after = batch.logits(self._model)
         for state in self._states.parameters():
             state.zero_()
         if torch.equal(before, after):
@@ -135,36 +148,48 @@ class Learner:
                 "(decays near zero)."
             )
 
-    def _logits(self, batch: Batch) -> Tensor:
-        with self._states.attached(self._model):
-            return batch.logits(self._model)
 
-
-class Frozen:
-    """Weights without gradients and in evaluation mode; afterwards everything is as it was."""
+class EvalMode:
+    """Everything in evaluation mode; afterwards it is as it was."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self) -> None:
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self._modes = {module: module.training for module in self.model.modules()}
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
+        self._training = {module: module.training for module in self.model.modules()}
         self.model.eval()
 
     def __exit__(self, *_) -> None:
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        for module, training in self._modes.items():
+        for module, training in self._training.items():
             module.training = training
 
 
-def _checkpoint_layers(model: nn.Module) -> None:
+class Frozen(EvalMode):
+    """Weights without gradients besides, by name: accelerate replaces the parameters it brings and takes away."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.model.requires_grad_(False)
+
+    def __exit__(self, *_) -> None:
+        super().__exit__()
+        for name, parameter in self.model.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _checkpointed_layers(model: nn.Module) -> Iterator[None]:
     """transformers checkpoints layers in training mode only; what is inside them stays in evaluation mode."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def processes():

@@ -187,7 +187,7 @@ class S0States(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._sites = weakref.WeakSet()  # a copy is not attached to anything
+        self.__dict__.setdefault("_sites", weakref.WeakSet())  # a copy is attached where its model is, if anywhere
 
     # Attaching
 
@@ -217,7 +217,7 @@ class S0States(nn.Module):
 
     def note_attached(self, site: Site) -> None:
         """`detach` is to clear `site` as well."""
-        self._sites.add(site)
+        self.__dict__.setdefault("_sites", weakref.WeakSet()).add(site)  # a copy in the making may have none yet
 
     def detach(self) -> None:
         """Undo `attach`, on every model where these states are still the attached ones."""
@@ -308,6 +308,9 @@ class S0States(nn.Module):
         ones.
         """
         task = self._one_task(task, "S0States.save")
+        broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
+        if broken:
+            raise ValueError(f"S0States.save: the states of layers {broken} hold values that are not finite numbers")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {str(layer): self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
@@ -336,8 +339,15 @@ class S0States(nn.Module):
             FileNotFoundError: no `states.safetensors` there.
             ValueError: the files are damaged, contradict each other, or do not fit the model.
         """
+        return cls.load_with_config(path, model)[0]
+
+    @classmethod
+    def load_with_config(
+        cls, path: str | os.PathLike, model: nn.Module | None = None
+    ) -> tuple["S0States", dict | None]:
+        """`load`, and the config beside the states, if there is one."""
         site = None if model is None else swapped_site(model, "S0States.load")
-        tensors, meta, _ = read_directory(path, None if site is None else site.arch)
+        tensors, meta, config = read_directory(path, None if site is None else site.arch)
         origin = meta.get("base_model")
         origin = origin if isinstance(origin, dict) else None
         states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)
@@ -347,7 +357,7 @@ class S0States(nn.Module):
             devices = layer_devices(model)
             for layer in states.layers:
                 states[layer].data = states[layer].data.to(devices[layer])
-        return states
+        return states, config
 
     def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike) -> None:
         origin = self.base_model or {}

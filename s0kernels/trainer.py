@@ -1,7 +1,8 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import contextlib
-import math
+import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from s0kernels._files import STATES, read_directory
+from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_file
 from s0kernels.batches import Batch, make_batches
 from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
 from s0kernels.data import Example, check_names, read_tasks
-from s0kernels.learner import Callback, Frozen, Learner, processes
+from s0kernels.learner import Callback, EvalMode, Frozen, Learner, processes
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States
@@ -45,7 +47,8 @@ class S0Trainer:
         self.history: list[dict[str, Any]] = []
         self._states: S0States | None = None
         self._attached: S0States | None = None
-        self._selection: str | Sequence[str] | None = None
+        self._selection: str | list[str] | None = None
+        self._training = False
 
     @classmethod
     def from_pretrained(cls, model_name: str, config: S0Config | None = None, **model_kwargs: Any) -> "S0Trainer":
@@ -62,7 +65,8 @@ class S0Trainer:
         if gpu:
             alone = processes().num_processes == 1
             model_kwargs.setdefault("device_map", "auto" if alone else {"": processes().local_process_index})
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        shared = {"revision", "token", "trust_remote_code", "cache_dir", "local_files_only"} & set(model_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **{key: model_kwargs[key] for key in shared})
         model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
 
@@ -119,41 +123,68 @@ class S0Trainer:
             packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash
                 attention.
             callbacks: each is called after every step with the step's entry of `history`, to which it may add, and
-                the states, which are attached at scale 1 so that `evaluate` sees them. True ends the training.
+                the states, which are attached at scale 1 so that `evaluate` sees them; `save` saves them. True ends
+                the training. In several processes each calls them.
             checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
-                from there, with the bits it would have had without the interruption; a longer `n_steps` prolongs it.
+                from there, with the bits it would have had without the interruption (on the same number of processes);
+                a longer `n_steps` prolongs a run, unless a callback has ended it.
             progress: show a progress bar.
+
+        Where states are active, the new ones take their place if they have the tasks that are active.
 
         Returns:
             `final_loss`, the loss of the last step before its update, and `avg_state_norm`, the mean norm of a
             layer's state. The losses of all steps are in `history`.
 
         Raises:
-            ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is of another
-                run.
-            RuntimeError: a perturbed S0 leaves the logits as they are, or the loss is not finite.
+            TypeError, ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is
+                of another run.
+            RuntimeError: a perturbed S0 leaves the logits as they are, or the loss or its gradient is not finite.
         """
+        self._refuse_while_training("train")
+        callbacks = _check_callbacks(callbacks)
+        every = _check_positive("checkpoint_every", checkpoint_every)
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
-        _check_positive("checkpoint_every", checkpoint_every)
-        _check_positive("tokens_per_batch", tokens_per_batch)
-        share = math.ceil(sum(len(example.ids) for example in examples) / processes().num_processes)
-        batches = self._batches(examples, min(tokens_per_batch, share), packed)  # no process is to be without one
-        states = S0States.for_model(self.model, tasks or 1)
-        run = describe_run(examples, tasks, self.config, states)
-        file = None if checkpoint is None else Checkpoint(Path(checkpoint), run)
-        was_active, selection = self.active, self._selection
-        self.deactivate()
-        try:
-            with Frozen(self.model), torch.enable_grad():
-                learner = Learner(self.model, self.config, states, batches, run)
-                history = learner.learn(examples[0], callbacks, file, checkpoint_every, progress)
-                final_loss = history[-1]["loss"] if history else float(learner.losses(batches).mean())
-            self._states, self.history = states, history
-        finally:
-            if was_active and self._can_start_from(selection):
-                self.activate(selection)
+        with torch.inference_mode(False), torch.enable_grad():
+            batches = self._batches(examples, tokens_per_batch, packed, at_least=processes().num_processes)
+            states = S0States.for_model(self.model, tasks or 1)
+            run = describe_run(examples, tasks, self.config, states)
+            file = None if checkpoint is None else Checkpoint(checkpoint, run)
+            learner = Learner(self.model, self.config, states, batches)
+            history, ended = learner.resume(file)
+            learner.compare(run, every, history)
+            with self._in_training(states, history), Frozen(self.model):
+                if not history:
+                    learner.check_effect(examples[0])
+                hidden = not (progress and processes().is_main_process)
+                steps, done = self.config.n_steps, len(history)
+                with tqdm(total=steps, initial=done, desc="S0 tuning", unit="step", disable=hidden) as bar:
+                    if not ended:
+                        learner.learn(history, callbacks, file, every, bar)
+                final_loss = history[-1]["loss"] if history else learner.loss()
         norms = torch.stack([norm.cpu() for norm in states.norms().values()])
         return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
+
+    @contextlib.contextmanager
+    def _in_training(self, states: S0States, history: list[dict]):
+        """`states` and `history` are the trainer's from here on, unless training them fails."""
+        before = self._states, self.history
+        was_active, selection = self.active, self._selection
+        self.deactivate()
+        self._states, self.history, self._training = states, history, True
+        try:
+            yield
+        except BaseException:
+            self._states, self.history = before
+            raise
+        finally:
+            self._training = False
+            if was_active:
+                self._reactivate(selection)
+
+    def _refuse_while_training(self, method: str) -> None:
+        if self._training:
+            raise RuntimeError(f"S0Trainer.{method} cannot be called while training, from a callback or another thread")
 
     def evaluate(
         self, data: Any, *, tokens_per_batch: int = 4096, packed: bool | None = None
@@ -161,11 +192,18 @@ class S0Trainer:
         """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
 
         A mapping from names to data gives a loss for each; where states with names are attached, each is from its own.
+        In several processes each evaluates all of it.
         """
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
-        current, losses = find_site(self.model).current(), []
+        site, losses = find_site(self.model), []
+        current = None if site is None else site.current()
         named = tasks is not None and current is not None and current.owner.names is not None
-        with Frozen(self.model), torch.no_grad():
+        several = current is not None and (
+            isinstance(current.tasks, Tensor) or (self._training and current.owner.tasks > 1)
+        )
+        if tasks is None and several:
+            raise ValueError("S0Trainer.evaluate: data must be a mapping from names where several tasks are in use")
+        with EvalMode(self.model), torch.no_grad():
             for number, name in enumerate(tasks or [None]):
                 chosen = [example._replace(task=0) for example in examples if example.task == number]
                 batches = self._batches(chosen, tokens_per_batch, packed)
@@ -173,10 +211,20 @@ class S0Trainer:
                     losses.append(sum(float(batch.losses(self.model)) for batch in batches) / len(chosen))
         return losses[0] if tasks is None else dict(zip(tasks, losses, strict=True))
 
-    def _batches(self, examples: Sequence[Example], tokens_per_batch: int, packed: bool | None) -> list[Batch]:
-        _check_positive("tokens_per_batch", tokens_per_batch)
-        pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        return make_batches(examples, tokens_per_batch, packed, self.model, pad, self.device)
+    def _batches(
+        self, examples: Sequence[Example], tokens_per_batch: int, packed: bool | None, at_least: int = 1
+    ) -> list[Batch]:
+        """Within the budget; smaller ones where there would be fewer than `at_least`, a batch for every process."""
+        budget = _check_positive("tokens_per_batch", tokens_per_batch)
+        while True:
+            batches = make_batches(examples, budget, packed, self.model, self._pad_token, self.device)
+            if len(batches) >= min(at_least, len(examples)):
+                return batches
+            budget = min(budget, sum(len(example.ids) for example in examples)) // 2
+
+    @property
+    def _pad_token(self) -> int:
+        return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
 
     # Using
 
@@ -185,16 +233,14 @@ class S0Trainer:
 
         `task` names one of several tasks, or one for each row of the batches to come.
         """
-        if self._states is None:
-            raise RuntimeError("S0Trainer.activate: there are no states; call train() or load() first")
-        if task is None and self._states.tasks > 1:
-            raise ValueError(f"S0Trainer.activate: task must name one of {self.tasks}, or one for each row")
+        self._refuse_while_training("activate")
+        selection = self._select(task, "activate")
         states = self._usable()
-        states.attach(self.model, self.alpha, task)  # raises before anything has changed
+        states.attach(self.model, self.alpha, selection)
         if self._attached is not None and self._attached is not states:
             self.deactivate()
         states.requires_grad_(False)  # using the states builds no graph
-        self._attached, self._selection = states, task
+        self._attached, self._selection = states, selection
 
     def deactivate(self) -> None:
         """Start from zero states again."""
@@ -211,10 +257,27 @@ class S0Trainer:
         units = {layer: self._states[layer].detach() / _or_one(norms[layer])[:, None, None, None] for layer in norms}
         return S0States(units, self._states.arch, self._states.base_model, self._states.names)
 
-    def _can_start_from(self, task: str | Sequence[str] | None) -> bool:
-        if self._states is None or task is None:
-            return self._states is not None and self._states.tasks == 1
-        return ({task} if isinstance(task, str) else set(task)) <= set(self.tasks or ())
+    def _select(self, task: str | Sequence[str] | None, method: str) -> str | list[str] | None:
+        """`task`, checked against the states that there are."""
+        if self._states is None:
+            raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
+        if task is None:
+            if self._states.tasks > 1:
+                raise ValueError(f"S0Trainer.{method}: task must name one of {self.tasks}, or one for each row")
+            return None
+        names = [task] if isinstance(task, str) else task
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"S0Trainer.{method}: task must be a name or a list of names, got {task!r}")
+        unknown = [name for name in names if name not in (self.tasks or ())]
+        if unknown:
+            have = "the one there is has no name" if self.tasks is None else f"they are {self.tasks}"
+            raise ValueError(f"S0Trainer.{method}: task: none is called {unknown[0]!r}; {have}")
+        return task if isinstance(task, str) else list(names)
+
+    def _reactivate(self, selection: str | list[str] | None) -> None:
+        """Go on with other states, if they have the tasks that were active."""
+        with contextlib.suppress(ValueError):
+            self.activate(selection)
 
     def generate(
         self,
@@ -232,57 +295,65 @@ class S0Trainer:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise TypeError(f"S0Trainer.generate: prompt must be a string or a list of them, got {prompt!r}")
-        encoded = [
-            self.tokenizer(text, truncation=True, max_length=self.config.max_length)["input_ids"] for text in prompts
-        ]
+        encoded = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
         if not all(encoded):
             raise ValueError(f"S0Trainer.generate: prompt {prompts[encoded.index([])]!r} has no tokens")
-        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        if kwargs["pad_token_id"] is None:
-            kwargs["pad_token_id"] = self.tokenizer.eos_token_id
+        selection = None if task is None else self._select(task, "generate")
+        if isinstance(selection, list) and len(selection) != len(prompts):
+            raise ValueError(f"S0Trainer.generate: task names {len(selection)} tasks for {len(prompts)} prompts")
+        pad = kwargs.pop("pad_token_id", None)
+        pad = self._pad_token if pad is None else pad
         width = max(len(ids) for ids in encoded)
-        ids = torch.tensor([[kwargs["pad_token_id"] or 0] * (width - len(row)) + row for row in encoded])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if task is not None:
-                if self._states is None:
-                    raise RuntimeError("S0Trainer.generate: there are no states; call train() or load() first")
-                stack.enter_context(self._usable().attached(self.model, self.alpha, task))
+            if selection is not None:
+                stack.enter_context(self._usable().attached(self.model, self.alpha, selection))
             out = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
                 **kwargs,
             )
-        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        sequences = getattr(out, "sequences", out)
+        texts = self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
     # Files
 
     def save(self, path: str | os.PathLike) -> None:
         """Write states and config to the directory `path`; of several tasks each to a directory in it that has its
-        name. See `S0States.save`. Of several processes the first writes."""
+        name, with their names in `tasks.json`. What was there before gives way as a whole. See `S0States.save`. Of
+        several processes the first writes, and the others do not wait for it."""
         if self._states is None:
             raise RuntimeError("S0Trainer.save: there are no states; call train() or load() first")
-        if processes().is_main_process:
-            for task, name in enumerate(self.tasks or [""]):
-                self._states.save(Path(path) / name, task=task, config=self.config)
-        processes().wait_for_everyone()
+        if not processes().is_main_process:
+            return
+        folder = Path(path)
+        for task, name in enumerate(self.tasks or [""]):
+            self._states.save(folder / name, task=task, config=self.config)
+        if self.tasks is None:
+            (folder / TASKS).unlink(missing_ok=True)
+            return
+        replace_file(folder / TASKS, json.dumps({"tasks": self.tasks}, indent=2).encode())
+        for name in (STATES, CONFIG, META):
+            (folder / name).unlink(missing_ok=True)
 
     def load(self, path: str | os.PathLike | Mapping[str, str | os.PathLike]) -> None:
-        """Read states and config from a directory. Where states are active, the new ones take their place.
+        """Read states and config from a directory. Where states are active, the new ones take their place if they have
+        the tasks that are active.
 
         A directory that holds directories of states gives several tasks, with their names; a mapping from names to
         directories names them. They are used at one scale, so their configs have to agree on it.
         """
-        folders = _folders(path)
-        loaded = {name: S0States.load(folder, self.model) for name, folder in folders.items()}
-        states = loaded[None] if None in loaded else S0States.stack(loaded)
-        configs = {}
-        for name, folder in folders.items():
-            *_, config = read_directory(folder, self._arch)
+        self._refuse_while_training("load")
+        loaded, configs = {}, {}
+        for name, folder in _folders(path).items():
+            loaded[name], config = S0States.load_with_config(folder, self.model)
             configs[name] = self.config if config is None else S0Config.from_dict(config)
+        states = loaded[None] if None in loaded else S0States.stack(loaded)
         first, config = next(iter(configs.items()))
         for name, other in configs.items():
             if (other.alpha, other.normalize) != (config.alpha, config.normalize):
@@ -293,8 +364,8 @@ class S0Trainer:
         was_active, selection = self.active, self._selection
         self.deactivate()
         self._states, self.config = states, config
-        if was_active and self._can_start_from(selection):
-            self.activate(selection)
+        if was_active:
+            self._reactivate(selection)
 
 
 def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
@@ -304,16 +375,35 @@ def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
             raise ValueError("S0Trainer.load: path is empty")
         check_names(path)
         return {name: Path(folder) for name, folder in path.items()}
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"S0Trainer.load: path must be a path or a mapping from names to paths, got {path!r}")
     folder = Path(path)
+    if (folder / TASKS).is_file():
+        names = parse_json((folder / TASKS).read_text(encoding="utf-8"), folder / TASKS).get("tasks")
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"{folder / TASKS} names no tasks")
+        check_names(names)
+        return {name: folder / name for name in names}
     inner = sorted(file.parent for file in folder.glob(f"*/{STATES}"))
     if (folder / STATES).exists() or not inner:
         return {None: folder}
     return {each.name: each for each in inner}
 
 
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _check_positive(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
         raise ValueError(f"S0Trainer: {name} must be a positive int, got {value!r}")
+    return number
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    if not isinstance(callbacks, (list, tuple)) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"S0Trainer: callbacks must be a list of functions, got {callbacks!r}")
+    return list(callbacks)
 
 
 def _or_one(norms: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def test_the_same_example_in_every_form(tmp_path):
     for form in ([("Q: 1\nA: 2", 6)], (["Q: 1\nA: 2", 6],), [{"text": "Q: 1\nA: 2", "prompt_length": 6}], [record]):
         assert read(form) == expected
         assert read(entry for entry in form) == expected
-        lines.write_text("\n" + "\n".join(map(json.dumps, form)) + "\n\n")
+        lines.write_text("\ufeff\n" + "\n".join(map(json.dumps, form)) + "\n\n")
         assert read(lines) == read(str(lines)) == expected
 
 
@@ -99,6 +99,12 @@ def test_conversations():
         ({"messages": [{"role": "user"}, 3]}, TypeError, r"data\[1\]: messages must be a list of mappings"),
         ({"messages": [{}, {"role": "assistant"}]}, ValueError, r"data\[1\]: the tokenizer cannot write it"),
         (3, TypeError, r"data\[1\] must be a pair .* or a mapping, got int"),
+        (("ab", 1, 2), TypeError, r"data\[1\] must be a pair .* or a mapping, got tuple of 3"),
+        (
+            {"messages": TURNS, "chat_template_kwargs": "abc"},
+            TypeError,
+            "chat_template_kwargs must be a mapping, got str",
+        ),
     ],
 )
 def test_bad_records_are_named(bad, kind, message):
@@ -217,5 +223,7 @@ def test_packed_where_attention_allows_it(monkeypatch):
     for attention in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn3"):
         assert kind(attention, None) == {PackedBatch}
         assert kind(attention, False) == {PaddedBatch}
+    with pytest.raises(TypeError, match="packed must be True, False or None, got 'no'"):
+        kind("sdpa", "no")
     with pytest.raises(ValueError, match=r"packed examples need attention that keeps them apart.*'paged\|other'"):
         kind("paged|other", True)

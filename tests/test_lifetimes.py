@@ -55,6 +55,36 @@ def test_a_copy_of_a_model_starts_from_a_copy_of_its_states(name, way):
     assert torch.equal(model(ids).logits, before), "and none of it touches the model"
 
 
+def test_copies_learn_on_their_own():
+    """The products with the scale that a copy keeps are its own, whatever its model has counted."""
+    model, ids = swap_modules(qwen()).requires_grad_(False), tokens(2, 12)
+    states = S0States.for_model(model)
+    states.attach(model, 0.5)
+
+    def learn(states):
+        optimizer = torch.optim.Adam(states.parameters(), lr=0.1)
+        for _ in range(5):
+            for state in states.parameters():
+                state.grad = torch.ones_like(state)
+            optimizer.step()
+
+    learn(states)
+    with torch.no_grad():
+        model(ids)
+        copied = copy.deepcopy(model)
+        own = S0States.attached_to(copied)
+        learn(own)
+        found = copied(ids).logits
+        with own.attached(copied, 0.5):
+            assert torch.equal(copied(ids).logits, found)
+    states.model = model  # as when both go into one module
+    again = copy.deepcopy(states)
+    assert S0States.attached_to(again.model) is again
+    again.detach()
+    assert S0States.attached_to(again.model) is None
+    assert S0States.attached_to(model) is states
+
+
 def test_copies_of_states_are_not_attached():
     model, ids = swap_modules(qwen()), tokens(1, 9)
     states = random_states(model)

@@ -1,5 +1,6 @@
 """What is around the library: imports, other packages on the path, the command line, the package itself."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from models import MODELS, random_states, tokenizer
 
 import s0kernels
 from s0kernels import S0Config, swap_modules
+from s0kernels.cli import main
 
 ROOT = Path(s0kernels.__file__).resolve().parents[1]
 FLA = ROOT / ".deps" / "fla"
@@ -159,75 +161,76 @@ def test_env_says_what_is_usable():
         assert word in done.stdout
 
 
-def test_tune_and_generate(tmp_path):
+def test_tune_and_generate(tmp_path, capsys, monkeypatch):
     MODELS["falcon"]().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     lines = [{"prompt": "Q: 1+1\nA:", "completion": " 2"}, {"prompt": "Q: 2+2\nA:", "completion": " 4"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    command = ["-m", "s0kernels", "tune", str(tmp_path / "model"), str(tmp_path / "data.jsonl"), str(tmp_path / "out")]
-    done = python(*command, "--steps", "2", "--lr", "0.01", "--alpha", "1")
+    model, tune = str(tmp_path / "model"), ["tune", str(tmp_path / "model"), str(tmp_path / "data.jsonl")]
+    done = python("-m", "s0kernels", *tune, str(tmp_path / "out"), "--steps", "2", "--lr", "0.01", "--alpha", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loss ")
     assert S0Config.load(tmp_path / "out" / "config.json") == S0Config(n_steps=2, lr=0.01, alpha=1.0)
 
+    def run(*arguments: str, standard_input: str = "") -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO(standard_input))
+        code = main(arguments)
+        return code, *capsys.readouterr()
+
     def generated(*arguments: str, **keywords) -> list[str]:
-        command = [
-            "-m",
-            "s0kernels",
-            "generate",
-            str(tmp_path / "model"),
-            *arguments,
-            "--json",
-            "--max-new-tokens",
-            "4",
-        ]
-        done = python(*command, **keywords)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        code, out, err = run("generate", model, *arguments, "--json", "--max-new-tokens", "4", **keywords)
+        assert code == 0, err
+        return json.loads(out)
 
     states = ["--states", str(tmp_path / "out")]
-    assert generated("Q: 3+3\nA:", *states) == generated(*states, input=json.dumps(["Q: 3+3\nA:"]))
+    assert generated("Q: 3+3\nA:", *states) == generated(*states, standard_input=json.dumps(["Q: 3+3\nA:"]))
     assert len(generated("a", "b")) == 2
 
     random_states(swap_modules(MODELS["qwen"]())).save(tmp_path / "other")
-    done = python("-m", "s0kernels", "generate", str(tmp_path / "model"), "x", "--states", str(tmp_path / "other"))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("s0kernels generate: S0States: the states are for arch")
+    code, _, err = run("generate", model, "x", "--states", str(tmp_path / "other"))
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith("s0kernels generate: S0States: the states are for arch")
     (tmp_path / "file").touch()
-    done = python(*command[:-1], str(tmp_path / "file"))
-    assert done.returncode == 1
-    assert "file" in done.stderr
-    assert "S0 tuning" not in done.stderr, "refused before the work is done"
-    done = python("-m", "s0kernels", "generate", str(tmp_path / "model"), input="")
-    assert done.returncode == 1
-    assert "standard input must hold a JSON list" in done.stderr
+    code, _, err = run(*tune, str(tmp_path / "file"))
+    assert code == 1
+    assert "file" in err
+    assert "S0 tuning" not in err, "refused before the work is done"
+    code, _, err = run("generate", model)
+    assert code == 1
+    assert "standard input must hold a JSON list" in err
     (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
-    done = python(*command)
-    assert done.returncode == 1
-    assert "data.jsonl:1 must have prompt and completion" in done.stderr
+    code, _, err = run(*tune, str(tmp_path / "out"))
+    assert code == 1
+    assert "data.jsonl:1 must have prompt and completion" in err
 
 
-def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path):
+def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path, capsys):
     MODELS["qwen"]().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     for task in ("math", "code"):
         (tmp_path / "data" / f"{task}.jsonl").write_text(json.dumps({"prompt": task, "completion": " 2"}))
-    tune = ["-m", "s0kernels", "tune", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "out")]
+    tune = ["tune", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "out")]
     tune += ["--steps", "3", "--checkpoint", str(tmp_path / "run"), "--tokens-per-batch", "5"]
     outputs = []
     for _ in range(2):  # the second time there is nothing left to do
-        done = python(*tune)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    assert outputs[0] == outputs[1]
-    assert "3/3" in done.stderr
-    generate = ["-m", "s0kernels", "generate", str(tmp_path / "model"), "a", "--max-new-tokens", "3"]
-    done = python(*generate, "--states", str(tmp_path / "out"), "--task", "code")
-    assert done.returncode == 0, done.stderr
-    done = python(*generate, "--states", str(tmp_path / "out"))
-    assert done.returncode == 1
-    assert "task must name one of ['code', 'math']" in done.stderr
+        assert main(tune) == 0
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out
+    assert "3/3" in outputs[1].err
+    generate = ["generate", str(tmp_path / "model"), "a", "--max-new-tokens", "3"]
+    states = ["--states", str(tmp_path / "out")]
+    assert main([*generate, *states, "--task", "code"]) == 0
+    for wrong, message in (
+        ([*generate, *states], "task must name one of ['code', 'math']"),
+        ([*generate, "--task", "code"], "--task names one of the tasks in --states, which is missing"),
+        (["tune", str(tmp_path / "model"), str(tmp_path / "nothing"), str(tmp_path / "new")], "nothing"),
+        (["tune", str(tmp_path / "model"), str(tmp_path / "out"), str(tmp_path / "new")], "no .jsonl files"),
+    ):
+        assert main(wrong) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_public_names():

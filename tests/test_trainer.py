@@ -86,6 +86,7 @@ def test_config_table(tmp_path):
         ("max_length", 0, ValueError),
         ("normalize", 1, TypeError),
         ("alpha", math.inf, ValueError),
+        ("grad_clip", 0, ValueError),
     ):
         with pytest.raises(kind, match=name):
             S0Config(**{name: value})
@@ -313,6 +314,7 @@ def test_a_model_with_layers_elsewhere(checkpoint, tmp_path, place):
     for tuned in (whole, spread):
         tuned.train(examples, progress=False)
         tuned.activate()
+        assert all(p.requires_grad for p in tuned.model.parameters())
     for layer in whole.states:
         assert error(spread.states[layer], whole.states[layer]) < 1e-3
     assert abs(whole.evaluate(examples) - spread.evaluate(examples)) < 1e-5

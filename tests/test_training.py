@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from cases import error
@@ -14,6 +15,8 @@ from models import MODELS, checkpoint_layers, close, every_family, tokenizer
 from test_surroundings import ROOT, python
 
 from s0kernels import S0Config, S0States, S0Trainer
+from s0kernels.batches import make_batches
+from s0kernels.data import Example
 
 PAIRS = [("Q: 2+2?\nA: 4", 10), ("Q: 10-3?\nA: 7, and no more", 11), ("def f(x):\n    return x + 1", 11), ("abc", 1)]
 OTHERS = [("once upon a time", 5), ("there was a rule", 3), ("of gated deltas", 9)]
@@ -64,7 +67,7 @@ def test_using_several_tasks(name, tmp_path):
     tuned.train(data, progress=False)
     with pytest.raises(ValueError, match=r"task must name one of \['questions', 'stories'\]"):
         tuned.activate()
-    with pytest.raises(ValueError, match="none of them is called 'poems'"):
+    with pytest.raises(ValueError, match=r"none is called 'poems'; they are \['questions', 'stories'\]"):
         tuned.activate("poems")
     tuned.activate("stories")
     losses = tuned.evaluate(data)
@@ -81,12 +84,15 @@ def test_using_several_tasks(name, tmp_path):
     assert tuned.generate(prompts[0], **call) == tuned.generate(prompts[0], task="questions", **call)
     tuned.activate(["stories", "questions"])
     assert tuned.generate(prompts, **call) == apart
+    assert tuned.evaluate(data) == losses
+    with pytest.raises(ValueError, match="data must be a mapping from names"):
+        tuned.evaluate(PAIRS)  # sorted by length, rows would not be the examples in their order
     tuned.deactivate()
     assert tuned.evaluate(data) == zero
     assert tuned.generate(prompts, task=["stories", "questions"], **call) == apart
 
     tuned.save(tmp_path / "both")
-    assert sorted(os.listdir(tmp_path / "both")) == ["questions", "stories"]
+    assert sorted(os.listdir(tmp_path / "both")) == ["questions", "stories", "tasks.json"]
     again = trainer(name)
     again.load(tmp_path / "both")
     assert again.tasks == ["questions", "stories"]
@@ -112,6 +118,11 @@ def test_refusals_about_tasks(tmp_path):
         ({1: PAIRS}, TypeError, "name of a task must be a string"),
         ({"../a": PAIRS}, ValueError, "must serve as that of a directory"),
         ({"": PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"a\0b": PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"a" * 300: PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"states.safetensors": PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"prompt": "a", "completion": "b"}, TypeError, "data is a single example; put it into a list"),
+        (type("DatasetDict", (dict,), {})(train=PAIRS), TypeError, r"one split of the data set, of \['train'\]"),
     ):
         with pytest.raises(kind, match=message):
             tuned.train(data)
@@ -121,15 +132,57 @@ def test_refusals_about_tasks(tmp_path):
     tuned.save(tmp_path)
     tuned.states.save(tmp_path / "c", config=S0Config(alpha=0.5))
     with pytest.raises(ValueError, match=r"task 'a' is to be used with alpha None.*task 'c' with 0.5"):
-        trainer().load(tmp_path)
+        trainer().load({"a": tmp_path / "a", "c": tmp_path / "c"})
+    for bad, kind, message in (
+        (3, TypeError, "task must be a name or a list of names, got 3"),
+        (["a", -1], TypeError, "task must be a name or a list of names"),
+        ([], TypeError, "task must be a name or a list of names"),
+        (["a", "x"], ValueError, "none is called 'x'"),
+    ):
+        for call in (tuned.activate, lambda task: tuned.generate(["a", "b"], task=task)):
+            with pytest.raises(kind, match=message):
+                call(bad)
+    with pytest.raises(ValueError, match="task names 1 tasks for 2 prompts"):
+        tuned.generate(["a", "b"], task=["a"])
+    with pytest.raises(TypeError, match="path must be a path or a mapping"):
+        tuned.load(None)
     with pytest.raises(FileNotFoundError, match=r"no states.safetensors in .*nothing"):
         trainer().load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="path is empty"):
         trainer().load({})
     alone = trainer(n_steps=0)
     alone.train(PAIRS, progress=False)
-    with pytest.raises(ValueError, match="they have no names"):
+    with pytest.raises(ValueError, match="none is called 'a'; the one there is has no name"):
         alone.activate("a")
+
+
+def test_saving_over_what_was_there(tmp_path):
+    """The last save is what a directory holds, whole and in order."""
+    alone, several, others = (trainer(n_steps=1) for _ in range(3))
+    alone.train(PAIRS, progress=False)
+    several.train({"z": PAIRS, "a": OTHERS}, progress=False)
+    others.train({"a": PAIRS, "c": OTHERS}, progress=False)
+    again = trainer()
+    for tuned in (alone, several, others, alone, several):
+        tuned.save(tmp_path)
+        again.load(tmp_path)
+        assert again.tasks == tuned.tasks
+        assert same_states(again.states, tuned.states)
+    (tmp_path / "a" / "states.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no states.safetensors in .*a"):
+        again.load(tmp_path)
+    assert same_states(again.states, several.states)
+    (tmp_path / "tasks.json").unlink()  # directories put together by hand
+    again.load(tmp_path)
+    assert again.tasks == ["c", "z"]
+    for content, message in (
+        ("{", "not valid JSON"),
+        ('{"tasks": []}', "names no tasks"),
+        ('{"tasks": ["../x"]}', "name"),
+    ):
+        (tmp_path / "tasks.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            again.load(tmp_path)
 
 
 # Callbacks
@@ -139,11 +192,12 @@ def test_callbacks():
     tuned, seen = trainer(n_steps=6), []
 
     def watch(entry, states):
-        assert states.requires_grad_
+        assert states is tuned.states
+        assert all(state.requires_grad for state in states.parameters())
         seen.append((entry["step"], tuned.evaluate(PAIRS)))
         entry["seen"] = len(seen)
 
-    tuned.train(PAIRS, progress=False, callbacks=[watch, lambda entry, states: entry["step"] == 3])
+    tuned.train(PAIRS, progress=False, callbacks=[watch, lambda entry, states: numpy.bool_(entry["step"] == 3)])
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     assert [entry["seen"] for entry in tuned.history] == [1, 2, 3, 4]
     for (_, after), entry in zip(seen, tuned.history[1:], strict=False):
@@ -157,6 +211,86 @@ def test_callbacks():
     names.config = S0Config(alpha=1.0)
     names.activate("a")
     assert losses == [names.evaluate(data)]
+
+
+def test_the_trainer_in_callbacks(tmp_path):
+    """What uses the states uses those that are learning; what would change them is refused."""
+    tuned = trainer(n_steps=2, alpha=1.0)
+    checkpoint_layers(tuned.model, use_reentrant=False)
+    call, texts, refused = {"max_new_tokens": 6, "do_sample": False}, [], []
+
+    def use(entry, states):
+        tuned.save(tmp_path / str(entry["step"]))
+        assert same_states(S0States.load(tmp_path / str(entry["step"])), states)
+        texts.append(tuned.generate("Q: 2+2?", **call))
+        for method in (tuned.activate, lambda: tuned.load(tmp_path / "0"), lambda: tuned.train(PAIRS)):
+            with pytest.raises(RuntimeError, match="cannot be called while training"):
+                method()
+            refused.append(method)
+
+    for _ in range(2):  # with states from before, too
+        tuned.train(PAIRS, progress=False, callbacks=[use])
+    assert len(refused) == 12
+    tuned.activate()
+    assert texts[-1] == tuned.generate("Q: 2+2?", **call)
+    tuned.train(PAIRS, progress=False)
+    assert tuned.active
+
+    def two(entry, states):
+        with pytest.raises(ValueError, match="data must be a mapping from names"):
+            tuned.evaluate(PAIRS)
+
+    tuned.train({"a": PAIRS, "b": OTHERS}, progress=False, callbacks=[two])
+    assert not tuned.active, "there is no task without a name any more"
+
+
+@pytest.mark.parametrize("bad", [None, print, [3], (lambda *_: True for _ in range(1))])
+def test_callbacks_are_checked_before_anything_runs(bad):
+    tuned = trainer()
+    with pytest.raises(TypeError, match="callbacks must be a list of functions"):
+        tuned.train(PAIRS, callbacks=bad)
+    assert not tuned.history
+
+
+# What may go wrong on the way
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    tuned = trainer()
+    handle = tuned.model.model.norm.register_full_backward_hook(lambda module, grad, _: (grad[0] * math.inf,))
+    with pytest.raises(RuntimeError, match="the gradient is not finite at step 0"):
+        tuned.train(PAIRS, progress=False, checkpoint=tmp_path / "run")
+    handle.remove()
+    tuned.train(PAIRS, progress=False, checkpoint=tmp_path / "run")
+    next(tuned.states.parameters()).data[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layers \[0\] hold values that are not finite"):
+        tuned.save(tmp_path / "states")
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_training_in_other_dtypes(name, dtype):
+    """The weights' dtype, or autocast's: losses in fp32, states in fp32, and about the same training."""
+    truth, cast, auto = trainer(name), trainer(model=MODELS[name]().to(dtype)), trainer(name)
+    truth.train(PAIRS, progress=False)
+    cast.train(PAIRS, progress=False)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        auto.train(PAIRS, progress=False)
+        loss = make_batches([Example([5, 6, 7], 1)], 9, False, auto.model, 0, torch.device("cpu"))[0].losses(auto.model)
+    assert loss.dtype == torch.float32
+    for tuned in (cast, auto):
+        first, theirs, last = tuned.history[0]["loss"], truth.history[0]["loss"], tuned.history[-1]["loss"]
+        assert abs(first - theirs) < 0.01 * theirs
+        assert last < first
+        assert all(state.dtype == torch.float32 for state in tuned.states.parameters())
+
+
+def test_training_inside_inference_mode():
+    inside, outside = trainer(), trainer()
+    with torch.inference_mode():
+        inside.train(PAIRS, progress=False)
+    outside.train(PAIRS, progress=False)
+    assert same_states(inside.states, outside.states)
 
 
 # Checkpoints
@@ -208,9 +342,26 @@ def test_a_finished_run_is_not_trained_again_and_can_be_prolonged(tmp_path):
     longer.train(PAIRS, progress=False, checkpoint=file, tokens_per_batch=4095)
     assert same_states(longer.states, whole.states)
     assert longer.history == whole.history
-    stopped = trainer(n_steps=9)
-    stopped.train(PAIRS, progress=False, checkpoint=tmp_path / "b", checkpoint_every=5, callbacks=[lambda *_: True])
-    assert (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="the checkpoint holds 5 steps, and n_steps is 3"):
+        again.train(PAIRS, progress=False, checkpoint=file)
+    for _ in range(2):  # a callback's word is final
+        stopped = trainer(n_steps=9)
+        stopped.train(PAIRS, progress=False, checkpoint=tmp_path / "b", checkpoint_every=5, callbacks=[lambda *_: True])
+        assert len(stopped.history) == 1
+
+
+def test_what_callbacks_put_into_the_history_is_kept(tmp_path):
+    def add(entry, states):
+        entry |= {"a": numpy.float32(0.5), "b": torch.tensor(2.0), "c": "text"}
+
+    for _ in range(2):
+        tuned = trainer(n_steps=1)
+        tuned.train(PAIRS, progress=False, checkpoint=tmp_path / "run", callbacks=[add])
+        assert [tuned.history[0][key] for key in "abc"] == [0.5, 2.0, "text"]
+    with pytest.raises(TypeError, match="a callback put a Tensor into the history"):
+        trainer(n_steps=2).train(
+            PAIRS, progress=False, checkpoint=tmp_path / "run", callbacks=[lambda e, _: e.update(d=torch.ones(3))]
+        )
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
@@ -230,6 +381,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
         assert tuned.states is None
     with pytest.raises(ValueError, match="is a directory"):
         trainer().train(PAIRS, checkpoint=tmp_path)
+    with pytest.raises(TypeError, match="checkpoint must be a path, got int"):
+        trainer().train(PAIRS, checkpoint=3)
+    with pytest.raises(OSError, match="run"):
+        trainer().train(PAIRS, checkpoint=file / "below a file")
     with pytest.raises(ValueError, match="checkpoint_every must be a positive int"):
         trainer().train(PAIRS, checkpoint=file, checkpoint_every=0)
     whole = file.read_bytes()
@@ -290,7 +445,7 @@ for name in ("qwen", "falcon"):
     tuned, calls = trainer(name), []
     tuned.model.register_forward_hook(lambda *_: calls.append(1))
     tuned.train(PAIRS, progress=False)
-    assert len(calls) > 2, "two forwards check that S0 has an effect, the others are this process's share"
+    assert len(calls) >= 2 + 4, "two forwards show that S0 has an effect; then a share of the batches in every step"
     tuned.train(PAIRS, tokens_per_batch=30)
     tuned.save(f"{sys.argv[1]}/{name}")
     tasks = trainer(name)
@@ -319,11 +474,17 @@ for name in ("qwen", "falcon"):
     (place.num_processes * both(share).log_softmax(-1)[..., 7].sum()).backward()
     for layer, grad in zip(states, truth, strict=True):
         assert (states[layer].grad - grad).abs().max() <= 1e-5 * grad.abs().max()
-try:
-    trainer("qwen").train(PAIRS[: 2 + place.process_index], progress=False)
-    assert place.num_processes == 1
-except ValueError as error:
-    assert "not given the same data" in str(error)
+index = place.process_index
+for data, options, settings in (
+    (PAIRS[: 2 + index], {}, {}),
+    (PAIRS, {"tokens_per_batch": 30 - 9 * index}, {}),
+    (PAIRS, {}, {"n_steps": 2 + index}),
+):
+    try:
+        trainer("qwen", **settings).train(data, progress=False, **options)
+        assert place.num_processes == 1
+    except ValueError as error:
+        assert "not given the same data" in str(error)
 print(f"processes: {place.num_processes}\\n", end="", flush=True)  # in one write
 """
 
@@ -340,7 +501,7 @@ def test_two_processes_end_with_the_states_of_one(tmp_path):
         assert done.stdout.count(f"processes: {1 if way == 'one' else 2}") == (1 if way == "one" else 2)
         assert done.stderr.count("0/4 [") == 2, "one progress bar a run"
     files = sorted(str(file.relative_to(tmp_path / "one")) for file in (tmp_path / "one").rglob("*") if file.is_file())
-    assert len(files) == 2 * (3 + 2 * 3 + 1)
+    assert len(files) == 2 * (3 + 2 * 3 + 1 + 1)
     for file in files:
         a, b = tmp_path / "one" / file, tmp_path / "two" / file
         assert a.read_bytes() == b.read_bytes(), file

@@ -39,8 +39,7 @@ class Attachment:
         self._states = dict(states)
         self.scale = scale
         self._scaled: dict[int, tuple[int, Tensor]] = {}
-        for layer in self._states if scale != 1.0 else ():
-            self._rescale(layer)
+        self._rescale_all()
 
     def state(self, layer_index: int) -> Tensor | None:
         """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
@@ -53,6 +52,18 @@ class Attachment:
         if not torch.compiler.is_compiling() and self._scaled[layer_index][0] != bank._version:
             self._rescale(layer_index)
         return self._scaled[layer_index][1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_scaled": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's parameters count their changes from zero again, so its products have to be its own."""
+        self.__dict__.update(state)
+        self._rescale_all()
+
+    def _rescale_all(self) -> None:
+        for layer in self._states if self.scale != 1.0 else ():
+            self._rescale(layer)
 
     def _rescale(self, layer_index: int) -> None:
         bank = self._states[layer_index]

@@ -2,10 +2,21 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
-from s0kernels.ops import gated_delta_rule, ssd
+from s0kernels.ops import _dispatch, gated_delta_rule, ssd
+
+#: why the compiled kernels cannot be tested, or None
+NO_CPU_KERNELS = _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")),
+    "torch",
+    "reference",
+]
+CHUNKED = BACKENDS[:2]
+USABLE = ["torch", "reference"] if NO_CPU_KERNELS else ["cpu", "torch", "reference"]
 
 STATE_KINDS = ("shared", "each", "bank")
 

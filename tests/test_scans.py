@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import MAKERS, STATE_KINDS, delta_problem, error, ssd_problem
+from cases import BACKENDS, CHUNKED, MAKERS, STATE_KINDS, USABLE, delta_problem, error, ssd_problem
 
 OPS = sorted(MAKERS)
 LENGTHS = (1, 63, 64, 65, 200)
 PACKED = [5, 0, 70, 1, 0]
+chunked = pytest.mark.parametrize("backend", CHUNKED)
 
 
 def assert_same(found: dict, truth: dict, tolerance: float) -> None:
@@ -15,29 +16,31 @@ def assert_same(found: dict, truth: dict, tolerance: float) -> None:
         assert error(found[name], truth[name]) < tolerance, name
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_chunked_equals_token_by_token(op, T):
+def test_chunked_equals_token_by_token(op, T, backend):
     problem = MAKERS[op](T)
     weights = problem.weights()
-    assert_same(problem.gradients("torch", weights), problem.gradients("reference", weights), 1e-11)
+    assert_same(problem.gradients(backend, weights), problem.gradients("reference", weights), 1e-11)
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
-def test_every_form_of_state(op, kind, lengths):
+def test_every_form_of_state(op, kind, lengths, backend):
     problem = MAKERS[op](30, B=3, state=kind, lengths=lengths, chunk_size=16)
     weights = problem.weights()
     truth = problem.gradients("reference", weights)
-    assert_same(problem.gradients("torch", weights), truth, 1e-11)
+    assert_same(problem.gradients(backend, weights), truth, 1e-11)
     if kind is not None:
         assert truth["dinitial_state"].shape == problem.tensors["initial_state"].shape
         assert truth["dinitial_state"].abs().max() > 0
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_packed_shared_each_and_bank_agree(op, backend):
     """The same sequences, stored in every way the contract knows."""
     shared = MAKERS[op](40, B=3)
@@ -69,7 +72,7 @@ def _gradcheck_problem(op: str, state: str, lengths):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("state", "lengths"), [("shared", None), ("bank", [2, 0, 4])])
 def test_gradcheck_of_every_input(op, backend, state, lengths):
     problem = _gradcheck_problem(op, state, lengths)
@@ -82,22 +85,24 @@ def test_gradcheck_of_every_input(op, backend, state, lengths):
     assert torch.autograd.gradcheck(call, inputs)
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
-def test_only_asked_gradients_and_the_state_only_backward(op):
+def test_only_asked_gradients_and_the_state_only_backward(op, backend):
     """Each gradient alone equals the one among all, and the initial state's does so bit for bit."""
     problem = MAKERS[op](70, state="bank", B=3)
     weights = problem.weights()
-    together = problem.gradients("torch", weights)
+    together = problem.gradients(backend, weights)
     for name in problem.tensors:
-        alone = problem.gradients("torch", weights, [name])
+        alone = problem.gradients(backend, weights, [name])
         assert set(alone) == {"output", "final_state", f"d{name}"}
         assert error(alone[f"d{name}"], together[f"d{name}"]) < 1e-13, name
-    only_state = problem.gradients("torch", weights, ["initial_state"])
+    only_state = problem.gradients(backend, weights, ["initial_state"])
     assert torch.equal(only_state["dinitial_state"], together["dinitial_state"])
 
 
+@chunked
 @pytest.mark.parametrize(("op", "unused"), [("gated_delta_rule", ["v"]), ("ssd", ["x", "B", "D"])])
-def test_the_state_only_backward_keeps_no_inputs_it_does_not_need(op, unused):
+def test_the_state_only_backward_keeps_no_inputs_it_does_not_need(op, unused, backend):
     problem = MAKERS[op](20)
     sizes = []
     leaves = {n: x.clone().requires_grad_(n == "initial_state") for n, x in problem.tensors.items()}
@@ -107,7 +112,7 @@ def test_the_state_only_backward_keeps_no_inputs_it_does_not_need(op, unused):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        type(problem)(op, leaves, problem.options).run("torch")
+        type(problem)(op, leaves, problem.options).run(backend)
     assert sizes
     kept = set(sizes)
     for name in [*unused, "initial_state"]:
@@ -125,7 +130,7 @@ def test_only_one_of_the_outputs_has_a_gradient(op, part):
             list(leaves.values()),
             allow_unused=True,
         )
-        for backend in ("torch", "reference")
+        for backend in (USABLE[0], "reference")
     )
     for name, ours, theirs in zip(leaves, found, truth, strict=True):
         if theirs is None:  # the reference's graph does not reach it, so the gradient is zero
@@ -148,24 +153,26 @@ def test_two_runs_give_the_same_bits(op):
         assert torch.equal(first[name], second[name]), name
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_budget(op, dtype):
+def test_error_budget(op, dtype, backend):
     """Against fp64 on the same inputs: within twice the error of the recurrence in that dtype, plus its rounding."""
     problem = MAKERS[op](200).to(dtype, torch.float32)
     exact = problem.to(torch.float64)
     weights = problem.weights()
     truth = exact.gradients("reference", weights)
     plain = problem.gradients("reference", weights)
-    found = problem.gradients("torch", weights)
+    found = problem.gradients(backend, weights)
     for name in truth:
         budget = 2 * error(plain[name], truth[name]) + torch.finfo(plain[name].dtype).eps
         assert error(found[name], truth[name]) <= budget, name
         assert found[name].dtype == plain[name].dtype, name
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
-def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op):
+def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op, backend):
     problem = MAKERS[op](100, extras=False) if op == "ssd" else MAKERS[op](100)
     problem = problem.to(torch.float32)
     name = "g" if op == "gated_delta_rule" else "A"
@@ -176,7 +183,7 @@ def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op):
         problem.tensors["A"] = problem.tensors["A"] * 300
     weights = problem.weights()
     truth = problem.to(torch.float64).gradients("reference", weights)
-    found = problem.gradients("torch", weights, [n for n in problem.tensors if n != name])
+    found = problem.gradients(backend, weights, [n for n in problem.tensors if n != name])
     for key, value in found.items():
         assert error(value, truth[key]) < 2e-6, key
 
@@ -195,14 +202,14 @@ def test_any_strides(op):
             strided[name] = x.mT.contiguous().mT
         else:
             strided[name] = torch.stack([x, x], dim=-1)[..., 0]
-    for backend in ("torch", "reference"):
+    for backend in USABLE:
         found = type(problem)(op, strided, problem.options).run(backend)
         assert error(found.output, truth.output) < 1e-12
         assert error(found.final_state, truth.final_state) < 1e-12
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state", [None, *STATE_KINDS])
 def test_no_tokens(op, backend, state):
     """T = 0, an empty batch, and packed sequences without tokens end in their initial states."""
@@ -231,16 +238,17 @@ def test_no_tokens(op, backend, state):
             assert first.grad.shape == first.shape
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
-def test_sequences_do_not_meet(op):
+def test_sequences_do_not_meet(op, backend):
     """A sequence full of NaN leaves its neighbours in a pack, and in a batch, alone."""
     for lengths in (None, [10, 10, 10]):
         problem = MAKERS[op](10, B=3, lengths=lengths)
-        clean = problem.run("torch")
+        clean = problem.run(backend)
         first = "v" if op == "gated_delta_rule" else "x"
         poisoned = problem.tensors[first].clone()
         poisoned.view(3, 10, *poisoned.shape[2:])[1] = float("nan")
-        found = problem.run("torch", **{first: poisoned})
+        found = problem.run(backend, **{first: poisoned})
         shape = (3, 10, *clean.output.shape[2:])
         for i in (0, 2):
             assert torch.equal(found.output.view(shape)[i], clean.output.view(shape)[i])
@@ -248,18 +256,19 @@ def test_sequences_do_not_meet(op):
         assert found.output.view(shape)[1].isnan().any()
 
 
+@chunked
 @pytest.mark.parametrize("op", OPS)
-def test_pads_with_zero_decay_and_zero_write_change_nothing(op):
+def test_pads_with_zero_decay_and_zero_write_change_nothing(op, backend):
     problem = MAKERS[op](40, extras=False) if op == "ssd" else MAKERS[op](40)
     pads = {"gated_delta_rule": ("g", "beta"), "ssd": ("dt",)}[op]
-    truth = problem.run("torch")
+    truth = problem.run(backend)
     padded = {
         n: torch.cat([x[:, :9], x], 1) if x.dim() > 2 and n != "initial_state" else x
         for n, x in problem.tensors.items()
     }
     for name in pads:
         padded[name][:, :9] = 0.0
-    found = type(problem)(op, padded, problem.options).run("torch")
+    found = type(problem)(op, padded, problem.options).run(backend)
     assert error(found.output[:, 9:], truth.output) < 1e-12
     assert error(found.final_state, truth.final_state) < 1e-12
 
@@ -282,7 +291,7 @@ def test_modes_do_not_touch_inputs_nor_alias_outputs(op, mode):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_under_autocast(op, backend):
     problem = MAKERS[op](20).to(torch.float32)
     weights = problem.weights()
@@ -407,7 +416,7 @@ def test_the_fewer_gradients_are_wanted_the_less_is_computed():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3]], ids=str)
 def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends, monkeypatch):
     """Also where values are not looked at in advance, as on a GPU."""
@@ -418,7 +427,7 @@ def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends,
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_index_that_nobody_checked_gives_nan_for_its_sequence(op, backend, monkeypatch):
     monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
     problem = MAKERS[op](6, B=3, state="bank")

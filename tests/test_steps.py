@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from cases import MAKERS, error
+from cases import BACKENDS, MAKERS, error
 
 from s0kernels.ops import gated_delta_rule_step, ssd_step
 
 OPS = sorted(MAKERS)
-BACKENDS = ("torch", "reference")
 
 
 def step(op, tensors, state, **options):

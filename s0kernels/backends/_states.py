@@ -34,6 +34,20 @@ def process_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: 
     return dt.clamp(*dt_limit)
 
 
+def silu_slope(z: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+def dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:
+    """Through clamp (the bounds included) and softplus to dt + dt_bias."""
+    before = process_dt(raw_dt, dt_bias, softplus, (-torch.inf, torch.inf))
+    ddt = torch.where((before >= limit[0]) & (before <= limit[1]), ddt, 0.0)
+    if not softplus:
+        return ddt
+    return ddt * torch.sigmoid(raw_dt if dt_bias is None else raw_dt + dt_bias.to(raw_dt.dtype))
+
+
 def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, shape: tuple, like: Tensor) -> Tensor:
     """The starting state of every sequence, [NSEQ, ...]: a view where one exists, a copy for a bank, zeros for None.
 

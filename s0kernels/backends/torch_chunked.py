@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s0kernels.backends._chunks import Chunks, decay_matrix, decay_matrix_grad, reverse_cumsum
-from s0kernels.backends._states import gather_states, process_dt, reduce_state_grad, store_states
+from s0kernels.backends._states import dt_grad, gather_states, process_dt, reduce_state_grad, silu_slope, store_states
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -361,11 +361,11 @@ def ssd_backward(
     if "x" in wanted:
         found["x"] = found["x"] + skip * dy
     if "z" in wanted:
-        found["z"] = doutput * (found.pop("y") + skip * x) * _silu_slope(z.to(chunks.dtype))
+        found["z"] = doutput * (found.pop("y") + skip * x) * silu_slope(z.to(chunks.dtype))
     if "D" in wanted:
         found["D"] = (dy * x).sum((0, 1, 3))
     if "dt" in found:
-        found["dt"] = _dt_grad(found["dt"], raw_dt, dt_bias, dt_softplus, dt_limit)
+        found["dt"] = dt_grad(found["dt"], raw_dt, dt_bias, dt_softplus, dt_limit)
     if "dt_bias" in wanted:
         found["dt_bias"] = found["dt"].sum((0, 1))
     if "initial_state" in wanted:
@@ -414,20 +414,6 @@ def _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted) -> dict[str,
     if "A" in wanted:
         found["A"] = (inputs.dt[..., 0] * dlog).sum((0, 3)).flatten()
     return found
-
-
-def _silu_slope(z: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(z)
-    return sigmoid * (1 + z * (1 - sigmoid))
-
-
-def _dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:
-    """Through clamp (the bounds included) and softplus to dt + dt_bias."""
-    before = process_dt(raw_dt, dt_bias, softplus, (-torch.inf, torch.inf))
-    ddt = torch.where((before >= limit[0]) & (before <= limit[1]), ddt, 0.0)
-    if not softplus:
-        return ddt
-    return ddt * torch.sigmoid(raw_dt if dt_bias is None else raw_dt + dt_bias.to(raw_dt.dtype))
 
 
 def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:

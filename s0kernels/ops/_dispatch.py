@@ -13,8 +13,8 @@ import torch
 
 OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
-ORDER = ("torch", "reference")
-_MODULES = {"torch": "s0kernels.backends.torch_chunked"}
+ORDER = ("cpu", "torch", "reference")
+_MODULES = {"cpu": "s0kernels.backends.cpu", "torch": "s0kernels.backends.torch_chunked"}
 
 
 def load(name: str) -> ModuleType:

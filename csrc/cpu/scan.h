@@ -1,0 +1,80 @@
+// What the scans take, in terms that both recurrences share, and the entry points of each instruction set.
+//
+// Mamba-2 SSD is the gated delta rule without the delta: q = C, k = B, v = dt x, and a state read as [N, P] through its
+// strides. K and V below are N and P there.
+#pragma once
+
+#include <cstdint>
+
+namespace s0 {
+
+enum class Kind : int { kFloat, kDouble, kHalf, kBFloat16 };
+
+// [B, T, heads, columns] of any strides, in elements.
+struct Rows {
+  const void* data;
+  Kind kind;
+  int64_t batch, token, head, element;
+};
+
+// [sequence, head, K, V] of any strides, in elements of the arithmetic's type; `sequence` 0 shares one among all.
+struct States {
+  void* data;
+  int64_t sequence, head, key, value;
+};
+
+struct Scan {
+  bool delta;  // the gated delta rule; otherwise SSD
+  bool normalise;
+  int64_t sequences, tokens, heads, groups, block;  // heads of a group are worked on `block` at a time
+  int64_t key, value, chunk;
+  double scale;
+  const int64_t* boundaries;  // [sequences + 1] where packed; otherwise each is a row of `tokens`
+  Rows q, k, v;
+  // in the arithmetic's type, contiguous [B, T, heads]: log decay; beta, or dt; and [heads]: D of SSD, or null
+  const void *decay, *weight, *skip;
+  States initial;          // data null: zero
+  const int64_t* indices;  // of a bank of `bank` states, or null
+  int64_t bank;
+};
+
+struct Forward {
+  void* output;  // [B, T, heads, V] contiguous
+  Kind kind;
+  States final;  // data null: not wanted
+};
+
+struct Backward {
+  Rows doutput;    // data null: zero
+  States dfinal;   // data null: zero
+  States dinitial; // data null: not wanted
+  // not wanted where null; in the arithmetic's type, contiguous: [B, T, groups, parts, K] twice, [B, T, heads, V],
+  // and [B, T, heads] twice
+  void *dq, *dk, *dv, *ddecay, *dweight;
+};
+
+// One token for every row. The states are contiguous and updated in place.
+struct Step {
+  States state;
+  void* output;  // [B, heads, V] contiguous
+  Kind kind;
+};
+
+int64_t units(const Scan& scan);
+
+// A thread's memory, at least `bytes`, aligned to 64; full of NaN where that is asked for.
+void* scratch(int64_t bytes);
+
+#define S0_ENTRIES                                                              \
+  int64_t forward_bytes(const Scan&, bool wide);                                \
+  int64_t backward_bytes(const Scan&, const Backward&, bool wide);              \
+  void forward(const Scan&, const Forward&, bool wide, int64_t unit, void*);    \
+  void backward(const Scan&, const Backward&, bool wide, int64_t unit, void*);  \
+  int64_t step_bytes(const Scan&, bool wide);                                   \
+  void step(const Scan&, const Step&, bool wide, int64_t unit, void*);
+
+namespace avx512 { S0_ENTRIES }
+namespace avx2 { S0_ENTRIES }
+namespace portable { S0_ENTRIES }
+
+}  // namespace s0

@@ -1,0 +1,160 @@
+// Vectors of one instruction set, and the register-blocked matrix product that everything is made of.
+//
+// Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_BLOCK_VECTORS
+// and has switched the instructions on. Nothing here may be shared between those files, or the linker could give an old
+// machine the code of a new one: no function of the standard library that is not a builtin, no static variable.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace s0::S0_ISA {
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(S0_VECTOR_BYTES), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = S0_VECTOR_BYTES / sizeof(T);
+
+// A block of the product: 6 rows of 4 vectors fill 24 of the 32 registers of AVX-512; 6 of 2 fill 12 of 16.
+constexpr int kRows = 6;
+constexpr int kVectors = S0_BLOCK_VECTORS;
+
+#define S0_INLINE inline __attribute__((always_inline))
+
+template <class T>
+S0_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+
+template <class T>
+S0_INLINE void store(T* p, Vec<T> x) {
+  *reinterpret_cast<Vec<T>*>(p) = x;
+}
+
+template <class T>
+constexpr int padded(int n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// A matrix in scratch memory, its rows padded to whole vectors. Transposed reading is a swap of the two strides.
+template <class T>
+struct Left {
+  const T* data;
+  std::ptrdiff_t row, column;
+};
+
+// One factor for each row, or one for all.
+template <class T>
+struct Factors {
+  const T* data;
+  int step;
+};
+
+// Row i becomes to[i] * product + keep[i] * what it was; without `keep` what it was does not count.
+template <class T>
+struct Target {
+  T* data;
+  std::ptrdiff_t ld;
+  Factors<T> to, keep;
+};
+
+template <class T>
+constexpr T kOne = 1;
+template <class T>
+constexpr T kMinusOne = -1;
+
+template <class T>
+S0_INLINE Target<T> set(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}) {
+  return {data, ld, to, {nullptr, 0}};
+}
+template <class T>
+S0_INLINE Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}, Factors<T> keep = {&kOne<T>, 0}) {
+  return {data, ld, to, keep};
+}
+
+// Which entries of the left matrix are not zero; whole blocks of the others are passed over. Of a product that is wanted
+// below its diagonal alone, kLowerProduct computes the vectors that reach the diagonal from the left.
+enum class Shape { kFull, kLower, kUpper, kLowerProduct };
+
+template <class T, int M, int N>
+__attribute__((noinline)) void block(Left<T> a, const T* b, std::ptrdiff_t ldb, int depth, Target<T> c) {
+  Vec<T> sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] = Vec<T>{};
+  for (int d = 0; d < depth; ++d) {
+    Vec<T> right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * kLanes<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> left = a.data[m * a.row + d * a.column] - Vec<T>{};
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    T* row = c.data + m * c.ld;
+    const T to = c.to.data[m * c.to.step];
+    if (c.keep.data == nullptr) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) store(row + n * kLanes<T>, to * sums[m][n]);
+    } else {
+      const T keep = c.keep.data[m * c.keep.step];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n)
+        store(row + n * kLanes<T>, keep * load(row + n * kLanes<T>) + to * sums[m][n]);
+    }
+  }
+}
+
+template <class T, int N>
+void block_of_rows(int rows, Left<T> a, const T* b, std::ptrdiff_t ldb, int depth, Target<T> c) {
+  switch (rows) {
+    case 6: return block<T, 6, N>(a, b, ldb, depth, c);
+    case 5: return block<T, 5, N>(a, b, ldb, depth, c);
+    case 4: return block<T, 4, N>(a, b, ldb, depth, c);
+    case 3: return block<T, 3, N>(a, b, ldb, depth, c);
+    case 2: return block<T, 2, N>(a, b, ldb, depth, c);
+    case 1: return block<T, 1, N>(a, b, ldb, depth, c);
+  }
+}
+
+// The product of a [m, depth] and b [depth, n], n padded to whole vectors.
+template <class T>
+void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::ptrdiff_t ldb, Target<T> c) {
+  constexpr int width = kVectors * kLanes<T>;
+  const bool below = shape == Shape::kLowerProduct;
+  for (int j = 0; j < n; j += width) {
+    for (int i = below ? j / kRows * kRows : 0; i < m; i += kRows) {
+      const int rows = m - i < kRows ? m - i : kRows;
+      const int end = below && i + rows < n ? i + rows : n;
+      if (end <= j) continue;
+      const int first = shape == Shape::kUpper ? i : 0;
+      const int last = shape == Shape::kLower && i + rows < depth ? i + rows : depth;
+      const Left<T> part{a.data + i * a.row + first * a.column, a.row, a.column};
+      const Target<T> to{c.data + i * c.ld + j, c.ld, {c.to.data + i * c.to.step, c.to.step},
+                         {c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step, c.keep.step}};
+      const T* from = b + first * ldb + j;
+      switch (end - j >= width ? kVectors : (end - j + kLanes<T> - 1) / kLanes<T>) {
+        case 4:
+          if constexpr (kVectors >= 4) block_of_rows<T, 4>(rows, part, from, ldb, last - first, to);
+          break;
+        case 3:
+          if constexpr (kVectors >= 3) block_of_rows<T, 3>(rows, part, from, ldb, last - first, to);
+          break;
+        case 2: block_of_rows<T, 2>(rows, part, from, ldb, last - first, to); break;
+        case 1: block_of_rows<T, 1>(rows, part, from, ldb, last - first, to); break;
+      }
+    }
+  }
+}
+
+}  // namespace s0::S0_ISA

@@ -214,7 +214,7 @@ class Engine {
         norms_[i] = normalise(x, Kp_);
       }
     }
-    transpose(k_transposed_, Cp_, k_row(0, n), Kp_, n, K_);
+    if (with_queries || s_.delta) transpose(k_transposed_, Cp_, k_row(0, n), Kp_, n, K_);
     if (with_queries)
       multiply(Shape::kLowerProduct, n, Cp_, K_, {qk_, Kp_, 1}, k_transposed_, Cp_, set(queries_keys_, Cp_));
     if (s_.delta)

@@ -1,19 +1,49 @@
 // Chunks in scratch memory: tensors read into rows padded to whole vectors, and the small things done to them there.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/scan.h"
 #include "cpu/simd.h"
 
 namespace s0::S0_ISA {
 
-S0_INLINE float from_bfloat16(uint16_t bits) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+// Vectors of another type with as many lanes as those of T, at any address.
+template <class T, class Other>
+struct LooseOf {
+  typedef Other type __attribute__((vector_size(kLanes<T> * sizeof(Other)), may_alias, aligned(sizeof(Other))));
+};
+
+// bfloat16 is kept as its bits.
+template <class T, class From>
+S0_INLINE Vec<T> widen(const From* p) {
+  const auto x = *reinterpret_cast<const typename LooseOf<T, From>::type*>(p);
+  if constexpr (sizeof(From) == 2 && static_cast<From>(0.5f) == From(0)) {
+    typedef uint32_t Bits __attribute__((vector_size(kLanes<float> * 4)));
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    if constexpr (sizeof(T) == 4) return __builtin_bit_cast(Vec<T>, __builtin_convertvector(x, Bits) << 16);
+    return Vec<T>{};
+  } else {
+    return __builtin_convertvector(x, Vec<T>);
+  }
 }
 
-S0_INLINE uint16_t to_bfloat16(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+template <class T, class From>
+S0_INLINE T widen_one(From x) {
+  if constexpr (sizeof(From) == 2 && static_cast<From>(0.5f) == From(0))
+    return static_cast<T>(__builtin_bit_cast(float, static_cast<uint32_t>(x) << 16));
+  else
+    return static_cast<T>(x);
+}
+
+template <class To, class T>
+S0_INLINE To narrow_one(T x) {
+  if constexpr (sizeof(To) == 2 && static_cast<To>(0.5f) == To(0)) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(x));
+    return x != x ? To(0x7fc0) : static_cast<To>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  } else {
+    return static_cast<To>(x);
+  }
 }
 
 template <class T, class From>
@@ -21,26 +51,12 @@ S0_INLINE void read_as(T* to, int ld, const void* data, int64_t at, int64_t toke
                        int columns) {
   const From* from = static_cast<const From*>(data) + at;
   for (int i = 0; i < rows; ++i, to += ld, from += token) {
-    if (element == 1) {
-      for (int j = 0; j < columns; ++j) to[j] = static_cast<T>(from[j]);
-    } else {
-      for (int j = 0; j < columns; ++j) to[j] = static_cast<T>(from[j * element]);
-    }
-    for (int j = columns; j < ld; ++j) to[j] = 0;
-  }
-}
-
-template <class T>
-S0_INLINE void read_bfloat16(T* to, int ld, const void* data, int64_t at, int64_t token, int64_t element, int rows,
-                             int columns) {
-  const uint16_t* from = static_cast<const uint16_t*>(data) + at;
-  for (int i = 0; i < rows; ++i, to += ld, from += token) {
-    if (element == 1) {
-      for (int j = 0; j < columns; ++j) to[j] = from_bfloat16(from[j]);
-    } else {
-      for (int j = 0; j < columns; ++j) to[j] = from_bfloat16(from[j * element]);
-    }
-    for (int j = columns; j < ld; ++j) to[j] = 0;
+    int j = 0;
+    if constexpr (sizeof(T) == 4 || sizeof(From) == 8)
+      if (element == 1)
+        for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, widen<T>(from + j));
+    for (; j < columns; ++j) to[j] = widen_one<T>(from[j * element]);
+    for (; j < ld; ++j) to[j] = 0;
   }
 }
 
@@ -51,43 +67,74 @@ void read(T* to, int ld, const Rows& x, int64_t at, int rows, int columns) {
     case Kind::kFloat: return read_as<T, float>(to, ld, x.data, at, x.token, x.element, rows, columns);
     case Kind::kDouble: return read_as<T, double>(to, ld, x.data, at, x.token, x.element, rows, columns);
     case Kind::kHalf: return read_as<T, _Float16>(to, ld, x.data, at, x.token, x.element, rows, columns);
-    case Kind::kBFloat16: return read_bfloat16<T>(to, ld, x.data, at, x.token, x.element, rows, columns);
+    case Kind::kBFloat16: return read_as<T, uint16_t>(to, ld, x.data, at, x.token, x.element, rows, columns);
+  }
+}
+
+template <class T, class To>
+S0_INLINE void write_as(void* data, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
+  To* to = static_cast<To*>(data) + at;
+  for (int i = 0; i < rows; ++i, from += ld, to += token) {
+    int j = 0;
+    if constexpr (sizeof(T) == sizeof(To))
+      for (; j + kLanes<T> <= columns; j += kLanes<T>)
+        *reinterpret_cast<typename LooseOf<T, T>::type*>(to + j) = load(from + j);
+#pragma GCC ivdep
+    for (; j < columns; ++j) to[j] = narrow_one<To>(from[j]);
   }
 }
 
 // The reverse, to contiguous rows `token` elements apart.
 template <class T>
 void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
-  for (int i = 0; i < rows; ++i, from += ld, at += token) {
-    switch (kind) {
-      case Kind::kFloat:
-        for (int j = 0; j < columns; ++j) static_cast<float*>(data)[at + j] = static_cast<float>(from[j]);
-        break;
-      case Kind::kDouble:
-        for (int j = 0; j < columns; ++j) static_cast<double*>(data)[at + j] = from[j];
-        break;
-      case Kind::kHalf:
-        for (int j = 0; j < columns; ++j) static_cast<_Float16*>(data)[at + j] = static_cast<_Float16>(from[j]);
-        break;
-      case Kind::kBFloat16:
-        for (int j = 0; j < columns; ++j)
-          static_cast<uint16_t*>(data)[at + j] = to_bfloat16(static_cast<float>(from[j]));
-        break;
-    }
+  switch (kind) {
+    case Kind::kFloat: return write_as<T, float>(data, at, token, from, ld, rows, columns);
+    case Kind::kDouble: return write_as<T, double>(data, at, token, from, ld, rows, columns);
+    case Kind::kHalf: return write_as<T, _Float16>(data, at, token, from, ld, rows, columns);
+    case Kind::kBFloat16: return write_as<T, uint16_t>(data, at, token, from, ld, rows, columns);
   }
 }
 
-// to[j][i] = from[i][j]; `to` has rows of ld_to, zeros behind the rows of `from`.
+// A square of vectors turned over its diagonal: in stage s, lanes that differ in bit s change places.
 template <class T>
-void transpose(T* to, int ld_to, const T* from, int ld, int rows, int columns) {
-  constexpr int tile = 16;
-  for (int i = 0; i < rows; i += tile) {
-    const int end = rows - i < tile ? rows : i + tile;
-    for (int j = 0; j < columns; ++j)
-      for (int r = i; r < end; ++r) to[static_cast<int64_t>(j) * ld_to + r] = from[static_cast<int64_t>(r) * ld + j];
+S0_INLINE void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
+  constexpr int lanes = kLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(S0_VECTOR_BYTES)));
+  Vec<T> x[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) x[i] = load(from + i * ld);
+#pragma GCC unroll 4
+  for (int s = 1; s < lanes; s *= 2) {
+    Mask low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+      low[l] = (l & s) != 0 ? lanes + l - s : l;
+      high[l] = (l & s) != 0 ? lanes + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if ((i & s) != 0) continue;
+      const Vec<T> a = x[i], b = x[i + s];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + s] = __builtin_shuffle(a, b, high);
+    }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * ld_to, x[i]);
+}
+
+// to[j][i] = from[i][j]; `to` has rows of ld_to, zeros behind the rows of `from`. Both are padded to whole vectors.
+template <class T>
+void transpose(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
+  constexpr int lanes = kLanes<T>;
+  const int whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
+  for (int i = 0; i < whole_rows; i += lanes)
+    for (int j = 0; j < whole_columns; j += lanes) transpose_square(to + j * ld_to + i, ld_to, from + i * ld + j, ld);
+  for (int i = 0; i < rows; ++i)
+    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * ld_to + i] = from[i * ld + j];
   for (int j = 0; j < columns && rows < ld_to; ++j)
-    for (int r = rows; r < ld_to; ++r) to[static_cast<int64_t>(j) * ld_to + r] = 0;
+    for (int i = rows; i < ld_to; ++i) to[j * ld_to + i] = 0;
 }
 
 template <class T>

@@ -1,0 +1,207 @@
+"""The compiled scans beside transformers' PyTorch functions and the machine's own matrix product, on a CPU.
+
+    python benchmarks/cpu_scans.py [--threads N] [--lengths 128,512,2048,8192] [--rounds 5] [--quick]
+
+Everything that is compared runs in turn in one process, round by round; figures are medians. Shapes are the heads of
+Qwen3.5-4B (16 of keys, 32 of values, 128 x 128) and of Falcon-H1-7B (24, P 128, N 256, one group), batch 1. Extra memory
+is the growth of the peak of resident memory in a process of its own. Writes benchmarks/results/cpu.json and prints the
+tables that the README shows.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from s0kernels import __version__
+from s0kernels.ops import gated_delta_rule, ssd
+
+HERE = Path(__file__).resolve().parent
+DELTA = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 32}
+MAMBA = {"H": 24, "P": 128, "N": 256, "C": 64}
+
+
+def inputs(op: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    if op == "gated_delta_rule":
+        H, HV, K, V = (DELTA[name] for name in ("H", "HV", "K", "V"))
+        q, k, v = (torch.randn(1, length, h, d).to(dtype) for h, d in ((H, K), (H, K), (HV, V)))
+        g, beta = -0.1 * torch.rand(1, length, HV), torch.rand(1, length, HV)
+        return [q, k, v, g, beta, 0.1 * torch.randn(1, HV, K, V)]
+    H, P, N = (MAMBA[name] for name in ("H", "P", "N"))
+    x, B, C = (torch.randn(1, length, h, d).to(dtype) for h, d in ((H, P), (1, N), (1, N)))
+    return [x, 0.1 * torch.rand(1, length, H), -torch.rand(H), B, C, 0.1 * torch.randn(1, H, P, N)]
+
+
+def call(op: str, implementation: str, values: list[torch.Tensor], state: bool = True):
+    """(output, final state)."""
+    *rest, initial = values
+    initial = initial if state else None
+    if implementation == "transformers" and op == "gated_delta_rule":
+        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule as scan
+
+        q, k, v, g, beta = rest
+        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return scan(q, k, v, g=g, beta=beta, initial_state=initial, **options)
+    if implementation == "transformers":
+        from transformers.models.falcon_h1 import modeling_falcon_h1
+
+        scan = modeling_falcon_h1.mamba2_chunk_scan
+        scan = getattr(scan, "__wrapped__", scan)
+        return scan(*rest, chunk_size=128, initial_states=initial, return_final_states=True)
+    if op == "gated_delta_rule":
+        return gated_delta_rule(*rest, initial_state=initial, use_qk_l2norm=True, backend=implementation)
+    return ssd(*rest, initial_state=initial, backend=implementation)
+
+
+def seconds(op, implementation, values, *, backward=False, state=True, wanted=None) -> float:
+    leaves = [x.detach().requires_grad_(backward and (wanted is None or i in wanted)) for i, x in enumerate(values)]
+    begin = time.perf_counter()
+    output, _ = call(op, implementation, leaves, state)
+    if backward:
+        middle = time.perf_counter()
+        output.backward(torch.ones_like(output))
+        return (time.perf_counter() - middle) if wanted is not None else (time.perf_counter() - begin)
+    return time.perf_counter() - begin
+
+
+def in_turn(rounds: int, **cases) -> dict[str, float]:
+    """Medians of cases that run one after the other, again and again; the first round does not count."""
+    times = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, case in cases.items():
+            times[name].append(case())
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def gflop(op: str, length: int, backward: bool) -> float:
+    """Multiplications and additions of the compiled kernels' matrix products, recomputation included."""
+    if op == "gated_delta_rule":
+        K, V, C, heads = DELTA["K"], DELTA["V"], DELTA["C"], DELTA["HV"]
+        forward, back = 6 * K * V + 2 * C * (K + V), 16 * K * V + C * (7 * K + 5 * V)
+    else:
+        K, V, C, heads = MAMBA["N"], MAMBA["P"], MAMBA["C"], MAMBA["H"]
+        forward, back = 4 * K * V + C * (K / 4 + V), 10 * K * V + C * (2 * K + K / 4 + 2 * V)
+    return length * heads * (forward + back * backward) / 1e9
+
+
+def sgemm() -> float:
+    """GFLOP/s of torch's own product of 2048 x 2048 matrices."""
+    a = torch.randn(2048, 2048)
+    times = in_turn(5, product=lambda: -time.perf_counter() + (a @ a, time.perf_counter())[1])
+    return 2 * 2048**3 / times["product"] / 1e9
+
+
+def extra_memory(op: str, implementation: str, length: int) -> float:
+    """MiB that forward and backward add to the peak, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory", op, implementation, str(length)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def report_memory(op: str, implementation: str, length: int) -> None:
+    for size in (64, length):  # the first warms up imports, kernels and pools
+        values = [x.requires_grad_() for x in inputs(op, size, torch.float32)]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        output, _ = call(op, implementation, values)
+        output.backward(torch.ones_like(output))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    rate = sgemm()
+    rows, others = [], []
+    lengths = [int(length) for length in options.lengths.split(",")]
+    for op in ("gated_delta_rule", "ssd"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for length in lengths:
+                values = inputs(op, length, dtype)
+                for backward in (False, True):
+                    names = ("cpu", "torch", "transformers")
+                    cases = {
+                        name: lambda name=name, v=values, b=backward: seconds(op, name, v, backward=b) for name in names
+                    }
+                    times = in_turn(options.rounds, **cases)
+                    speed = gflop(op, length, backward) / times["cpu"]
+                    row = {"op": op, "dtype": str(dtype)[6:], "T": length, "backward": backward, "ms": {}}
+                    row["ms"] = {name: 1e3 * value for name, value in times.items()}
+                    rows.append(row | {"gflops": speed, "of_sgemm": speed / rate})
+                    print(table_row(rows[-1]), flush=True)
+        values = inputs(op, max(n for n in lengths if n <= 2048), torch.float32)
+        for backward in (False, True):
+            times = in_turn(
+                2 * options.rounds,
+                state=lambda b=backward: seconds(op, "cpu", values, backward=b),
+                again=lambda b=backward: seconds(op, "cpu", values, backward=b),
+                zero=lambda b=backward: seconds(op, "cpu", values, backward=b, state=False),
+            )
+            ratios = {"S0 / zero": times["state"] / times["zero"], "S0 / S0 (control)": times["again"] / times["state"]}
+            others.append({"op": op, "backward": backward, **ratios})
+        last = len(values) - 1
+        times = in_turn(
+            options.rounds,
+            all=lambda: seconds(op, "cpu", values, backward=True, wanted=range(last + 1)),
+            state=lambda: seconds(op, "cpu", values, backward=True, wanted=[last]),
+        )
+        others.append({"op": op, "state-only backward / full backward": times["state"] / times["all"]})
+        length = values[0].shape[1]
+        memory = {name: extra_memory(op, name, length) for name in ("cpu", "torch", "transformers")}
+        others.append({"op": op, "T": length, "extra MiB": memory})
+        print(others[-4:], flush=True)
+    return {"sgemm_gflops": rate, "scans": rows, "others": others}
+
+
+def table_row(row: dict) -> str:
+    ms, what = row["ms"], "forward + backward" if row["backward"] else "forward"
+    return (
+        f"| {row['op']} | {row['dtype']} | {row['T']} | {what} | {ms['cpu']:.1f} | {ms['transformers'] / ms['cpu']:.1f}x | "
+        f"{ms['torch'] / ms['cpu']:.1f}x | {row['gflops']:.0f} ({100 * row['of_sgemm']:.0f} %) |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lengths", default="128,512,2048,8192")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
+    parser.add_argument("--memory", nargs=3, metavar=("OP", "IMPLEMENTATION", "T"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        return report_memory(*options.memory[:2], int(options.memory[2]))
+    torch.set_num_threads(options.threads)
+    import transformers
+
+    sources = sorted((HERE.parent / "csrc").rglob("*.[hc]*"))
+    machine = {
+        "cpu": next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine()
+        ),
+        "vector_bits": torch.ops.s0kernels_cpu.instructions()
+        if hasattr(torch.ops.s0kernels_cpu, "instructions")
+        else None,
+        "threads": options.threads,
+        "versions": {"s0kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16],
+    }
+    print("| scan | dtype | T | | cpu, ms | transformers / cpu | torch backend / cpu | GFLOP/s (of sgemm) |")
+    print("|---|---|---|---|---|---|---|---|")
+    results = {"machine": machine, **measure(options)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

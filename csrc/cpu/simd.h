@@ -55,12 +55,13 @@ struct Factors {
   int step;
 };
 
-// Row i becomes to[i] * product + keep[i] * what it was; without `keep` what it was does not count.
+// Row i becomes to[i] * product + keep[i] * before, which is mostly what it was; without `keep` that does not count.
 template <class T>
 struct Target {
   T* data;
   std::ptrdiff_t ld;
   Factors<T> to, keep;
+  const T* before;
 };
 
 template <class T>
@@ -70,11 +71,11 @@ constexpr T kMinusOne = -1;
 
 template <class T>
 S0_INLINE Target<T> set(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}) {
-  return {data, ld, to, {nullptr, 0}};
+  return {data, ld, to, {nullptr, 0}, data};
 }
 template <class T>
 S0_INLINE Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}, Factors<T> keep = {&kOne<T>, 0}) {
-  return {data, ld, to, keep};
+  return {data, ld, to, keep, data};
 }
 
 // Which entries of the left matrix are not zero; whole blocks of the others are passed over. Of a product that is wanted
@@ -102,6 +103,7 @@ __attribute__((noinline)) void block(Left<T> a, const T* b, std::ptrdiff_t ldb, 
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     T* row = c.data + m * c.ld;
+    const T* before = c.before + m * c.ld;
     const T to = c.to.data[m * c.to.step];
     if (c.keep.data == nullptr) {
 #pragma GCC unroll 8
@@ -110,7 +112,7 @@ __attribute__((noinline)) void block(Left<T> a, const T* b, std::ptrdiff_t ldb, 
       const T keep = c.keep.data[m * c.keep.step];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
-        store(row + n * kLanes<T>, keep * load(row + n * kLanes<T>) + to * sums[m][n]);
+        store(row + n * kLanes<T>, keep * load(before + n * kLanes<T>) + to * sums[m][n]);
     }
   }
 }
@@ -141,7 +143,8 @@ void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::
       const int last = shape == Shape::kLower && i + rows < depth ? i + rows : depth;
       const Left<T> part{a.data + i * a.row + first * a.column, a.row, a.column};
       const Target<T> to{c.data + i * c.ld + j, c.ld, {c.to.data + i * c.to.step, c.to.step},
-                         {c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step, c.keep.step}};
+                         {c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step, c.keep.step},
+                         c.before + i * c.ld + j};
       const T* from = b + first * ldb + j;
       switch (end - j >= width ? kVectors : (end - j + kLanes<T> - 1) / kLanes<T>) {
         case 4:

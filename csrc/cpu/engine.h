@@ -82,7 +82,6 @@ class Engine {
     history_ = arena_.take(chunks * s_.block * K_ * Vp_);
     deltas_ = arena_.take(chunks * s_.block * C_ * Vp_);
     errors_ = arena_.take(s_.delta ? chunks * s_.block * C_ * Vp_ : 0);
-    states_ = arena_.take(s_.block * K_ * Vp_);
     transposed_ = arena_.take(V_ * Kp_);
     delta_transposed_ = arena_.take(V_ * Cp_);
     decay_ = arena_.take(C_ * Cp_);
@@ -127,7 +126,7 @@ class Engine {
         }
         multiply(Shape::kLower, n, Vp_, n, {attention_, Cp_, 1}, writes_, Vp_, add(output_, Vp_));
         write(f.output, f.kind, (u.row(s_, t) * s_.heads + head) * V_, s_.heads * V_, output_, Vp_, n, V_);
-        advance(n, state(r));
+        advance(n, state(r), state(r));
       }
     }
     if (f.final.data == nullptr) return;
@@ -290,29 +289,28 @@ class Engine {
   }
 
   // S to S'; scales the writes.
-  void advance(int n, T* state) {
+  void advance(int n, const T* from, T* to) {
     for (int i = 0; i < n; ++i) scale_row(writes_ + i * Vp_, to_end_[i], Vp_);
     multiply(Shape::kFull, K_, Vp_, n, {k_row(0, n), 1, Kp_}, writes_, Vp_,
-             add(state, Vp_, {&kOne<T>, 0}, {from_start_ + n - 1, 0}));
+             Target<T>{to, Vp_, {&kOne<T>, 0}, {from_start_ + n - 1, 0}, from});
   }
 
   // The states at the start of every chunk, what is written in it, and of the delta rule V - diag(G) K S.
   void remember(const Unit& u) {
-    for (int64_t r = 0; r < u.count; ++r) read_state(state(r), s_.initial, u, u.first + r, true);
+    for (int64_t r = 0; r < u.count; ++r) read_state(history_ + r * K_ * Vp_, s_.initial, u, u.first + r, true);
     for (int64_t t = 0; t < u.length; t += C_) {
       const int n = tokens(u, t);
       load_keys(u, t, n, false);
       for (int64_t r = 0; r < u.count; ++r) {
         const int64_t slot = t / C_ * s_.block + r;
-        T* kept = history_ + slot * K_ * Vp_;
-        for (int64_t i = 0; i < static_cast<int64_t>(K_) * Vp_; i += kLanes<T>) store(kept + i, load(state(r) + i));
+        T* before = history_ + slot * K_ * Vp_;
         load_gates(u, t, n, u.first + r);
         T* values = s_.delta ? errors_ + slot * C_ * Vp_ : writes_;
         read(values, Vp_, s_.v, u.at(s_.v, t, u.first + r), n, V_);
         if (s_.delta) {
           pairs(n, false);
           for (int i = 0; i < n; ++i) factors_[i] = -from_start_[i];
-          multiply(Shape::kFull, n, Vp_, K_, {k_row(0, n), Kp_, 1}, state(r), Vp_, add(values, Vp_, {factors_, 1}));
+          multiply(Shape::kFull, n, Vp_, K_, {k_row(0, n), Kp_, 1}, before, Vp_, add(values, Vp_, {factors_, 1}));
         }
         for (int i = 0; i < n; ++i)
           for (int j = 0; j < Vp_; j += kLanes<T>)
@@ -320,7 +318,7 @@ class Engine {
         if (s_.delta) solve(n, writes_);
         T* deltas = deltas_ + slot * C_ * Vp_;
         for (int i = 0; i < n * Vp_; i += kLanes<T>) store(deltas + i, load(writes_ + i));
-        advance(n, state(r));
+        if (t + n < u.length) advance(n, before, before + s_.block * K_ * Vp_);
       }
     }
   }

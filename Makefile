@@ -7,7 +7,7 @@ DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
@@ -17,6 +17,17 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 	PYTHONPATH=$(OLDER) $(PYTEST) tests/test_modules.py tests/test_injection.py tests/test_attaching.py \
 		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
 		tests/test_training.py tests/test_data.py tests/test_against_transformers.py
+
+# The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans.
+sanitize: $(VENV)/.installed
+	CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
+		S0KERNELS_BUILD=1 $(VENV)/bin/python setup.py --quiet build_ext --build-lib build/sanitized --build-temp build/temp
+	for instructions in avx512 avx2 portable; do \
+		S0KERNELS_CPU_LIBRARY=build/sanitized/s0kernels/_cpu.so S0KERNELS_CPU=$$instructions S0KERNELS_POISON=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(VENV)/bin/python -m pytest -q tests/test_scans.py \
+			tests/test_steps.py tests/test_cpu.py -k "cpu and not compile" || exit 1; \
+	done
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

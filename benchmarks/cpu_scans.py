@@ -1,28 +1,28 @@
 """The compiled scans beside transformers' PyTorch functions and the machine's own matrix product, on a CPU.
 
-    python benchmarks/cpu_scans.py [--threads N] [--lengths 128,512,2048,8192] [--rounds 5] [--quick]
+    python benchmarks/cpu_scans.py [--threads N] [--lengths 128,512,2048,8192] [--rounds 5]
 
 Everything that is compared runs in turn in one process, round by round; figures are medians. Shapes are the heads of
-Qwen3.5-4B (16 of keys, 32 of values, 128 x 128) and of Falcon-H1-7B (24, P 128, N 256, one group), batch 1. Extra memory
-is the growth of the peak of resident memory in a process of its own. Writes benchmarks/results/cpu.json and prints the
-tables that the README shows.
+Qwen3.5-4B (16 of keys, 32 of values, 128 x 128) and of Falcon-H1-7B (24, P 128, N 256, one group), batch 1. Extra
+memory is how far the resident memory of a process of its own rises above what inputs and a first small run hold.
+Writes benchmarks/results/cpu.json and prints the tables that the README shows.
 """
 
 import argparse
 import hashlib
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from s0kernels import __version__
-from s0kernels.ops import gated_delta_rule, ssd
+from s0kernels.ops import _dispatch, gated_delta_rule, ssd
 
 HERE = Path(__file__).resolve().parent
 DELTA = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 32}
@@ -101,74 +101,84 @@ def sgemm() -> float:
 
 
 def extra_memory(op: str, implementation: str, length: int) -> float:
-    """MiB that forward and backward add to the peak, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", op, implementation, str(length)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.split()[-1])
+    """MiB that forward and backward need at their peak."""
+    command = [sys.executable, __file__, "--memory", op, implementation, str(length)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def report_memory(op: str, implementation: str, length: int) -> None:
-    for size in (64, length):  # the first warms up imports, kernels and pools
+    for size in (64, length):  # the first run warms up imports, kernels and pools
         values = [x.requires_grad_() for x in inputs(op, size, torch.float32)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident()
         output, _ = call(op, implementation, values)
         output.backward(torch.ones_like(output))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident() - before) / 1024)
+
+
+def resident() -> int:
+    """Peak of resident memory in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure(options: argparse.Namespace) -> dict:
-    rate = sgemm()
-    rows, others = [], []
     lengths = [int(length) for length in options.lengths.split(",")]
+    results = {"sgemm_gflops": sgemm(), "scans": [], "others": []}
+    print("| scan | dtype | T | | cpu, ms | transformers / cpu | torch backend / cpu | GFLOP/s (of sgemm) |")
+    print("|---|---|---|---|---|---|---|---|")
     for op in ("gated_delta_rule", "ssd"):
         for dtype in (torch.float32, torch.bfloat16):
             for length in lengths:
                 values = inputs(op, length, dtype)
                 for backward in (False, True):
-                    names = ("cpu", "torch", "transformers")
-                    cases = {
-                        name: lambda name=name, v=values, b=backward: seconds(op, name, v, backward=b) for name in names
-                    }
-                    times = in_turn(options.rounds, **cases)
-                    speed = gflop(op, length, backward) / times["cpu"]
-                    row = {"op": op, "dtype": str(dtype)[6:], "T": length, "backward": backward, "ms": {}}
-                    row["ms"] = {name: 1e3 * value for name, value in times.items()}
-                    rows.append(row | {"gflops": speed, "of_sgemm": speed / rate})
-                    print(table_row(rows[-1]), flush=True)
-        values = inputs(op, max(n for n in lengths if n <= 2048), torch.float32)
-        for backward in (False, True):
-            times = in_turn(
-                2 * options.rounds,
-                state=lambda b=backward: seconds(op, "cpu", values, backward=b),
-                again=lambda b=backward: seconds(op, "cpu", values, backward=b),
-                zero=lambda b=backward: seconds(op, "cpu", values, backward=b, state=False),
-            )
-            ratios = {"S0 / zero": times["state"] / times["zero"], "S0 / S0 (control)": times["again"] / times["state"]}
-            others.append({"op": op, "backward": backward, **ratios})
-        last = len(values) - 1
-        times = in_turn(
-            options.rounds,
-            all=lambda: seconds(op, "cpu", values, backward=True, wanted=range(last + 1)),
-            state=lambda: seconds(op, "cpu", values, backward=True, wanted=[last]),
-        )
-        others.append({"op": op, "state-only backward / full backward": times["state"] / times["all"]})
-        length = values[0].shape[1]
-        memory = {name: extra_memory(op, name, length) for name in ("cpu", "torch", "transformers")}
-        others.append({"op": op, "T": length, "extra MiB": memory})
-        print(others[-4:], flush=True)
-    return {"sgemm_gflops": rate, "scans": rows, "others": others}
+                    row = compare(op, values, backward, options.rounds, results["sgemm_gflops"])
+                    results["scans"].append(row)
+                    print(table_row(row), flush=True)
+        others = compare_states(op, inputs(op, 2048, torch.float32), options.rounds)
+        results["others"].append(others)
+        print(json.dumps(others), flush=True)
+    return results
+
+
+def compare(op: str, values: list[torch.Tensor], backward: bool, rounds: int, rate: float) -> dict:
+    length = values[0].shape[1]
+    names = ("cpu", "torch", "transformers")
+    times = in_turn(rounds, **{name: partial(seconds, op, name, values, backward=backward) for name in names})
+    speed = gflop(op, length, backward) / times["cpu"]
+    return {
+        "op": op,
+        "dtype": str(values[0].dtype)[6:],
+        "T": length,
+        "backward": backward,
+        "ms": {name: 1e3 * value for name, value in times.items()},
+        "gflops": speed,
+        "of_sgemm": speed / rate,
+    }
+
+
+def compare_states(op: str, values: list[torch.Tensor], rounds: int) -> dict:
+    """S0 against the zero state, with S0 against itself for control; the state-only backward; memory."""
+    found = {"op": op, "T": values[0].shape[1]}
+    for backward, name in ((False, "forward"), (True, "forward + backward")):
+        run = partial(seconds, op, "cpu", values, backward=backward)
+        times = in_turn(4 * rounds, state=run, again=run, zero=partial(run, state=False))
+        found[f"S0 / zero, {name}"] = times["state"] / times["zero"]
+        found[f"S0 / S0, {name}"] = times["again"] / times["state"]
+    everything = range(len(values))
+    run = partial(seconds, op, "cpu", values, backward=True)
+    times = in_turn(rounds, all=partial(run, wanted=everything), state=partial(run, wanted=[len(values) - 1]))
+    found["state-only backward / full backward"] = times["state"] / times["all"]
+    found["extra MiB"] = {name: extra_memory(op, name, found["T"]) for name in ("cpu", "torch", "transformers")}
+    return found
 
 
 def table_row(row: dict) -> str:
     ms, what = row["ms"], "forward + backward" if row["backward"] else "forward"
-    return (
-        f"| {row['op']} | {row['dtype']} | {row['T']} | {what} | {ms['cpu']:.1f} | {ms['transformers'] / ms['cpu']:.1f}x | "
-        f"{ms['torch'] / ms['cpu']:.1f}x | {row['gflops']:.0f} ({100 * row['of_sgemm']:.0f} %) |"
-    )
+    ratios = [f"{ms[name] / ms['cpu']:.1f}x" for name in ("transformers", "torch")]
+    speed = f"{row['gflops']:.0f} ({100 * row['of_sgemm']:.0f} %)"
+    cells = (row["op"], row["dtype"], str(row["T"]), what, f"{ms['cpu']:.1f}", *ratios, speed)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -185,19 +195,15 @@ def main() -> None:
     import transformers
 
     sources = sorted((HERE.parent / "csrc").rglob("*.[hc]*"))
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    _dispatch.choose("ssd", "cpu", torch.device("cpu"), torch.float32)  # or an error that says why not
     machine = {
-        "cpu": next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine()
-        ),
-        "vector_bits": torch.ops.s0kernels_cpu.instructions()
-        if hasattr(torch.ops.s0kernels_cpu, "instructions")
-        else None,
+        "cpu": models[0].split(":")[1].strip() if models else platform.machine(),
+        "vector_bits": torch.ops.s0kernels_cpu.instructions(),
         "threads": options.threads,
         "versions": {"s0kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16],
     }
-    print("| scan | dtype | T | | cpu, ms | transformers / cpu | torch backend / cpu | GFLOP/s (of sgemm) |")
-    print("|---|---|---|---|---|---|---|---|")
     results = {"machine": machine, **measure(options)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")

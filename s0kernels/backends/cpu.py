@@ -7,6 +7,7 @@ PyTorch.
 """
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _load() -> str | None:
     """None once the library is there, else the reason why not."""
-    files = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
-    if not files:
+    file = Path(os.environ.get("S0KERNELS_CPU_LIBRARY") or Path(__file__).parents[1] / "_cpu.so")
+    if not file.is_file():
         return "was not built: install with --no-build-isolation where a C++ compiler and torch are"
     try:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
         return f"cannot be loaded beside torch {torch.__version__}: {error}"
     return None

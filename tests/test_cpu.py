@@ -1,0 +1,144 @@
+"""The compiled kernels: threads, processes, instruction sets, and libraries that are not there or do not fit."""
+
+import os
+import threading
+
+import pytest
+import torch
+from cases import MAKERS, NO_CPU_KERNELS, error
+from test_surroundings import python
+
+from s0kernels.backends import cpu
+from s0kernels.ops import _dispatch
+
+pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
+every_op = pytest.mark.parametrize("op", sorted(MAKERS))
+
+
+def problem_of(op, **options):
+    return MAKERS[op](100, B=3, state="bank", **options).to(torch.float32)
+
+
+def same(found: dict, truth: dict) -> bool:
+    return all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+@every_op
+def test_cpu_results_do_not_depend_on_the_number_of_threads(op):
+    problem = problem_of(op)
+    weights = problem.weights()
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(problem.gradients("cpu", weights))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(found[1], found[0])
+    assert same(found[2], found[0])
+
+
+@every_op
+def test_cpu_many_callers_at_once(op):
+    problem = problem_of(op)
+    weights = problem.weights()
+    truth, results = problem.gradients("cpu", weights), []
+
+    def work():
+        results.extend(same(problem.gradients("cpu", weights), truth) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 40
+
+
+class Outputs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return problem_of("ssd", seed=index).run("cpu").output.detach()
+
+
+def test_cpu_kernels_in_the_worker_of_a_data_loader():
+    expected = Outputs()
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(expected, batch_size=None, num_workers=2)
+        for index, output in enumerate(loader):
+            assert torch.equal(output, expected[index])
+
+
+@every_op
+@pytest.mark.parametrize(
+    "sizes",
+    [{"K": 1, "V": 1, "P": 1, "N": 1}, {"K": 17, "V": 33, "P": 33, "N": 17}, {"K": 128, "V": 130, "P": 130, "N": 128}],
+    ids=["1x1", "17x33", "128x130"],
+)
+def test_cpu_sizes_that_are_no_multiple_of_a_vector(op, sizes):
+    names = ("K", "V") if op == "gated_delta_rule" else ("P", "N")
+    problem = MAKERS[op](70, state="each", **{name: sizes[name] for name in names})
+    weights = problem.weights()
+    truth = problem.gradients("reference", weights)
+    for name, value in problem.gradients("cpu", weights).items():
+        assert error(value, truth[name]) < 1e-11, name
+
+
+@every_op
+def test_cpu_heads_of_a_group_in_several_parts(op):
+    """More heads share q and k than are worked on together, and not a multiple of it."""
+    groups = {"H": 2, "HV": 14} if op == "gated_delta_rule" else {"H": 14, "G": 2}
+    problem = MAKERS[op](40, state="each", **groups)
+    weights = problem.weights()
+    truth = problem.gradients("reference", weights)
+    for name, value in problem.gradients("cpu", weights).items():
+        assert error(value, truth[name]) < 1e-11, name
+
+
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
+def test_cpu_instruction_sets_agree(instructions):
+    """Each on a machine that has it; elsewhere the widest there is answers, and agrees with itself."""
+    code = """
+import os
+os.environ["S0KERNELS_CPU"] = __import__("sys").argv[1]
+import torch
+from cases import MAKERS, error
+for op in MAKERS:
+    for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        problem = MAKERS[op](70).to(dtype)
+        weights = problem.weights()
+        truth = problem.gradients("torch", weights)
+        for name, value in problem.gradients("cpu", weights).items():
+            assert error(value, truth[name]) < budget, (op, dtype, name)
+print(torch.ops.s0kernels_cpu.instructions())
+"""
+    done = python("-c", code, instructions)
+    assert done.returncode == 0, done.stderr
+    widths = {"avx512": 512, "avx2": 256, "portable": 128}
+    assert int(done.stdout) <= widths[instructions]
+
+
+def test_cpu_library_that_is_missing_or_does_not_fit(tmp_path, monkeypatch):
+    """A reason, not a crash, and the next backend by default."""
+    for content, message in ((None, "was not built"), (b"not a library", "cannot be loaded beside torch")):
+        file = tmp_path / "library.so"
+        if content is not None:
+            file.write_bytes(content)
+        monkeypatch.setitem(os.environ, "S0KERNELS_CPU_LIBRARY", str(file))
+        cpu._load.cache_clear()
+        try:
+            assert message in _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
+            assert _dispatch.choose("ssd", None, torch.device("cpu"), torch.float32) == "torch"
+            with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{message}"):
+                problem_of("ssd").run("cpu")
+        finally:
+            cpu._load.cache_clear()
+
+
+def test_cpu_backend_is_the_default_on_a_cpu_alone():
+    for op in _dispatch.OPS:
+        assert _dispatch.choose(op, None, torch.device("cpu"), torch.float32) == "cpu"
+        assert "not on cuda" in _dispatch.unusable("cpu", op, torch.device("cuda"), torch.float32)

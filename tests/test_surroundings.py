@@ -16,12 +16,14 @@ from s0kernels import S0Config, swap_modules
 from s0kernels.cli import main
 
 ROOT = Path(s0kernels.__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 FLA = ROOT / ".deps" / "fla"
 METHOD = ROOT / ".deps" / "s0-tuning"
 
 
 def python(*arguments: str, path: Path | None = None, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, [path, ROOT, ROOT / "tests"])))}
+    folders = [path, ROOT, TESTS] if path else [ROOT, TESTS]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
 

@@ -133,6 +133,8 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   s.chunk = chunk;
   s.block = block;
   s.scale = scale;
+  constexpr int64_t most = 16384;  // products of two sizes are counted in int
+  STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
   s.q = rows_of(q);
   s.k = rows_of(k);
   s.decay = plain(decay, type);

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from s0kernels.backends._states import dt_grad, process_dt, read_boundaries, reduce_state_grad, silu_slope, state_dtype
 
-#: the longest that cost no time are 64 and more; for the delta rule shorter ones are more exact and as fast
+#: with the delta rule and without: there shorter chunks are more exact and as fast
 _CHUNK = {True: 32, False: 64}
+#: longer ones would outgrow the cache
+_LONGEST = 256
 #: heads of a group that are worked on together, sharing what depends on q and k alone
 _BLOCK = 4
 
@@ -46,6 +48,10 @@ def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 def _sequences(x: Tensor, boundaries: Tensor | None) -> int:
     return x.shape[0] if boundaries is None else boundaries.shape[0] - 1
+
+
+def _chunk(size: int | None, delta: bool) -> int:
+    return min(size or _CHUNK[delta], _LONGEST)
 
 
 def _index(state_indices: Tensor | None) -> Tensor | None:
@@ -78,7 +84,7 @@ def gated_delta_rule_forward(
         True,
         use_qk_l2norm,
         scale,
-        chunk_size or _CHUNK[True],
+        _chunk(chunk_size, True),
         _BLOCK,
     )
     return output, final
@@ -183,7 +189,7 @@ def _backward(
         delta,
         normalise,
         scale,
-        chunk_size or _CHUNK[delta],
+        _chunk(chunk_size, delta),
         _BLOCK,
     )
     for name in ("q", "k"):
@@ -239,7 +245,7 @@ def _ssd_scan(
         False,
         False,
         1.0,
-        chunk_size or _CHUNK[False],
+        _chunk(chunk_size, False),
         _BLOCK,
     )
     if z is not None:

@@ -13,8 +13,12 @@ import torch
 
 OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
-ORDER = ("cpu", "torch", "reference")
-_MODULES = {"cpu": "s0kernels.backends.cpu", "torch": "s0kernels.backends.torch_chunked"}
+ORDER = ("cpu", "triton", "torch", "reference")
+_MODULES = {
+    "cpu": "s0kernels.backends.cpu",
+    "triton": "s0kernels.backends.triton",
+    "torch": "s0kernels.backends.torch_chunked",
+}
 
 
 def load(name: str) -> ModuleType:

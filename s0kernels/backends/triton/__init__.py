@@ -1,0 +1,24 @@
+"""Backend `triton`: fused scans and steps for GPUs, and for tests in Triton's interpreter on a CPU."""
+
+import torch
+import triton
+
+from s0kernels.backends.triton.delta import (
+    gated_delta_rule_backward,
+    gated_delta_rule_forward,
+    gated_delta_rule_step,
+)
+
+__all__ = ["gated_delta_rule_backward", "gated_delta_rule_forward", "gated_delta_rule_step", "supports"]
+
+
+def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not op.startswith("gated_delta_rule"):
+        return "has no kernels for it"
+    if dtype == torch.float64:
+        return "computes in fp32, not in fp64"
+    if device.type == "cuda":
+        return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 or newer"
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    return f"for tensors on a GPU, not on {device.type} (except in the interpreter, with TRITON_INTERPRET=1)"

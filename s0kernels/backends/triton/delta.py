@@ -1,0 +1,245 @@
+"""The gated delta rule: which kernels run, with which sizes, on which memory."""
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from s0kernels.backends.triton.delta_backward import (
+    gated_delta_rule_inputs_bwd_kernel,
+    gated_delta_rule_scan_bwd_kernel,
+)
+from s0kernels.backends.triton.delta_forward import (
+    gated_delta_rule_output_fwd_kernel,
+    gated_delta_rule_prepare_fwd_kernel,
+    gated_delta_rule_scan_fwd_kernel,
+)
+from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
+from s0kernels.backends.triton.launch import Tiles, launch, power_of_two, strides, target_of
+from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
+from s0kernels.backends.triton.tiles import slot_count
+
+#: By stage and bytes of the dtype: the tile (of V in a scan, the output and a step; else 0), warps, pipeline stages.
+TILES = {
+    ("prepare", 2): Tiles(0, 4, 1),
+    ("prepare", 4): Tiles(0, 4, 1),
+    ("scan", 2): Tiles(64, 4, 2),
+    ("scan", 4): Tiles(32, 4, 1),
+    ("few", 2): Tiles(32, 2, 2),
+    ("few", 4): Tiles(32, 4, 1),
+    ("output", 2): Tiles(64, 4, 2),
+    ("output", 4): Tiles(32, 4, 1),
+    ("inputs", 2): Tiles(0, 8, 1),
+    ("inputs", 4): Tiles(0, 8, 1),
+    ("step", 2): Tiles(32, 4, 1),
+    ("step", 4): Tiles(32, 4, 1),
+}
+
+
+class _Call:
+    """The sizes of one call, and the launches that forward and backward share."""
+
+    def __init__(self, q, k, g, beta, V, cu_seqlens, scale, use_qk_l2norm, chunk_size):
+        self.q, self.k, self.g, self.beta, self.cu_seqlens = q, k, g, beta, cu_seqlens
+        self.scale, self.normalise = scale, use_qk_l2norm
+        self.B, self.T, self.H, self.K = q.shape
+        self.HV, self.V = g.shape[2], V
+        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if self.N == 0 and self.T * self.B > 0:
+            raise ValueError(f"cu_seqlens must start at 0 and end at T = {self.T}, got no sequences")
+        self.bytes = q.element_size()
+        longest = 64 if self.bytes == 2 else 32
+        self.BT = min(longest, power_of_two(chunk_size or longest))
+        self.slots = slot_count(self.B, self.T, self.N, self.BT, cu_seqlens is not None)
+        self.sizes = {"H": self.H, "HV": self.HV, "K": self.K}
+        self.blocks = {"BT": self.BT, "BK": power_of_two(self.K), "BN": min(1024, power_of_two(self.N))}
+        self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
+        self.scan_tiles, self.split = self._schedule()
+
+    def _schedule(self) -> tuple[Tiles, bool]:
+        """(tiles of a scan, whether it leaves the output to a kernel of its own).
+
+        A scan has a program for each (tile of V, head, sequence), and each walks its chunks one after the other. Where
+        that leaves most of the chip idle, tiles are halved; where it still does and sequences are long, what can be
+        done for all chunks at once is taken out of the walk.
+        """
+        processors = target_of(self.q.device).processors
+        tiles = TILES["scan", self.bytes]
+        if self._programs(tiles.tile) < processors:
+            tiles = TILES["few", self.bytes]
+        split = 2 * self._programs(tiles.tile) <= processors and self.B * self.T >= 2048 * self.N
+        forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
+        return tiles, forced == "split" if forced else split
+
+    def _programs(self, tile: int) -> int:
+        return self.N * self.HV * triton.cdiv(self.V, min(tile, power_of_two(self.V)))
+
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    def tokens(self) -> Tensor:
+        """[B, T, HV, V] in the dtype of q."""
+        return self.scratch(self.B, self.T, self.HV, self.V)
+
+    def chunk_states(self) -> Tensor:
+        return self.scratch(self.slots, self.HV, self.V, self.K)
+
+    def prepare(self) -> None:
+        """w, p and gates of all chunks."""
+        self.w, self.p = (self.scratch(self.slots, self.HV, self.BT, self.BT) for _ in range(2))
+        self.gates = self.scratch(self.slots, self.HV, 4, self.BT, dtype=torch.float32)
+        launch(
+            gated_delta_rule_prepare_fwd_kernel,
+            self.slots * self.H,
+            *(self.q, self.k, self.g, self.beta, self.cu_seqlens, self.w, self.p, self.gates),
+            *(self.scale, self.T, self.N),
+            *(*self.q.stride(), *self.k.stride(), *self.g.stride(), *self.beta.stride()),
+            **self.sizes,
+            NORMALISE=self.normalise,
+            **self.blocks,
+            tiles=TILES["prepare", self.bytes],
+        )
+
+    def scan(self, v, initial_state, state_indices, *, o=None, r=None, h=None, ht=None) -> None:
+        tile = min(self.scan_tiles.tile, power_of_two(self.V))
+        launch(
+            gated_delta_rule_scan_fwd_kernel,
+            self._programs(tile),
+            *(self.q, self.k, v, self.w, self.p, self.gates, initial_state, state_indices, self.cu_seqlens),
+            *(o, r, h, ht, self.T, self.N, bank_size(initial_state)),
+            *(*self.q.stride(), *self.k.stride(), *v.stride(), *state_strides(initial_state)),
+            **self.sizes,
+            V=self.V,
+            BV=tile,
+            **self.blocks,
+            tiles=self.scan_tiles,
+        )
+
+    def output(self, r: Tensor, h: Tensor, o: Tensor) -> None:
+        tiles = TILES["output", self.bytes]
+        tile = min(tiles.tile, power_of_two(self.V))
+        launch(
+            gated_delta_rule_output_fwd_kernel,
+            self.slots * self.HV * triton.cdiv(self.V, tile),
+            *(self.q, self.p, self.gates, r, h, self.cu_seqlens, o, self.T, self.N, *self.q.stride()),
+            **self.sizes,
+            V=self.V,
+            BV=tile,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def scan_backward(self, do, dht, *, dv=None, dh=None, dh0=None) -> None:
+        tile = min(self.scan_tiles.tile, power_of_two(self.V))
+        launch(
+            gated_delta_rule_scan_bwd_kernel,
+            self._programs(tile),
+            *(self.q, self.k, self.w, self.p, self.gates, do, dht, self.cu_seqlens, dv, dh, dh0, self.T, self.N),
+            *(*self.q.stride(), *self.k.stride(), *strides(do, 4), *strides(dht, 4)),
+            **self.sizes,
+            V=self.V,
+            BV=tile,
+            **self.blocks,
+            tiles=self.scan_tiles,
+        )
+
+    def inputs_backward(self, do, r, dv, h, dh, *, dq, dk, dg, dbeta) -> None:
+        launch(
+            gated_delta_rule_inputs_bwd_kernel,
+            self.slots * self.H,
+            *(self.q, self.k, self.g, self.beta, do, r, dv, h, dh, self.cu_seqlens, dq, dk, dg, dbeta),
+            *(self.scale, self.T, self.N),
+            *(*self.q.stride(), *self.k.stride(), *self.g.stride(), *self.beta.stride(), *strides(do, 4)),
+            **self.sizes,
+            V=self.V,
+            NORMALISE=self.normalise,
+            BV=power_of_two(self.V),
+            **self.blocks,
+            tiles=TILES["inputs", self.bytes],
+        )
+
+
+def gated_delta_rule_forward(
+    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, *, scale, use_qk_l2norm, output_final_state, chunk_size
+) -> tuple[Tensor, Tensor]:
+    call = _Call(q, k, g, beta, v.shape[3], cu_seqlens, scale, use_qk_l2norm, chunk_size)
+    o = call.tokens()
+    shape = (call.N if output_final_state else 0, call.HV, call.K, call.V)
+    final = call.scratch(*shape, dtype=torch.float32)
+    ht = final if output_final_state else None
+    call.prepare()
+    if call.split:
+        r, h = call.tokens(), call.chunk_states()
+        call.scan(v, initial_state, state_indices, r=r, h=h, ht=ht)
+        call.output(r, h, o)
+    else:
+        call.scan(v, initial_state, state_indices, o=o, ht=ht)
+    return o, final
+
+
+def gated_delta_rule_backward(
+    doutput,
+    dfinal,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    initial_state,
+    state_indices,
+    cu_seqlens,
+    *,
+    state_shape,
+    scale,
+    use_qk_l2norm,
+    chunk_size,
+    wanted,
+) -> dict[str, Tensor]:
+    V = doutput.shape[3] if doutput is not None else dfinal.shape[3]
+    call = _Call(q, k, g, beta, V, cu_seqlens, scale, use_qk_l2norm, chunk_size)
+    if doutput is not None:
+        doutput = doutput.to(q.dtype)
+    others = wanted & {"q", "k", "g", "beta"}
+    dv = call.tokens() if others or "v" in wanted else None
+    dh = call.chunk_states() if others else None
+    dh0 = None
+    if "initial_state" in wanted:
+        dh0 = call.scratch(call.N, call.HV, call.K, call.V, dtype=torch.float32)
+    call.prepare()
+    call.scan_backward(doutput, dfinal, dv=dv, dh=dh, dh0=dh0)
+    grads = {}
+    if others:
+        r, h = call.tokens(), call.chunk_states()
+        call.scan(v, initial_state, state_indices, r=r, h=h)
+        inputs = {"q": q, "k": k, "g": g, "beta": beta}
+        grads = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items()}
+        grads = {name: x for name, x in grads.items() if name in wanted}
+        call.inputs_backward(doutput, r, dv, h, dh, **{f"d{name}": grads.get(name) for name in inputs})
+    if "v" in wanted:
+        grads["v"] = dv
+    if "initial_state" in wanted:
+        grads["initial_state"] = reduce_state_grad(dh0, state_shape, state_indices)
+    return grads
+
+
+def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
+    (B, HV, V), (_, H, K) = v.shape, q.shape
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tiles = TILES["step", v.element_size()]
+    tile = min(tiles.tile, power_of_two(V))
+    launch(
+        gated_delta_rule_step_kernel,
+        B * HV * triton.cdiv(V, tile),
+        *(q, k, v, g, beta, state, state_indices, o, scale, state.shape[0]),
+        *(*q.stride(), *k.stride(), *v.stride(), *g.stride(), *beta.stride(), *state.stride()),
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        NORMALISE=use_qk_l2norm,
+        BK=power_of_two(K),
+        BV=tile,
+        tiles=tiles,
+    )
+    return o

@@ -1,0 +1,246 @@
+"""Kernels of the gated delta rule, forward.
+
+With rq and rk the factors that normalise q and k (1 without), G_i = exp(g_1 + .. + g_i), E_i = exp(g_{i+1} + .. + g_C)
+and D_ij = exp(g_{j+1} + .. + g_i) inside a chunk of C tokens, S the state at its start and S' at its end:
+
+    W   = (I + strict_lower(diag(rk) K K^T diag(rk beta) * D))^-1
+    P   = lower(scale diag(rq) Q K^T diag(rk beta) * D)
+    R   = W (V - diag(rk G) K S)                     what each token finds wrong; it writes beta R
+    O   = scale diag(rq G) Q S + P R
+    S'  = G_C S + K^T diag(rk beta E) R
+
+W, P and the factors of the rows depend on q, k, g and beta alone: `prepare` makes them for all chunks at once. The scan
+carries S^T: every product then has what was just computed on its left, where tensor cores take it from registers, and
+what was loaded on its right, so a step of the chain waits for no shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+from s0kernels.backends.triton.states import state_row
+from s0kernels.backends.triton.tiles import chunk_of_slot, decay_matrix, invert_unit_lower, load_tile, sequence
+
+# The rows of `gates`, [slots, HV, 4, BT] in fp32.
+A_Q = tl.constexpr(0)  # scale rq G
+A_K = tl.constexpr(1)  # rk G
+E_K = tl.constexpr(2)  # rk beta E
+LAST = tl.constexpr(3)  # G, whose last is G_C
+
+
+@triton.jit
+def row_norm(b_x, NORMALISE: tl.constexpr):
+    """rsqrt(sum(x^2) + 1e-6) of each row, or 1."""
+    b_x = b_x.to(tl.float32)
+    b_sum = tl.sum(b_x * b_x, axis=1)
+    return tl.rsqrt(b_sum + 1e-6) if NORMALISE else tl.full(b_sum.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def gated_delta_rule_prepare_fwd_kernel(
+    q,  # [B, T, H, K], any strides, as k
+    k,
+    g,  # [B, T, HV], any strides, as beta
+    beta,
+    cu_seqlens,
+    w,  # [slots, HV, BT, BT], dtype of q, as p
+    p,
+    gates,  # [slots, HV, 4, BT]
+    scale,
+    T,
+    N,
+    sqb,
+    sqt,
+    sqh,
+    sqk,
+    skb,
+    skt,
+    skh,
+    skk,
+    sgb,
+    sgt,
+    sgh,
+    sbb,
+    sbt,
+    sbh,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A program per (slot, key head); the value heads of a key head share its products."""
+    i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    if rows <= 0:
+        return
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    m_t = o_t < rows
+    i_b, i_t, i_s = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_s.to(tl.int64)
+    b_q = load_tile(q + i_b * sqb + i_t * sqt + i_h * sqh, o_t, o_k, sqt, sqk, rows, K)
+    b_k = load_tile(k + i_b * skb + i_t * skt + i_h * skh, o_t, o_k, skt, skk, rows, K)
+    b_rq, b_rk = row_norm(b_q, NORMALISE) * scale, row_norm(b_k, NORMALISE)
+    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_rq[:, None] * b_rk[None, :]
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_rk[:, None] * b_rk[None, :]
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    for i_r in range(HV // H):
+        i_hv = i_h * (HV // H) + i_r
+        b_g = tl.load(g + i_b * sgb + i_t * sgt + i_hv * sgh + o_t * sgt, mask=m_t, other=0.0).to(tl.float32)
+        b_beta = tl.load(beta + i_b * sbb + i_t * sbt + i_hv * sbh + o_t * sbt, mask=m_t, other=0.0).to(tl.float32)
+        b_decay = decay_matrix(b_g, BT) * b_beta[None, :]
+        b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * b_decay, 0.0), BT, PRECISION)
+        at = i_s * HV + i_hv
+        tl.store(w + at * BT * BT + o_tile, b_w.to(w.dtype.element_ty))
+        tl.store(p + at * BT * BT + o_tile, (b_qk * b_decay).to(p.dtype.element_ty))
+        b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
+        b_to_end = tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)  # with beta
+        b_gates = gates + at * 4 * BT + o_t
+        tl.store(b_gates + A_Q * BT, b_rq * b_from_start)
+        tl.store(b_gates + A_K * BT, b_rk * b_from_start)
+        tl.store(b_gates + E_K * BT, b_rk * b_to_end)
+        tl.store(b_gates + LAST * BT, b_from_start)
+
+
+@triton.jit
+def gated_delta_rule_scan_fwd_kernel(
+    q,  # [B, T, H, K], any strides, as k
+    k,
+    v,  # [B, T, HV, V], any strides
+    w,
+    p,
+    gates,
+    h0,  # None, or [.., HV, K, V] in fp32, any strides; shn is 0 where all sequences share one
+    indices,  # None, or the row of h0 for each sequence
+    cu_seqlens,
+    o,  # None, or [B, T, HV, V]
+    r,  # None, or [B, T, HV, V]
+    h,  # None, or [slots, HV, V, K]: S^T of every chunk
+    ht,  # None, or [N, HV, K, V] in fp32
+    T,
+    N,
+    S,
+    sqb,
+    sqt,
+    sqh,
+    sqk,
+    skb,
+    skt,
+    skh,
+    skk,
+    svb,
+    svt,
+    svh,
+    svv,
+    shn,
+    shh,
+    shk,
+    shv,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A program per (tile of V, value head, sequence) walks the chunks."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_nh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_n, i_hv = i_nh // HV, i_nh % HV
+    i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_n, N, T, BT, BN)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
+    dtype = q.dtype.element_ty
+    b_h = tl.zeros([BV, BK], tl.float32)
+    if h0 is not None:
+        row, zero, none = state_row(indices, i_n, S)
+        p_h = h0 + row * shn + i_hv * shh + o_v[:, None] * shv + o_k[None, :] * shk
+        b_h = tl.load(p_h, mask=m_h & ((zero | none) == 0), other=0.0)
+        b_h = tl.where(none, float("nan"), b_h)
+    b_h = tl.where(wrong, float("nan"), b_h)
+
+    i_b, bos, i_s = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64)
+    p_q = q + i_b * sqb + bos * sqt + i_hv // (HV // H) * sqh
+    p_k = k + i_b * skb + bos * skt + i_hv // (HV // H) * skh
+    p_v = v + i_b * svb + bos * svt + i_hv * svh
+    at_o = ((i_b * T + bos) * HV + i_hv) * V
+    o_o = o_t[None, :] * (HV * V) + o_v[:, None]
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    for i_c in range(tl.cdiv(length, BT)):
+        rows = length - i_c * BT
+        i_t = tl.cast(i_c, tl.int64) * BT
+        at = (i_s + i_c) * HV + i_hv
+        if h is not None:
+            tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
+        b_k = load_tile(p_k + i_t * skt, o_t, o_k, skt, skk, rows, K)
+        b_v = load_tile(p_v + i_t * svt, o_t, o_v, svt, svv, rows, V)
+        b_w = tl.load(w + at * BT * BT + o_tile)
+        p_gates = gates + at * 4 * BT
+        b_hd = b_h.to(dtype)
+        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT + o_t)[None, :]
+        b_err = (tl.trans(b_v).to(tl.float32) - b_err).to(dtype)
+        b_r = tl.dot(b_err, tl.trans(b_w), input_precision=PRECISION)
+        m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
+        if r is not None:
+            tl.store(r + at_o + i_t * (HV * V) + o_o, b_r.to(dtype), mask=m_o)
+        if o is not None:
+            b_q = load_tile(p_q + i_t * sqt, o_t, o_k, sqt, sqk, rows, K)
+            b_p = tl.load(p + at * BT * BT + o_tile)
+            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT + o_t)[None, :]
+            b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
+            tl.store(o + at_o + i_t * (HV * V) + o_o, b_o.to(dtype), mask=m_o)
+        b_write = (b_r * tl.load(p_gates + E_K * BT + o_t)[None, :]).to(dtype)
+        b_h = tl.dot(b_write, b_k, b_h * tl.load(p_gates + LAST * BT + BT - 1), input_precision=PRECISION)
+    if ht is not None:
+        p_ht = ht + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V
+        tl.store(p_ht, b_h, mask=m_h)
+
+
+@triton.jit
+def gated_delta_rule_output_fwd_kernel(
+    q,  # [B, T, H, K], any strides
+    p,
+    gates,
+    r,  # [B, T, HV, V]
+    h,  # [slots, HV, V, K]
+    cu_seqlens,
+    o,  # [B, T, HV, V]
+    T,
+    N,
+    sqb,
+    sqt,
+    sqh,
+    sqk,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """O from the states and what was written: a program per (tile of V, value head, slot)."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_sh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_s, i_hv = i_sh // HV, i_sh % HV
+    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    if rows <= 0:
+        return
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_sh.to(tl.int64)
+    b_q = load_tile(q + i_b * sqb + i_t * sqt + i_hv // (HV // H) * sqh, o_t, o_k, sqt, sqk, rows, K)
+    b_h = load_tile(h + at * K * V, o_v, o_k, K, 1, V, K)
+    b_o = tl.dot(b_q, tl.trans(b_h), input_precision=PRECISION)
+    b_o *= tl.load(gates + at * 4 * BT + A_Q * BT + o_t)[:, None]
+    at_o = ((i_b * T + i_t) * HV + i_hv) * V
+    b_r = load_tile(r + at_o, o_t, o_v, HV * V, 1, rows, V)
+    b_p = tl.load(p + at * BT * BT + o_t[:, None] * BT + o_t[None, :])
+    b_o = tl.dot(b_p, b_r, b_o, input_precision=PRECISION)
+    m_o = (o_t < rows)[:, None] & (o_v < V)[None, :]
+    tl.store(o + at_o + o_t[:, None] * (HV * V) + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_o)

@@ -1,0 +1,71 @@
+"""The kernel of one token of the gated delta rule."""
+
+import triton
+import triton.language as tl
+
+from s0kernels.backends.triton.states import state_row
+
+
+@triton.jit
+def gated_delta_rule_step_kernel(
+    q,  # [B, H, K], any strides, as k
+    k,
+    v,  # [B, HV, V], any strides
+    g,  # [B, HV], any strides, as beta
+    beta,
+    h,  # [.., HV, K, V] in fp32, any strides; written
+    indices,  # None, or the row of h for each row of the batch
+    o,  # [B, HV, V]
+    scale,
+    S,
+    sqb,
+    sqh,
+    sqk,
+    skb,
+    skh,
+    skk,
+    svb,
+    svh,
+    svv,
+    sgb,
+    sgh,
+    sbb,
+    sbh,
+    shn,
+    shh,
+    shk,
+    shv,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """A program per (tile of V, value head, row of the batch)."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_b, i_hv = i_bh // HV, i_bh % HV
+    i_h = i_hv // (HV // H)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    row, zero, none = state_row(indices, i_b, S)
+    i_b = i_b.to(tl.int64)
+    m_h = m_k[:, None] & m_v[None, :] & ((zero | none) == 0)
+    p_h = h + row * shn + i_hv * shh + o_k[:, None] * shk + o_v[None, :] * shv
+    b_h = tl.load(p_h, mask=m_h, other=0.0)
+    b_q = tl.load(q + i_b * sqb + i_h * sqh + o_k * sqk, mask=m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(k + i_b * skb + i_h * skh + o_k * skk, mask=m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(v + i_b * svb + i_hv * svh + o_v * svv, mask=m_v, other=0.0).to(tl.float32)
+    b_g = tl.load(g + i_b * sgb + i_hv * sgh).to(tl.float32)
+    b_beta = tl.load(beta + i_b * sbb + i_hv * sbh).to(tl.float32)
+    if NORMALISE:
+        b_q *= tl.rsqrt(tl.sum(b_q * b_q) + 1e-6)
+        b_k *= tl.rsqrt(tl.sum(b_k * b_k) + 1e-6)
+    b_h *= tl.exp(b_g)
+    b_h += b_k[:, None] * (b_beta * (b_v - tl.sum(b_h * b_k[:, None], axis=0)))[None, :]
+    b_o = tl.sum(b_h * (b_q * scale)[:, None], axis=0)
+    b_o = tl.where(none, float("nan"), b_o)
+    tl.store(o + (i_b * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    tl.store(p_h, b_h, mask=m_h)

@@ -1,0 +1,129 @@
+"""What the kernels share: where sequences begin, decays and triangular inverses of a chunk."""
+
+import triton
+import triton.language as tl
+
+# Sequences
+#
+# The chunks of all sequences are laid out in slots: a dense batch has cdiv(T, BT) for each row, and chunk c of packed
+# sequence n has slot bos // BT + n + c. No two chunks share one, and their number is bounded without reading
+# `cu_seqlens` on the host: `slot_count`.
+
+
+def slot_count(batch: int, length: int, sequences: int, chunk: int, packed: bool) -> int:
+    return length // chunk + sequences if packed else batch * triton.cdiv(length, chunk)
+
+
+@triton.jit
+def _boundaries_are_wrong(cu_seqlens, N, T, BN: tl.constexpr):
+    decreases = 0
+    for i in range(0, N, BN):
+        o_n = i + tl.arange(0, BN)
+        m_n = o_n < N
+        b_bos = tl.load(cu_seqlens + o_n, mask=m_n, other=0)
+        b_eos = tl.load(cu_seqlens + o_n + 1, mask=m_n, other=0)
+        decreases += tl.sum((b_eos < b_bos).to(tl.int32))
+    return (decreases > 0) | (tl.load(cu_seqlens) != 0) | (tl.load(cu_seqlens + N) != T)
+
+
+@triton.jit
+def _boundary(cu_seqlens, i_n, N, T, wrong):
+    """Where sequence `i_n` begins. Wrong boundaries are replaced by even ones, which lie inside the tensors and cover
+    every token once, so that NaN reaches all of them."""
+    even = (i_n.to(tl.int64) * T // N).to(tl.int32)
+    return tl.where(wrong, even, tl.load(cu_seqlens + i_n).to(tl.int32))
+
+
+@triton.jit
+def sequence(cu_seqlens, i_n, N, T, BT: tl.constexpr, BN: tl.constexpr):
+    """(row of the batch, first token, number of tokens, first slot, whether the boundaries are wrong) of a sequence."""
+    if cu_seqlens is None:
+        return i_n, 0, T, i_n * tl.cdiv(T, BT), False
+    else:
+        wrong = _boundaries_are_wrong(cu_seqlens, N, T, BN)
+        bos = _boundary(cu_seqlens, i_n, N, T, wrong)
+        eos = _boundary(cu_seqlens, i_n + 1, N, T, wrong)
+        return 0, bos, eos - bos, bos // BT + i_n, wrong
+
+
+@triton.jit
+def chunk_of_slot(cu_seqlens, i_s, N, T, BT: tl.constexpr, BN: tl.constexpr):
+    """(row of the batch, first token, number of tokens from there to the end of the sequence) of a slot; the number is
+    not positive for a slot that nothing lies in."""
+    if cu_seqlens is None:
+        chunks = tl.cdiv(T, BT)
+        i_t = i_s % chunks * BT
+        return i_s // chunks, i_t, T - i_t
+    else:
+        wrong = _boundaries_are_wrong(cu_seqlens, N, T, BN)
+        before = 0
+        for i in range(0, N, BN):
+            o_n = i + tl.arange(0, BN)
+            even = (o_n.to(tl.int64) * T // N).to(tl.int32)
+            b_bos = tl.where(wrong, even, tl.load(cu_seqlens + o_n, mask=o_n < N, other=0).to(tl.int32))
+            before += tl.sum(((o_n < N) & (b_bos // BT + o_n <= i_s)).to(tl.int32))
+        i_n = before - 1
+        bos = _boundary(cu_seqlens, i_n, N, T, wrong)
+        eos = _boundary(cu_seqlens, i_n + 1, N, T, wrong)
+        i_t = bos + (i_s - bos // BT - i_n) * BT
+        return 0, i_t, eos - i_t
+
+
+# Chunks
+
+
+@triton.jit
+def load_tile(base, o_row, o_col, stride_row, stride_col, rows, cols):
+    """[rows, cols] of a matrix, zero outside. `base` has a 64-bit offset to its corner in it."""
+    mask = (o_row < rows)[:, None] & (o_col < cols)[None, :]
+    return tl.load(base + o_row[:, None] * stride_row + o_col[None, :] * stride_col, mask=mask, other=0.0)
+
+
+@triton.jit
+def decay_matrix(b_g, BT: tl.constexpr):
+    """[BT, BT]: exp(g_{j+1} + .. + g_i) at (i, j), zero above the diagonal. The sums are accumulated, not taken as
+    differences of running sums: a strong decay costs later tokens no precision, and -inf is a clean reset."""
+    o_t = tl.arange(0, BT)
+    b_sum = tl.cumsum(tl.where(o_t[:, None] > o_t[None, :], b_g[:, None], 0.0), axis=0)
+    return tl.where(o_t[:, None] >= o_t[None, :], tl.exp(b_sum), 0.0)
+
+
+@triton.jit
+def decay_matrix_grad(b_pairs, BT: tl.constexpr):
+    """[BT]: gradient of the log decays, from that of the sums [BT, BT]: over all i, j with j < l <= i."""
+    o_t = tl.arange(0, BT)
+    b_below = tl.cumsum(b_pairs, axis=0, reverse=True)
+    return tl.sum(tl.where(o_t[:, None] > o_t[None, :], b_below, 0.0), axis=1)
+
+
+@triton.jit
+def dot_fp32(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for a strictly lower triangular [BT, BT] in fp32, BT 16, 32 or 64.
+
+    The 16 x 16 blocks on the diagonal, D, by substitution, all at once. With N = D^-1 (the blocks below them), which
+    vanishes to the fourth power, the whole is (I - N) (I + N^2) D^-1.
+    """
+    BS: tl.constexpr = 16
+    NB: tl.constexpr = BT // BS
+    o_n, o_s, o_t = tl.arange(0, NB), tl.arange(0, BS), tl.arange(0, BT)
+    on_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
+    b_blocks = tl.sum(tl.where(on_diagonal, tl.reshape(b_a, [NB, BS, NB, BS]), 0.0), axis=2)
+    b_x = tl.where((o_s[:, None] == o_s[None, :])[None], tl.full([NB, BS, BS], 1.0, tl.float32), 0.0)
+    for i in range(1, BS):
+        here = (o_s == i)[None, :, None]
+        b_row = tl.sum(tl.where(here, b_blocks, 0.0), axis=1)
+        b_new = (o_s == i)[None, :] - tl.sum(b_row[:, :, None] * b_x, axis=1)
+        b_x = tl.where(here, b_new[:, None, :], b_x)
+    b_x = tl.where(on_diagonal, b_x[:, :, None, :], 0.0)
+    b_inv = tl.reshape(b_x, [BT, BT])
+    if NB > 1:
+        b_n = dot_fp32(b_inv, tl.where(o_t[:, None] // BS > o_t[None, :] // BS, b_a, 0.0), PRECISION)
+        if NB > 2:
+            b_inv += dot_fp32(dot_fp32(b_n, b_n, PRECISION), b_inv, PRECISION)
+        b_inv -= dot_fp32(b_n, b_inv, PRECISION)
+    return b_inv

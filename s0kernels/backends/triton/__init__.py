@@ -3,11 +3,7 @@
 import torch
 import triton
 
-from s0kernels.backends.triton.delta import (
-    gated_delta_rule_backward,
-    gated_delta_rule_forward,
-    gated_delta_rule_step,
-)
+from s0kernels.backends.triton.delta import gated_delta_rule_backward, gated_delta_rule_forward, gated_delta_rule_step
 
 __all__ = ["gated_delta_rule_backward", "gated_delta_rule_forward", "gated_delta_rule_step", "supports"]
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from s0kernels.backends.triton.delta_backward import (
     gated_delta_rule_inputs_bwd_kernel,
+    gated_delta_rule_pairs_bwd_kernel,
     gated_delta_rule_scan_bwd_kernel,
 )
 from s0kernels.backends.triton.delta_forward import (
+    ROWS,
     gated_delta_rule_output_fwd_kernel,
     gated_delta_rule_prepare_fwd_kernel,
     gated_delta_rule_scan_fwd_kernel,
@@ -20,18 +22,18 @@ from s0kernels.backends.triton.launch import Tiles, launch, power_of_two, stride
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
-#: By stage and bytes of the dtype: the tile (of V in a scan, the output and a step; else 0), warps, pipeline stages.
+#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages.
 TILES = {
     ("prepare", 2): Tiles(0, 4, 1),
     ("prepare", 4): Tiles(0, 4, 1),
     ("scan", 2): Tiles(64, 4, 2),
     ("scan", 4): Tiles(32, 4, 1),
-    ("few", 2): Tiles(32, 2, 2),
-    ("few", 4): Tiles(32, 4, 1),
     ("output", 2): Tiles(64, 4, 2),
     ("output", 4): Tiles(32, 4, 1),
-    ("inputs", 2): Tiles(0, 8, 1),
-    ("inputs", 4): Tiles(0, 8, 1),
+    ("pairs", 2): Tiles(32, 4, 2),
+    ("pairs", 4): Tiles(32, 4, 1),
+    ("inputs", 2): Tiles(32, 4, 2),
+    ("inputs", 4): Tiles(32, 4, 1),
     ("step", 2): Tiles(32, 4, 1),
     ("step", 4): Tiles(32, 4, 1),
 }
@@ -55,25 +57,18 @@ class _Call:
         self.sizes = {"H": self.H, "HV": self.HV, "K": self.K}
         self.blocks = {"BT": self.BT, "BK": power_of_two(self.K), "BN": min(1024, power_of_two(self.N))}
         self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
-        self.scan_tiles, self.split = self._schedule()
+        self.tile = min(TILES["scan", self.bytes].tile, power_of_two(V))
+        #: a scan has a program for each (tile of V, head, sequence), and each walks its chunks in turn
+        self.walks = self.N * self.HV * triton.cdiv(V, self.tile)
+        self.split = self._split()
 
-    def _schedule(self) -> tuple[Tiles, bool]:
-        """(tiles of a scan, whether it leaves the output to a kernel of its own).
-
-        A scan has a program for each (tile of V, head, sequence), and each walks its chunks one after the other. Where
-        that leaves most of the chip idle, tiles are halved; where it still does and sequences are long, what can be
-        done for all chunks at once is taken out of the walk.
-        """
-        processors = target_of(self.q.device).processors
-        tiles = TILES["scan", self.bytes]
-        if self._programs(tiles.tile) < processors:
-            tiles = TILES["few", self.bytes]
-        split = 2 * self._programs(tiles.tile) <= processors and self.B * self.T >= 2048 * self.N
+    def _split(self) -> bool:
+        """Whether a kernel of its own makes the output, for all chunks at once: where walks are long and so few that
+        most of the chip would watch."""
         forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
-        return tiles, forced == "split" if forced else split
-
-    def _programs(self, tile: int) -> int:
-        return self.N * self.HV * triton.cdiv(self.V, min(tile, power_of_two(self.V)))
+        if forced:
+            return forced == "split"
+        return 4 * self.walks <= target_of(self.q.device).processors and self.B * self.T >= 1024 * self.N
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
@@ -85,16 +80,19 @@ class _Call:
     def chunk_states(self) -> Tensor:
         return self.scratch(self.slots, self.HV, self.V, self.K)
 
+    def pairs(self) -> Tensor:
+        return self.scratch(self.slots, self.HV, self.BT, self.BT)
+
     def prepare(self) -> None:
         """w, p and gates of all chunks."""
-        self.w, self.p = (self.scratch(self.slots, self.HV, self.BT, self.BT) for _ in range(2))
-        self.gates = self.scratch(self.slots, self.HV, 4, self.BT, dtype=torch.float32)
+        self.w, self.p = (self.pairs() for _ in range(2))
+        self.gates = self.scratch(self.slots, self.HV, ROWS.value, self.BT, dtype=torch.float32)
         launch(
             gated_delta_rule_prepare_fwd_kernel,
-            self.slots * self.H,
+            self.slots * self.HV,
             *(self.q, self.k, self.g, self.beta, self.cu_seqlens, self.w, self.p, self.gates),
             *(self.scale, self.T, self.N),
-            *(*self.q.stride(), *self.k.stride(), *self.g.stride(), *self.beta.stride()),
+            *(self.q.stride(), self.k.stride(), self.g.stride(), self.beta.stride()),
             **self.sizes,
             NORMALISE=self.normalise,
             **self.blocks,
@@ -102,18 +100,17 @@ class _Call:
         )
 
     def scan(self, v, initial_state, state_indices, *, o=None, r=None, h=None, ht=None) -> None:
-        tile = min(self.scan_tiles.tile, power_of_two(self.V))
         launch(
             gated_delta_rule_scan_fwd_kernel,
-            self._programs(tile),
+            self.walks,
             *(self.q, self.k, v, self.w, self.p, self.gates, initial_state, state_indices, self.cu_seqlens),
             *(o, r, h, ht, self.T, self.N, bank_size(initial_state)),
-            *(*self.q.stride(), *self.k.stride(), *v.stride(), *state_strides(initial_state)),
+            *(self.q.stride(), self.k.stride(), v.stride(), state_strides(initial_state)),
             **self.sizes,
             V=self.V,
-            BV=tile,
+            BV=self.tile,
             **self.blocks,
-            tiles=self.scan_tiles,
+            tiles=TILES["scan", self.bytes],
         )
 
     def output(self, r: Tensor, h: Tensor, o: Tensor) -> None:
@@ -122,7 +119,7 @@ class _Call:
         launch(
             gated_delta_rule_output_fwd_kernel,
             self.slots * self.HV * triton.cdiv(self.V, tile),
-            *(self.q, self.p, self.gates, r, h, self.cu_seqlens, o, self.T, self.N, *self.q.stride()),
+            *(self.q, self.p, self.gates, r, h, self.cu_seqlens, o, self.T, self.N, self.q.stride()),
             **self.sizes,
             V=self.V,
             BV=tile,
@@ -130,33 +127,53 @@ class _Call:
             tiles=tiles,
         )
 
-    def scan_backward(self, do, dht, *, dv=None, dh=None, dh0=None) -> None:
-        tile = min(self.scan_tiles.tile, power_of_two(self.V))
+    def scan_backward(
+        self, do, dht, *, dv, dh0, v=None, initial_state=None, state_indices=None, r=None, h=None, dh=None
+    ) -> None:
         launch(
             gated_delta_rule_scan_bwd_kernel,
-            self._programs(tile),
-            *(self.q, self.k, self.w, self.p, self.gates, do, dht, self.cu_seqlens, dv, dh, dh0, self.T, self.N),
-            *(*self.q.stride(), *self.k.stride(), *strides(do, 4), *strides(dht, 4)),
+            self.walks if v is None else 2 * self.walks,
+            *(self.q, self.k, v, self.w, self.p, self.gates, initial_state, state_indices, self.cu_seqlens),
+            *(do, dht, r, dv, h, dh, dh0, self.T, self.N, bank_size(initial_state), self.walks),
+            *(self.q.stride(), self.k.stride(), strides(v, 4), state_strides(initial_state)),
+            *(strides(do, 4), strides(dht, 4)),
             **self.sizes,
             V=self.V,
-            BV=tile,
+            BV=self.tile,
             **self.blocks,
-            tiles=self.scan_tiles,
+            tiles=TILES["scan", self.bytes],
         )
 
     def inputs_backward(self, do, r, dv, h, dh, *, dq, dk, dg, dbeta) -> None:
+        dm, dp = self.pairs(), self.pairs()
+        pg, pbeta = (self.scratch(self.B, self.T, self.HV, dtype=torch.float32) for _ in range(2))
+        tiles = TILES["pairs", self.bytes]
+        launch(
+            gated_delta_rule_pairs_bwd_kernel,
+            self.slots * self.HV,
+            *(self.q, self.k, self.g, self.beta, self.gates, do, r, dv, self.cu_seqlens, dm, dp, pg, pbeta),
+            *(self.scale, self.T, self.N, self.V),
+            *(self.q.stride(), self.k.stride(), self.g.stride(), self.beta.stride(), strides(do, 4)),
+            **self.sizes,
+            V=self.V,
+            BI=tiles.tile,
+            **self.blocks,
+            tiles=tiles,
+        )
+        tiles = TILES["inputs", self.bytes]
         launch(
             gated_delta_rule_inputs_bwd_kernel,
             self.slots * self.H,
-            *(self.q, self.k, self.g, self.beta, do, r, dv, h, dh, self.cu_seqlens, dq, dk, dg, dbeta),
-            *(self.scale, self.T, self.N),
-            *(*self.q.stride(), *self.k.stride(), *self.g.stride(), *self.beta.stride(), *strides(do, 4)),
+            *(self.q, self.k, self.beta, self.gates, do, r, dv, h, dh, dm, dp, self.cu_seqlens),
+            *(dq, dk, pg, pbeta, dg, dbeta, self.T, self.N, self.HV // self.H, self.V),
+            *(self.q.stride(), self.k.stride(), self.beta.stride(), strides(do, 4)),
             **self.sizes,
             V=self.V,
             NORMALISE=self.normalise,
-            BV=power_of_two(self.V),
+            BI=tiles.tile,
+            BR=power_of_two(self.HV // self.H, 1),
             **self.blocks,
-            tiles=TILES["inputs", self.bytes],
+            tiles=tiles,
         )
 
 
@@ -202,19 +219,19 @@ def gated_delta_rule_backward(
         doutput = doutput.to(q.dtype)
     others = wanted & {"q", "k", "g", "beta"}
     dv = call.tokens() if others or "v" in wanted else None
-    dh = call.chunk_states() if others else None
     dh0 = None
     if "initial_state" in wanted:
         dh0 = call.scratch(call.N, call.HV, call.K, call.V, dtype=torch.float32)
     call.prepare()
-    call.scan_backward(doutput, dfinal, dv=dv, dh=dh, dh0=dh0)
     grads = {}
-    if others:
-        r, h = call.tokens(), call.chunk_states()
-        call.scan(v, initial_state, state_indices, r=r, h=h)
+    if not others:
+        call.scan_backward(doutput, dfinal, dv=dv, dh0=dh0)
+    else:
+        r, h, dh = call.tokens(), call.chunk_states(), call.chunk_states()
+        states = {"v": v, "initial_state": initial_state, "state_indices": state_indices, "r": r, "h": h, "dh": dh}
+        call.scan_backward(doutput, dfinal, dv=dv, dh0=dh0, **states)
         inputs = {"q": q, "k": k, "g": g, "beta": beta}
-        grads = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items()}
-        grads = {name: x for name, x in grads.items() if name in wanted}
+        grads = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n, x in inputs.items() if n in wanted}
         call.inputs_backward(doutput, r, dv, h, dh, **{f"d{name}": grads.get(name) for name in inputs})
     if "v" in wanted:
         grads["v"] = dv
@@ -232,7 +249,7 @@ def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, stat
         gated_delta_rule_step_kernel,
         B * HV * triton.cdiv(V, tile),
         *(q, k, v, g, beta, state, state_indices, o, scale, state.shape[0]),
-        *(*q.stride(), *k.stride(), *v.stride(), *g.stride(), *beta.stride(), *state.stride()),
+        *(q.stride(), k.stride(), v.stride(), g.stride(), beta.stride(), state.stride()),
         H=H,
         HV=HV,
         K=K,

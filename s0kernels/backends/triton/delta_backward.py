@@ -1,6 +1,6 @@
 """Kernels of the gated delta rule, backward, in the symbols of `delta_forward`.
 
-From dO and the gradient dS' of the state at the end of a chunk, in `scan`, which looks at neither V nor S:
+From dO and the gradient dS' of the state at the end of a chunk, in a scan that looks at neither V nor S:
 
     dR = P^T dO + diag(rk beta E) K dS'
     dV = W^T dR
@@ -20,47 +20,38 @@ j < l <= i and in G_C.
 import triton
 import triton.language as tl
 
-from s0kernels.backends.triton.delta_forward import A_K, A_Q, E_K, LAST, row_norm
+from s0kernels.backends.triton.delta_forward import A_K, A_Q, E_K, LAST, R_K, R_Q, ROWS, TO_END, walk_forward
 from s0kernels.backends.triton.tiles import (
     chunk_of_slot,
     decay_matrix,
     decay_matrix_grad,
     load_tile,
+    load_tokens,
+    product,
     sequence,
 )
 
 
 @triton.jit
-def gated_delta_rule_scan_bwd_kernel(
-    q,  # [B, T, H, K], any strides, as k
+def walk_backward(
+    pid,
+    q,
     k,
     w,
     p,
     gates,
-    do,  # None, or [B, T, HV, V], any strides
-    dht,  # None, or [N, HV, K, V] in fp32, any strides
+    do,
+    dht,
     cu_seqlens,
-    dv,  # None, or [B, T, HV, V]
-    dh,  # None, or [slots, HV, V, K]: dS'^T of every chunk
-    dh0,  # None, or [N, HV, K, V] in fp32
+    dv,
+    dh,
+    dh0,
     T,
     N,
-    sqb,
-    sqt,
-    sqh,
-    sqk,
-    skb,
-    skt,
-    skh,
-    skk,
-    sob,
-    sot,
-    soh,
-    sov,
-    shn,
-    shh,
-    shk,
-    shv,
+    sq,
+    sk,
+    so,
+    sh,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -71,23 +62,24 @@ def gated_delta_rule_scan_bwd_kernel(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A program per (tile of V, value head, sequence) walks the chunks backwards."""
+    """The chunks of one (tile of V, value head, sequence), from the last to the first."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_nh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_v, i_nh = pid % tiles, pid // tiles
     i_n, i_hv = i_nh // HV, i_nh % HV
+    i_h = i_hv // (HV // H)
     i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_n, N, T, BT, BN)
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
     dtype = q.dtype.element_ty
     b_dh = tl.zeros([BV, BK], tl.float32)
     if dht is not None:
-        p_dht = dht + i_n.to(tl.int64) * shn + i_hv * shh + o_v[:, None] * shv + o_k[None, :] * shk
+        p_dht = dht + tl.cast(i_n, tl.int64) * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
         b_dh = tl.load(p_dht, mask=m_h, other=0.0)
     b_dh = tl.where(wrong, float("nan"), b_dh)
 
     i_b, bos, i_s = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64)
-    p_q = q + i_b * sqb + bos * sqt + i_hv // (HV // H) * sqh
-    p_k = k + i_b * skb + bos * skt + i_hv // (HV // H) * skh
+    p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
+    p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
     at_v = ((i_b * T + bos) * HV + i_hv) * V
     o_tile = o_t[:, None] * BT + o_t[None, :]
     chunks = tl.cdiv(length, BT)
@@ -98,68 +90,178 @@ def gated_delta_rule_scan_bwd_kernel(
         at = (i_s + i_c) * HV + i_hv
         if dh is not None:
             tl.store(dh + at * K * V + o_v[:, None] * K + o_k[None, :], b_dh.to(dtype), mask=m_h)
-        b_k = load_tile(p_k + i_t * skt, o_t, o_k, skt, skk, rows, K)
+        b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
         b_w = tl.load(w + at * BT * BT + o_tile)
-        p_gates = gates + at * 4 * BT
+        p_gates = gates + at * ROWS * BT + o_t
         b_dr = tl.dot(b_dh.to(dtype), tl.trans(b_k), input_precision=PRECISION)
-        b_dr *= tl.load(p_gates + E_K * BT + o_t)[None, :]
-        b_dh *= tl.load(p_gates + LAST * BT + BT - 1)
+        b_dr *= tl.load(p_gates + E_K * BT)[None, :]
+        b_dh *= tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
         if do is not None:
-            b_q = load_tile(p_q + i_t * sqt, o_t, o_k, sqt, sqk, rows, K)
+            b_q = load_tile(p_q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
             b_p = tl.load(p + at * BT * BT + o_tile)
-            p_do = do + i_b * sob + (bos + i_t) * sot + i_hv * soh
-            b_do = tl.trans(load_tile(p_do, o_t, o_v, sot, sov, rows, V))
+            p_do = do + i_b * so[0] + (bos + i_t) * so[1] + i_hv * so[2]
+            b_do = tl.trans(load_tile(p_do, o_t, o_v, so[1], so[3], rows, V))
             b_dr = tl.dot(b_do, b_p, b_dr, input_precision=PRECISION)
-            b_read = (b_do.to(tl.float32) * tl.load(p_gates + A_Q * BT + o_t)[None, :]).to(dtype)
+            b_read = (b_do.to(tl.float32) * tl.load(p_gates + A_Q * BT)[None, :]).to(dtype)
             b_dh = tl.dot(b_read, b_q, b_dh, input_precision=PRECISION)
         b_dv = tl.dot(b_dr.to(dtype), b_w, input_precision=PRECISION)
         if dv is not None:
             m_v = (o_t < rows)[None, :] & (o_v < V)[:, None]
             p_dv = dv + at_v + i_t * (HV * V) + o_t[None, :] * (HV * V) + o_v[:, None]
             tl.store(p_dv, b_dv.to(dtype), mask=m_v)
-        b_dv = (b_dv * -tl.load(p_gates + A_K * BT + o_t)[None, :]).to(dtype)
+        b_dv = (b_dv * -tl.load(p_gates + A_K * BT)[None, :]).to(dtype)
         b_dh = tl.dot(b_dv, b_k, b_dh, input_precision=PRECISION)
     if dh0 is not None:
         tl.store(dh0 + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_dh, mask=m_h)
 
 
 @triton.jit
-def gated_delta_rule_inputs_bwd_kernel(
-    q,  # [B, T, H, K], any strides, as k
+def gated_delta_rule_scan_bwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
     k,
-    g,  # [B, T, HV], any strides, as beta
+    v,  # None, or [B, T, HV, V], any strides sv; then the states are made again, too
+    w,
+    p,
+    gates,
+    h0,  # as in the forward
+    indices,
+    cu_seqlens,
+    do,  # None, or [B, T, HV, V], any strides so
+    dht,  # None, or [N, HV, K, V] in fp32, any strides st
+    r,  # None, or [B, T, HV, V], as dv
+    dv,
+    h,  # None, or [slots, HV, V, K]: S^T, as dh: dS'^T of every chunk
+    dh,
+    dh0,  # None, or [N, HV, K, V] in fp32
+    T,
+    N,
+    S,
+    programs,
+    sq,
+    sk,
+    sv,
+    sh,
+    so,
+    st,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """`programs` walks from the end, a program per (tile of V, value head, sequence). Where other gradients than that
+    of the state are wanted, as many more walk from the start beside them."""
+    if tl.program_id(0) < programs:
+        walk_backward(
+            *(tl.program_id(0), q, k, w, p, gates, do, dht, cu_seqlens, dv, dh, dh0, T, N, sq, sk, so, st),
+            *(H, HV, K, V, PRECISION, BT, BK, BV, BN),
+        )
+    elif v is not None:
+        walk_forward(
+            *(tl.program_id(0) - programs, q, k, v, w, p, gates, h0, indices, cu_seqlens, None, r, h, None),
+            *(T, N, S, sq, sk, sv, sh, H, HV, K, V, PRECISION, BT, BK, BV, BN),
+        )
+
+
+@triton.jit
+def gated_delta_rule_pairs_bwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
+    k,
+    g,  # [B, T, HV], any strides sg, as beta
     beta,
+    gates,
+    do,  # None, or [B, T, HV, V], any strides
+    r,  # [B, T, HV, V], as dv
+    dv,
+    cu_seqlens,
+    dm,  # [slots, HV, BT, BT]: diag(rk) (dM * D) diag(rk beta)
+    dp,  # [slots, HV, BT, BT]: diag(scale rq) (dP * D) diag(rk beta)
+    dg,  # [B, T, HV] in fp32: what comes through dM and dP; as dbeta
+    dbeta,
+    scale,
+    T,
+    N,
+    inner,  # V, where loops over it are not to be unrolled
+    sq,
+    sk,
+    sg,
+    sb,
+    so,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BI: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The gradients of what W inverts and of P: a program per (slot, value head)."""
+    i_s, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    if rows <= 0:
+        return
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    dtype = q.dtype.element_ty
+    i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
+    at_v = ((i_b * T + i_t) * HV + i_hv) * V
+    o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
+    b_g = load_tokens(g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
+    b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
+    b_rk = tl.load(gates + at * ROWS * BT + R_K * BT + o_t)
+    b_decay = decay_matrix(b_g, BT) * b_rk[None, :]
+    b_k = load_tile(k + i_b * sk[0] + i_t * sk[1] + i_hv // (HV // H) * sk[2], o_t, o_k, sk[1], sk[3], rows, K)
+
+    b_d = product(dv + at_v, r + at_v, HV * V, 1, 1, HV * V, rows, inner, rows, BT, BI, BT, PRECISION)
+    b_d = tl.where(o_t[:, None] > o_t[None, :], b_d * b_decay * -b_rk[:, None], 0.0)
+    b_pairs = b_d * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    tl.store(dm + o_tile, (b_d * b_beta[None, :]).to(dtype))
+    if do is not None:
+        p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
+        b_rq = tl.load(gates + at * ROWS * BT + R_Q * BT + o_t) * scale
+        b_d = product(p_do, r + at_v, so[1], so[3], 1, HV * V, rows, inner, rows, BT, BI, BT, PRECISION)
+        b_d *= b_decay * b_rq[:, None]
+        b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_hv // (HV // H) * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
+        b_pairs += b_d * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        tl.store(dp + o_tile, (b_d * b_beta[None, :]).to(dtype))
+    at_g = (i_b * T + i_t + o_t) * HV + i_hv
+    tl.store(dbeta + at_g, tl.sum(b_pairs, axis=0), mask=o_t < rows)
+    tl.store(dg + at_g, decay_matrix_grad(b_pairs * b_beta[None, :], BT), mask=o_t < rows)
+
+
+@triton.jit
+def gated_delta_rule_inputs_bwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
+    k,
+    beta,  # [B, T, HV], any strides
+    gates,
     do,  # None, or [B, T, HV, V], any strides
     r,  # [B, T, HV, V], as dv
     dv,
     h,  # [slots, HV, V, K], as dh
     dh,
+    dm,  # [slots, HV, BT, BT], as dp
+    dp,
     cu_seqlens,
     dq,  # None, or [B, T, H, K], as dk
     dk,
+    pg,  # [B, T, HV] in fp32: the parts of dg through dm and dp; as pbeta
+    pbeta,
     dg,  # None, or [B, T, HV], as dbeta
     dbeta,
-    scale,
     T,
     N,
-    sqb,
-    sqt,
-    sqh,
-    sqk,
-    skb,
-    skt,
-    skh,
-    skk,
-    sgb,
-    sgt,
-    sgh,
-    sbb,
-    sbt,
-    sbh,
-    sob,
-    sot,
-    soh,
-    sov,
+    R,  # HV // H, where loops over it are not to be unrolled
+    inner,  # V, for the same reason
+    sq,
+    sk,
+    sb,
+    so,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -168,93 +270,126 @@ def gated_delta_rule_inputs_bwd_kernel(
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
+    BI: tl.constexpr,
+    BR: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A program per (slot, key head): the value heads of a key head in turn, their sums in registers."""
+    """A program per (slot, key head): its value heads in turn, their sums in registers; dq first and then dk, so that
+    one of the two is there at a time. Row sums against q and k are diagonals of products, for the same reason."""
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
     if rows <= 0:
         return
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
-    m_t = o_t < rows
+    o_t, o_k, o_r = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BR)
     dtype = q.dtype.element_ty
     i_b, i_t, i_s = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_s.to(tl.int64)
-    b_q = load_tile(q + i_b * sqb + i_t * sqt + i_h * sqh, o_t, o_k, sqt, sqk, rows, K)
-    b_k = load_tile(k + i_b * skb + i_t * skt + i_h * skh, o_t, o_k, skt, skk, rows, K)
-    b_rq, b_rk = row_norm(b_q, NORMALISE), row_norm(b_k, NORMALISE)
-    b_q = (b_q.to(tl.float32) * b_rq[:, None]).to(dtype)
-    b_k = (b_k.to(tl.float32) * b_rk[:, None]).to(dtype)
-    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
-    strict = o_t[:, None] > o_t[None, :]
-    for i_r in range(HV // H):
-        i_hv = i_h * (HV // H) + i_r
-        b_g = tl.load(g + i_b * sgb + i_t * sgt + i_hv * sgh + o_t * sgt, mask=m_t, other=0.0).to(tl.float32)
-        b_beta = tl.load(beta + i_b * sbb + i_t * sbt + i_hv * sbh + o_t * sbt, mask=m_t, other=0.0).to(tl.float32)
-        b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
-        b_decay = decay_matrix(b_g, BT)
-        b_to_end = tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)
-        at_v = ((i_b * T + i_t) * HV + i_hv) * V
-        b_r = load_tile(r + at_v, o_t, o_v, HV * V, 1, rows, V)
-        b_dv = load_tile(dv + at_v, o_t, o_v, HV * V, 1, rows, V)
-        at_h = (i_s * HV + i_hv) * K * V
-        b_h = load_tile(h + at_h, o_v, o_k, K, 1, V, K)
-        b_dh = load_tile(dh + at_h, o_v, o_k, K, 1, V, K)
+    p_q = q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2]
+    p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    b_reads = tl.zeros([BR, BT], tl.float32)  # of each value head: d(log G) through reading the state
+    if do is not None:
+        b_dq = tl.zeros([BT, BK], tl.float32)
+        for i_r in range(R):
+            i_hv = i_h * R + i_r
+            at = i_s * HV + i_hv
+            b_dp = tl.load(dp + at * BT * BT + o_tile)
+            b_dq = tl.dot(b_dp, load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), b_dq, input_precision=PRECISION)
+            p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
+            b_part = product(p_do, h + at * K * V, so[1], so[3], K, 1, rows, inner, K, BT, BI, BK, PRECISION)
+            b_part *= tl.load(gates + at * ROWS * BT + A_Q * BT + o_t)[:, None]
+            b_dq += b_part
+            b_start = row_products(b_part.to(dtype), load_tile(p_q, o_t, o_k, sq[1], sq[3], rows, K), o_t, PRECISION)
+            b_reads = tl.where((o_r == i_r)[:, None], b_start[None, :], b_reads)
+        if dq is not None:
+            p_dq = dq + ((i_b * T + i_t) * H + i_h) * K
+            b_rq = tl.load(gates + (i_s * HV + i_h * R) * ROWS * BT + R_Q * BT + o_t)
+            store_input_grad(p_dq, b_dq, p_q, sq[1], sq[3], b_rq, rows, H, K, NORMALISE, BT, BK)
+    elif dq is not None:
+        p_dq = dq + ((i_b * T + i_t) * H + i_h) * K
+        store_input_grad(p_dq, tl.zeros([BT, BK], tl.float32), p_q, sq[1], sq[3], o_t, rows, H, K, False, BT, BK)
 
-        # what W inverts, and P
-        b_dm = tl.where(strict, -tl.dot(b_dv, tl.trans(b_r), input_precision=PRECISION), 0.0) * b_decay
-        b_dbeta = tl.sum(b_dm * b_kk, axis=0)
-        b_pairs = b_dm * b_kk
-        b_dm = (b_dm * b_beta[None, :]).to(dtype)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    for i_r in range(R):
+        i_hv = i_h * R + i_r
+        at = i_s * HV + i_hv
+        at_v = ((i_b * T + i_t) * HV + i_hv) * V
+        p_gates = gates + at * ROWS * BT + o_t
+        b_k = load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K)
+        b_dm = tl.load(dm + at * BT * BT + o_tile)
         b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_dm), b_k, b_dk, input_precision=PRECISION)
-        b_start = tl.zeros([BT], tl.float32)
         if do is not None:
-            p_do = do + i_b * sob + i_t * sot + i_hv * soh
-            b_do = load_tile(p_do, o_t, o_v, sot, sov, rows, V)
-            b_dp = tl.dot(b_do, tl.trans(b_r), input_precision=PRECISION) * b_decay
-            b_dbeta += tl.sum(b_dp * b_qk, axis=0)
-            b_pairs += b_dp * b_qk
-            b_dp = (b_dp * b_beta[None, :] * scale).to(dtype)
-            b_dq = tl.dot(b_dp, b_k, b_dq, input_precision=PRECISION)
+            b_dp = tl.load(dp + at * BT * BT + o_tile)
+            b_q = load_tile(p_q, o_t, o_k, sq[1], sq[3], rows, K)
             b_dk = tl.dot(tl.trans(b_dp), b_q, b_dk, input_precision=PRECISION)
-            b_part = tl.dot(b_do, b_h, input_precision=PRECISION) * (scale * b_from_start)[:, None]
-            b_start += tl.sum(b_part * b_q.to(tl.float32), axis=1)
-            b_dq += b_part
-
-        # the states at both ends
-        b_part = tl.dot(b_dv, b_h, input_precision=PRECISION) * -b_from_start[:, None]
-        b_start += tl.sum(b_part * b_k.to(tl.float32), axis=1)
+        b_part = product(dv + at_v, h + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
+        b_part *= -tl.load(p_gates + A_K * BT)[:, None]
         b_dk += b_part
-        b_part = tl.dot(b_r, b_dh, input_precision=PRECISION) * b_to_end[:, None]
-        b_end = tl.sum(b_part * b_k.to(tl.float32), axis=1)
-        b_dbeta += b_end
-        b_end *= b_beta
+        b_start = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
+        b_start += tl.sum(tl.where((o_r == i_r)[:, None], b_reads, 0.0), axis=0)
+        b_part = product(r + at_v, dh + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
+        b_part *= tl.load(p_gates + TO_END * BT)[:, None]
+        b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
         b_dk += b_part * b_beta[:, None]
+        b_end = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
 
         at_g = (i_b * T + i_t + o_t) * HV + i_hv
         if dbeta is not None:
-            tl.store(dbeta + at_g, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
+            b_dbeta = tl.load(pbeta + at_g, mask=o_t < rows, other=0.0) + b_end
+            tl.store(dbeta + at_g, b_dbeta.to(dbeta.dtype.element_ty), mask=o_t < rows)
         if dg is not None:
-            b_last = tl.sum(tl.where(o_t == BT - 1, b_from_start, 0.0))
-            b_carried = b_last * tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32))
-            b_dg = decay_matrix_grad(b_pairs * b_beta[None, :], BT) + tl.cumsum(b_start, axis=0, reverse=True)
-            b_dg += tl.cumsum(b_end, axis=0) - b_end + b_carried
-            tl.store(dg + at_g, b_dg.to(dg.dtype.element_ty), mask=m_t)
-    m_k = m_t[:, None] & (o_k < K)[None, :]
-    at_k = ((i_b * T + i_t + o_t[:, None]) * H + i_h) * K + o_k[None, :]
-    if dq is not None:
-        tl.store(dq + at_k, row_norm_grad(b_dq, b_q, b_rq, NORMALISE).to(dq.dtype.element_ty), mask=m_k)
+            b_end *= b_beta
+            b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+            b_dg = b_last * inner_product(h + at * K * V, dh + at * K * V, K, inner, BK)
+            b_dg += tl.cumsum(b_start, axis=0, reverse=True) + tl.cumsum(b_end, axis=0) - b_end
+            b_dg += tl.load(pg + at_g, mask=o_t < rows, other=0.0)
+            tl.store(dg + at_g, b_dg.to(dg.dtype.element_ty), mask=o_t < rows)
     if dk is not None:
-        tl.store(dk + at_k, row_norm_grad(b_dk, b_k, b_rk, NORMALISE).to(dk.dtype.element_ty), mask=m_k)
+        p_dk = dk + ((i_b * T + i_t) * H + i_h) * K
+        b_rk = tl.load(gates + (i_s * HV + i_h * R) * ROWS * BT + R_K * BT + o_t)
+        store_input_grad(p_dk, b_dk, p_k, sk[1], sk[3], b_rk, rows, H, K, NORMALISE, BT, BK)
 
 
 @triton.jit
-def row_norm_grad(b_dx, b_x, b_norm, NORMALISE: tl.constexpr):
-    """Through x -> x * norm, from the normalised x."""
+def store_input_grad(
+    dx,
+    b_dx,
+    x,
+    sxr,
+    sxc,
+    b_norm,
+    rows,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Through x -> x * norm, from the gradient as if the norm were a constant. The policy makes this load another one
+    than those before, so that the tile is not kept in registers from there to here."""
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    mask = (o_t < rows)[:, None] & (o_k < K)[None, :]
     if NORMALISE:
-        b_x = b_x.to(tl.float32)
-        b_dx = b_norm[:, None] * (b_dx - b_x * tl.sum(b_x * b_dx, axis=1)[:, None])
-    return b_dx
+        p_x = x + o_t[:, None] * sxr + o_k[None, :] * sxc
+        b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * b_norm[:, None]
+        b_dx -= b_x * tl.sum(b_x * b_dx, axis=1)[:, None]
+    tl.store(dx + o_t[:, None] * (H * K) + o_k[None, :], b_dx.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_products(b_x, b_y, o_t, PRECISION: tl.constexpr):
+    """Inner products of the rows of x with those of y, the diagonal of x y^T: [BT]."""
+    b_all = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+    return tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_all, 0.0), axis=1)
+
+
+@triton.jit
+def inner_product(x, y, K: tl.constexpr, V, BK: tl.constexpr):
+    """Of two matrices [V, K], 16 rows at a time."""
+    o_k = tl.arange(0, BK)
+    b_sum = tl.zeros([16, BK], tl.float32)
+    for i in range(0, V, 16):
+        o_v = i + tl.arange(0, 16)
+        b_x = load_tile(x, o_v, o_k, K, 1, V, K).to(tl.float32)
+        b_sum += b_x * load_tile(y, o_v, o_k, K, 1, V, K).to(tl.float32)
+    return tl.sum(b_sum)

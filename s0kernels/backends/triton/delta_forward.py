@@ -18,13 +18,24 @@ import triton
 import triton.language as tl
 
 from s0kernels.backends.triton.states import state_row
-from s0kernels.backends.triton.tiles import chunk_of_slot, decay_matrix, invert_unit_lower, load_tile, sequence
+from s0kernels.backends.triton.tiles import (
+    chunk_of_slot,
+    decay_matrix,
+    invert_unit_lower,
+    load_tile,
+    load_tokens,
+    sequence,
+)
 
-# The rows of `gates`, [slots, HV, 4, BT] in fp32.
+# The rows of `gates`, [slots, HV, ROWS, BT] in fp32.
 A_Q = tl.constexpr(0)  # scale rq G
 A_K = tl.constexpr(1)  # rk G
 E_K = tl.constexpr(2)  # rk beta E
 LAST = tl.constexpr(3)  # G, whose last is G_C
+R_Q = tl.constexpr(4)  # rq
+R_K = tl.constexpr(5)  # rk
+TO_END = tl.constexpr(6)  # rk E
+ROWS = tl.constexpr(7)
 
 
 @triton.jit
@@ -37,31 +48,21 @@ def row_norm(b_x, NORMALISE: tl.constexpr):
 
 @triton.jit
 def gated_delta_rule_prepare_fwd_kernel(
-    q,  # [B, T, H, K], any strides, as k
+    q,  # [B, T, H, K], any strides sq, as k
     k,
-    g,  # [B, T, HV], any strides, as beta
+    g,  # [B, T, HV], any strides sg, as beta
     beta,
     cu_seqlens,
     w,  # [slots, HV, BT, BT], dtype of q, as p
     p,
-    gates,  # [slots, HV, 4, BT]
+    gates,  # [slots, HV, ROWS, BT]
     scale,
     T,
     N,
-    sqb,
-    sqt,
-    sqh,
-    sqk,
-    skb,
-    skt,
-    skh,
-    skk,
-    sgb,
-    sgt,
-    sgh,
-    sbb,
-    sbt,
-    sbh,
+    sq,
+    sk,
+    sg,
+    sb,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -71,72 +72,63 @@ def gated_delta_rule_prepare_fwd_kernel(
     BK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A program per (slot, key head); the value heads of a key head share its products."""
-    i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    """A program per (slot, value head)."""
+    i_s, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
     if rows <= 0:
         return
+    i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
+    i_h = i_hv // (HV // H)
     o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
-    m_t = o_t < rows
-    i_b, i_t, i_s = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_s.to(tl.int64)
-    b_q = load_tile(q + i_b * sqb + i_t * sqt + i_h * sqh, o_t, o_k, sqt, sqk, rows, K)
-    b_k = load_tile(k + i_b * skb + i_t * skt + i_h * skh, o_t, o_k, skt, skk, rows, K)
-    b_rq, b_rk = row_norm(b_q, NORMALISE) * scale, row_norm(b_k, NORMALISE)
-    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_rq[:, None] * b_rk[None, :]
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_rk[:, None] * b_rk[None, :]
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    for i_r in range(HV // H):
-        i_hv = i_h * (HV // H) + i_r
-        b_g = tl.load(g + i_b * sgb + i_t * sgt + i_hv * sgh + o_t * sgt, mask=m_t, other=0.0).to(tl.float32)
-        b_beta = tl.load(beta + i_b * sbb + i_t * sbt + i_hv * sbh + o_t * sbt, mask=m_t, other=0.0).to(tl.float32)
-        b_decay = decay_matrix(b_g, BT) * b_beta[None, :]
-        b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * b_decay, 0.0), BT, PRECISION)
-        at = i_s * HV + i_hv
-        tl.store(w + at * BT * BT + o_tile, b_w.to(w.dtype.element_ty))
-        tl.store(p + at * BT * BT + o_tile, (b_qk * b_decay).to(p.dtype.element_ty))
-        b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
-        b_to_end = tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)  # with beta
-        b_gates = gates + at * 4 * BT + o_t
-        tl.store(b_gates + A_Q * BT, b_rq * b_from_start)
-        tl.store(b_gates + A_K * BT, b_rk * b_from_start)
-        tl.store(b_gates + E_K * BT, b_rk * b_to_end)
-        tl.store(b_gates + LAST * BT, b_from_start)
+    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
+    b_k = load_tile(k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2], o_t, o_k, sk[1], sk[3], rows, K)
+    b_g = load_tokens(g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
+    b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
+    b_rq, b_rk = row_norm(b_q, NORMALISE), row_norm(b_k, NORMALISE)
+    b_decay = decay_matrix(b_g, BT)
+    b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
+    b_to_end = b_rk * tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)
+    p_gates = gates + at * ROWS * BT + o_t
+    tl.store(p_gates + A_Q * BT, scale * b_rq * b_from_start)
+    tl.store(p_gates + A_K * BT, b_rk * b_from_start)
+    tl.store(p_gates + E_K * BT, b_beta * b_to_end)
+    tl.store(p_gates + LAST * BT, b_from_start)
+    tl.store(p_gates + R_Q * BT, b_rq)
+    tl.store(p_gates + R_K * BT, b_rk)
+    tl.store(p_gates + TO_END * BT, b_to_end)
+
+    o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
+    b_decay *= (b_rk * b_beta)[None, :]
+    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    tl.store(p + o_tile, (b_qk * b_decay * (scale * b_rq)[:, None]).to(p.dtype.element_ty))
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_rk[:, None]
+    b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk, 0.0), BT, PRECISION)
+    tl.store(w + o_tile, b_w.to(w.dtype.element_ty))
 
 
 @triton.jit
-def gated_delta_rule_scan_fwd_kernel(
-    q,  # [B, T, H, K], any strides, as k
+def walk_forward(
+    pid,
+    q,
     k,
-    v,  # [B, T, HV, V], any strides
+    v,
     w,
     p,
     gates,
-    h0,  # None, or [.., HV, K, V] in fp32, any strides; shn is 0 where all sequences share one
-    indices,  # None, or the row of h0 for each sequence
+    h0,
+    indices,
     cu_seqlens,
-    o,  # None, or [B, T, HV, V]
-    r,  # None, or [B, T, HV, V]
-    h,  # None, or [slots, HV, V, K]: S^T of every chunk
-    ht,  # None, or [N, HV, K, V] in fp32
+    o,
+    r,
+    h,
+    ht,
     T,
     N,
     S,
-    sqb,
-    sqt,
-    sqh,
-    sqk,
-    skb,
-    skt,
-    skh,
-    skk,
-    svb,
-    svt,
-    svh,
-    svv,
-    shn,
-    shh,
-    shk,
-    shv,
+    sq,
+    sk,
+    sv,
+    sh,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -147,10 +139,11 @@ def gated_delta_rule_scan_fwd_kernel(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A program per (tile of V, value head, sequence) walks the chunks."""
+    """The chunks of one (tile of V, value head, sequence), in turn."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_nh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_v, i_nh = pid % tiles, pid // tiles
     i_n, i_hv = i_nh // HV, i_nh % HV
+    i_h = i_hv // (HV // H)
     i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_n, N, T, BT, BN)
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
@@ -158,15 +151,15 @@ def gated_delta_rule_scan_fwd_kernel(
     b_h = tl.zeros([BV, BK], tl.float32)
     if h0 is not None:
         row, zero, none = state_row(indices, i_n, S)
-        p_h = h0 + row * shn + i_hv * shh + o_v[:, None] * shv + o_k[None, :] * shk
-        b_h = tl.load(p_h, mask=m_h & ((zero | none) == 0), other=0.0)
+        p_h0 = h0 + row * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
+        b_h = tl.load(p_h0, mask=m_h & ((zero | none) == 0), other=0.0)
         b_h = tl.where(none, float("nan"), b_h)
     b_h = tl.where(wrong, float("nan"), b_h)
 
     i_b, bos, i_s = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64)
-    p_q = q + i_b * sqb + bos * sqt + i_hv // (HV // H) * sqh
-    p_k = k + i_b * skb + bos * skt + i_hv // (HV // H) * skh
-    p_v = v + i_b * svb + bos * svt + i_hv * svh
+    p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
+    p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
+    p_v = v + i_b * sv[0] + bos * sv[1] + i_hv * sv[2]
     at_o = ((i_b * T + bos) * HV + i_hv) * V
     o_o = o_t[None, :] * (HV * V) + o_v[:, None]
     o_tile = o_t[:, None] * BT + o_t[None, :]
@@ -176,45 +169,52 @@ def gated_delta_rule_scan_fwd_kernel(
         at = (i_s + i_c) * HV + i_hv
         if h is not None:
             tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
-        b_k = load_tile(p_k + i_t * skt, o_t, o_k, skt, skk, rows, K)
-        b_v = load_tile(p_v + i_t * svt, o_t, o_v, svt, svv, rows, V)
+        b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
+        b_v = load_tile(p_v + i_t * sv[1], o_t, o_v, sv[1], sv[3], rows, V)
         b_w = tl.load(w + at * BT * BT + o_tile)
-        p_gates = gates + at * 4 * BT
+        p_gates = gates + at * ROWS * BT + o_t
         b_hd = b_h.to(dtype)
-        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT + o_t)[None, :]
+        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT)[None, :]
         b_err = (tl.trans(b_v).to(tl.float32) - b_err).to(dtype)
         b_r = tl.dot(b_err, tl.trans(b_w), input_precision=PRECISION)
         m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
         if r is not None:
             tl.store(r + at_o + i_t * (HV * V) + o_o, b_r.to(dtype), mask=m_o)
         if o is not None:
-            b_q = load_tile(p_q + i_t * sqt, o_t, o_k, sqt, sqk, rows, K)
+            b_q = load_tile(p_q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
             b_p = tl.load(p + at * BT * BT + o_tile)
-            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT + o_t)[None, :]
+            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT)[None, :]
             b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
             tl.store(o + at_o + i_t * (HV * V) + o_o, b_o.to(dtype), mask=m_o)
-        b_write = (b_r * tl.load(p_gates + E_K * BT + o_t)[None, :]).to(dtype)
-        b_h = tl.dot(b_write, b_k, b_h * tl.load(p_gates + LAST * BT + BT - 1), input_precision=PRECISION)
+        b_write = (b_r * tl.load(p_gates + E_K * BT)[None, :]).to(dtype)
+        b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+        b_h = tl.dot(b_write, b_k, b_h * b_last, input_precision=PRECISION)
     if ht is not None:
-        p_ht = ht + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V
-        tl.store(p_ht, b_h, mask=m_h)
+        tl.store(ht + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
 
 
 @triton.jit
-def gated_delta_rule_output_fwd_kernel(
-    q,  # [B, T, H, K], any strides
+def gated_delta_rule_scan_fwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
+    k,
+    v,  # [B, T, HV, V], any strides sv
+    w,
     p,
     gates,
-    r,  # [B, T, HV, V]
-    h,  # [slots, HV, V, K]
+    h0,  # None, or [.., HV, K, V] in fp32, any strides sh; sh[0] is 0 where all sequences share one
+    indices,  # None, or the row of h0 for each sequence
     cu_seqlens,
-    o,  # [B, T, HV, V]
+    o,  # None, or [B, T, HV, V]
+    r,  # None, or [B, T, HV, V]
+    h,  # None, or [slots, HV, V, K]: S^T of every chunk
+    ht,  # None, or [N, HV, K, V] in fp32
     T,
     N,
-    sqb,
-    sqt,
-    sqh,
-    sqk,
+    S,
+    sq,
+    sk,
+    sv,
+    sh,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -225,7 +225,36 @@ def gated_delta_rule_output_fwd_kernel(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """O from the states and what was written: a program per (tile of V, value head, slot)."""
+    """A program per (tile of V, value head, sequence)."""
+    walk_forward(
+        *(tl.program_id(0), q, k, v, w, p, gates, h0, indices, cu_seqlens, o, r, h, ht, T, N, S, sq, sk, sv, sh),
+        *(H, HV, K, V, PRECISION, BT, BK, BV, BN),
+    )
+
+
+@triton.jit
+def gated_delta_rule_output_fwd_kernel(
+    q,  # [B, T, H, K], any strides sq
+    p,
+    gates,
+    r,  # [B, T, HV, V]
+    h,  # [slots, HV, V, K]
+    cu_seqlens,
+    o,  # [B, T, HV, V]
+    T,
+    N,
+    sq,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """O from the states and what was found wrong: a program per (tile of V, value head, slot)."""
     tiles: tl.constexpr = (V + BV - 1) // BV
     i_v, i_sh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_s, i_hv = i_sh // HV, i_sh % HV
@@ -234,10 +263,10 @@ def gated_delta_rule_output_fwd_kernel(
         return
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_sh.to(tl.int64)
-    b_q = load_tile(q + i_b * sqb + i_t * sqt + i_hv // (HV // H) * sqh, o_t, o_k, sqt, sqk, rows, K)
+    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_hv // (HV // H) * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
     b_h = load_tile(h + at * K * V, o_v, o_k, K, 1, V, K)
     b_o = tl.dot(b_q, tl.trans(b_h), input_precision=PRECISION)
-    b_o *= tl.load(gates + at * 4 * BT + A_Q * BT + o_t)[:, None]
+    b_o *= tl.load(gates + at * ROWS * BT + A_Q * BT + o_t)[:, None]
     at_o = ((i_b * T + i_t) * HV + i_hv) * V
     b_r = load_tile(r + at_o, o_t, o_v, HV * V, 1, rows, V)
     b_p = tl.load(p + at * BT * BT + o_t[:, None] * BT + o_t[None, :])

@@ -18,23 +18,12 @@ def gated_delta_rule_step_kernel(
     o,  # [B, HV, V]
     scale,
     S,
-    sqb,
-    sqh,
-    sqk,
-    skb,
-    skh,
-    skk,
-    svb,
-    svh,
-    svv,
-    sgb,
-    sgh,
-    sbb,
-    sbh,
-    shn,
-    shh,
-    shk,
-    shv,
+    sq,
+    sk,
+    sv,
+    sg,
+    sb,
+    sh,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -53,13 +42,13 @@ def gated_delta_rule_step_kernel(
     row, zero, none = state_row(indices, i_b, S)
     i_b = i_b.to(tl.int64)
     m_h = m_k[:, None] & m_v[None, :] & ((zero | none) == 0)
-    p_h = h + row * shn + i_hv * shh + o_k[:, None] * shk + o_v[None, :] * shv
+    p_h = h + row * sh[0] + i_hv * sh[1] + o_k[:, None] * sh[2] + o_v[None, :] * sh[3]
     b_h = tl.load(p_h, mask=m_h, other=0.0)
-    b_q = tl.load(q + i_b * sqb + i_h * sqh + o_k * sqk, mask=m_k, other=0.0).to(tl.float32)
-    b_k = tl.load(k + i_b * skb + i_h * skh + o_k * skk, mask=m_k, other=0.0).to(tl.float32)
-    b_v = tl.load(v + i_b * svb + i_hv * svh + o_v * svv, mask=m_v, other=0.0).to(tl.float32)
-    b_g = tl.load(g + i_b * sgb + i_hv * sgh).to(tl.float32)
-    b_beta = tl.load(beta + i_b * sbb + i_hv * sbh).to(tl.float32)
+    b_q = tl.load(q + i_b * sq[0] + i_h * sq[1] + o_k * sq[2], mask=m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(k + i_b * sk[0] + i_h * sk[1] + o_k * sk[2], mask=m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(v + i_b * sv[0] + i_hv * sv[1] + o_v * sv[2], mask=m_v, other=0.0).to(tl.float32)
+    b_g = tl.load(g + i_b * sg[0] + i_hv * sg[1]).to(tl.float32)
+    b_beta = tl.load(beta + i_b * sb[0] + i_hv * sb[1]).to(tl.float32)
     if NORMALISE:
         b_q *= tl.rsqrt(tl.sum(b_q * b_q) + 1e-6)
         b_k *= tl.rsqrt(tl.sum(b_k * b_k) + 1e-6)

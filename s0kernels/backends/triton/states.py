@@ -62,6 +62,15 @@ def reduce_state_grad(dh: Tensor, shape: tuple[int, ...], indices: Tensor | None
         size = dh0.numel() // rows
         tiles = triton.cdiv(size, block)
         launch(
-            state_grad_kernel, tiles * rows, dh, indices, dh0, dh.shape[0], size, tiles, BD=block, tiles=Tiles(1024, 4, 2)
+            state_grad_kernel,
+            tiles * rows,
+            dh,
+            indices,
+            dh0,
+            dh.shape[0],
+            size,
+            tiles,
+            BD=block,
+            tiles=Tiles(1024, 4, 2),
         )
     return dh0

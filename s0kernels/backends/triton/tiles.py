@@ -80,6 +80,38 @@ def load_tile(base, o_row, o_col, stride_row, stride_col, rows, cols):
 
 
 @triton.jit
+def load_tokens(base, o_t, stride, rows):
+    """[BT] in fp32, zero beyond `rows`."""
+    return tl.load(base + o_t * stride, mask=o_t < rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def product(
+    x,
+    y,
+    sxr,
+    sxc,
+    syr,
+    syc,
+    rows,
+    inner,
+    cols,
+    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BR, BC] in fp32: x [rows, inner] times y [inner, cols], `BI` of the inner ones at a time; zero outside."""
+    o_r, o_i, o_c = tl.arange(0, BR), tl.arange(0, BI), tl.arange(0, BC)
+    b_sum = tl.zeros([BR, BC], tl.float32)
+    for i in range(0, inner, BI):
+        b_x = load_tile(x + i * sxc, o_r, o_i, sxr, sxc, rows, inner - i)
+        b_y = load_tile(y + i * syr, o_i, o_c, syr, syc, inner - i, cols)
+        b_sum = tl.dot(b_x, b_y, b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
 def decay_matrix(b_g, BT: tl.constexpr):
     """[BT, BT]: exp(g_{j+1} + .. + g_i) at (i, j), zero above the diagonal. The sums are accumulated, not taken as
     differences of running sums: a strong decay costs later tokens no precision, and -inf is a clean reset."""
@@ -94,11 +126,6 @@ def decay_matrix_grad(b_pairs, BT: tl.constexpr):
     o_t = tl.arange(0, BT)
     b_below = tl.cumsum(b_pairs, axis=0, reverse=True)
     return tl.sum(tl.where(o_t[:, None] > o_t[None, :], b_below, 0.0), axis=1)
-
-
-@triton.jit
-def dot_fp32(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -122,8 +149,9 @@ def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
     b_x = tl.where(on_diagonal, b_x[:, :, None, :], 0.0)
     b_inv = tl.reshape(b_x, [BT, BT])
     if NB > 1:
-        b_n = dot_fp32(b_inv, tl.where(o_t[:, None] // BS > o_t[None, :] // BS, b_a, 0.0), PRECISION)
+        b_below = tl.where(o_t[:, None] // BS > o_t[None, :] // BS, b_a, 0.0)
+        b_n = tl.dot(b_inv, b_below, input_precision=PRECISION)
         if NB > 2:
-            b_inv += dot_fp32(dot_fp32(b_n, b_n, PRECISION), b_inv, PRECISION)
-        b_inv -= dot_fp32(b_n, b_inv, PRECISION)
+            b_inv += tl.dot(tl.dot(b_n, b_n, input_precision=PRECISION), b_inv, input_precision=PRECISION)
+        b_inv -= tl.dot(b_n, b_inv, input_precision=PRECISION)
     return b_inv

@@ -1,0 +1,96 @@
+"""Kernels compiled ahead of time, on any machine: what each launch of a call would take of a chip."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from s0kernels.backends.triton.launch import Launch, Target, recording
+
+#: Multiprocessors of an A100, an H100 or H200, and a B200.
+TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
+#: Shared memory that one program can have, in bytes.
+SHARED = {80: 166912, 90: 232448, 100: 232448}
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes: registers of a thread, bytes of its stack (spills), bytes of shared memory, and the
+    tensor-core instructions in it."""
+
+    kernel: str
+    programs: int
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    tensor: int
+
+
+def launches_of(call: Callable[[], object], capability: int) -> list[Launch]:
+    """What `call`, on tensors of the device "meta", would launch."""
+    with recording(TARGETS[capability]) as found:
+        call()
+    return found
+
+
+def compile_launch(launch: Launch, capability: int) -> Usage:
+    kernel, programs, arguments, constants, tiles = launch
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", values[name]
+        elif isinstance(values[name], tuple):
+            signature[name] = tuple(_type_of(x, (i, j), constexprs, attributes) for j, x in enumerate(values[name]))
+        else:
+            signature[name] = _type_of(values[name], (i,), constexprs, attributes)
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills, tensor = _inspect(compiled.asm["cubin"])
+    name = kernel.__name__.removesuffix("_kernel")
+    return Usage(name, programs, tiles.warps, tiles.stages, registers, spills, compiled.metadata.shared, tensor)
+
+
+def _type_of(value, path: tuple[int, ...], constexprs: dict, attributes: dict) -> str:
+    """The type of an argument, specialised as the just-in-time compiler does it."""
+    if value is None or (isinstance(value, int) and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, bytes of stack, tensor-core instructions)."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code))

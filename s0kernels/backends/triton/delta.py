@@ -18,24 +18,25 @@ from s0kernels.backends.triton.delta_forward import (
     gated_delta_rule_scan_fwd_kernel,
 )
 from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
-from s0kernels.backends.triton.launch import Tiles, launch, power_of_two, strides, target_of
+from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_of_two, strides, target_of
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
-#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages.
+#: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of V, where there is one),
+#: warps, pipeline stages.
 TILES = {
-    ("prepare", 2): Tiles(0, 4, 1),
-    ("prepare", 4): Tiles(0, 4, 1),
-    ("scan", 2): Tiles(64, 4, 2),
-    ("scan", 4): Tiles(32, 4, 1),
-    ("output", 2): Tiles(64, 4, 2),
-    ("output", 4): Tiles(32, 4, 1),
-    ("pairs", 2): Tiles(32, 4, 2),
-    ("pairs", 4): Tiles(32, 4, 1),
-    ("inputs", 2): Tiles(32, 4, 2),
-    ("inputs", 4): Tiles(32, 4, 1),
-    ("step", 2): Tiles(32, 4, 1),
-    ("step", 4): Tiles(32, 4, 1),
+    ("prepare", 2): {80: Tiles(0, 8, 1), 90: Tiles(0, 4, 1), 100: Tiles(0, 4, 1)},
+    ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},
+    ("output", 2): {80: Tiles(64, 4, 2)},
+    ("pairs", 2): {80: Tiles(32, 8, 2), 90: Tiles(32, 4, 1), 100: Tiles(32, 4, 1)},
+    ("inputs", 2): {80: Tiles(32, 8, 2), 90: Tiles(32, 8, 1), 100: Tiles(32, 8, 1)},
+    ("step", 2): {80: Tiles(32, 4, 1)},
+    ("prepare", 4): {80: Tiles(0, 8, 1)},
+    ("scan", 4): {80: Tiles(32, 8, 1)},
+    ("output", 4): {80: Tiles(32, 8, 1)},
+    ("pairs", 4): {80: Tiles(16, 8, 1)},
+    ("inputs", 4): {80: Tiles(16, 8, 1)},
+    ("step", 4): {80: Tiles(32, 4, 1)},
 }
 
 
@@ -57,7 +58,7 @@ class _Call:
         self.sizes = {"H": self.H, "HV": self.HV, "K": self.K}
         self.blocks = {"BT": self.BT, "BK": power_of_two(self.K), "BN": min(1024, power_of_two(self.N))}
         self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
-        self.tile = min(TILES["scan", self.bytes].tile, power_of_two(V))
+        self.tile = min(self.tiles("scan").tile, power_of_two(V))
         #: a scan has a program for each (tile of V, head, sequence), and each walks its chunks in turn
         self.walks = self.N * self.HV * triton.cdiv(V, self.tile)
         self.split = self._split()
@@ -69,6 +70,9 @@ class _Call:
         if forced:
             return forced == "split"
         return 4 * self.walks <= target_of(self.q.device).processors and self.B * self.T >= 1024 * self.N
+
+    def tiles(self, stage: str) -> Tiles:
+        return choose_tiles(TILES[stage, self.bytes], self.q.device)
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
@@ -96,7 +100,7 @@ class _Call:
             **self.sizes,
             NORMALISE=self.normalise,
             **self.blocks,
-            tiles=TILES["prepare", self.bytes],
+            tiles=self.tiles("prepare"),
         )
 
     def scan(self, v, initial_state, state_indices, *, o=None, r=None, h=None, ht=None) -> None:
@@ -110,11 +114,11 @@ class _Call:
             V=self.V,
             BV=self.tile,
             **self.blocks,
-            tiles=TILES["scan", self.bytes],
+            tiles=self.tiles("scan"),
         )
 
     def output(self, r: Tensor, h: Tensor, o: Tensor) -> None:
-        tiles = TILES["output", self.bytes]
+        tiles = self.tiles("output")
         tile = min(tiles.tile, power_of_two(self.V))
         launch(
             gated_delta_rule_output_fwd_kernel,
@@ -141,17 +145,18 @@ class _Call:
             V=self.V,
             BV=self.tile,
             **self.blocks,
-            tiles=TILES["scan", self.bytes],
+            tiles=self.tiles("scan"),
         )
 
     def inputs_backward(self, do, r, dv, h, dh, *, dq, dk, dg, dbeta) -> None:
         dm, dp = self.pairs(), self.pairs()
         pg, pbeta = (self.scratch(self.B, self.T, self.HV, dtype=torch.float32) for _ in range(2))
-        tiles = TILES["pairs", self.bytes]
+        tiles = self.tiles("pairs")
         launch(
             gated_delta_rule_pairs_bwd_kernel,
             self.slots * self.HV,
-            *(self.q, self.k, self.g, self.beta, self.gates, do, r, dv, self.cu_seqlens, dm, dp, pg, pbeta),
+            *(self.q, self.k, self.g, self.beta, self.gates, do, r, dv, h, dh, self.cu_seqlens),
+            *(dm, dp, pg, pbeta),
             *(self.scale, self.T, self.N, self.V),
             *(self.q.stride(), self.k.stride(), self.g.stride(), self.beta.stride(), strides(do, 4)),
             **self.sizes,
@@ -160,7 +165,7 @@ class _Call:
             **self.blocks,
             tiles=tiles,
         )
-        tiles = TILES["inputs", self.bytes]
+        tiles = self.tiles("inputs")
         launch(
             gated_delta_rule_inputs_bwd_kernel,
             self.slots * self.H,
@@ -243,7 +248,7 @@ def gated_delta_rule_backward(
 def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
     (B, HV, V), (_, H, K) = v.shape, q.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tiles = TILES["step", v.element_size()]
+    tiles = choose_tiles(TILES["step", v.element_size()], v.device)
     tile = min(tiles.tile, power_of_two(V))
     launch(
         gated_delta_rule_step_kernel,

@@ -177,11 +177,13 @@ def gated_delta_rule_pairs_bwd_kernel(
     do,  # None, or [B, T, HV, V], any strides
     r,  # [B, T, HV, V], as dv
     dv,
+    h,  # [slots, HV, V, K], as dh
+    dh,
     cu_seqlens,
     dm,  # [slots, HV, BT, BT]: diag(rk) (dM * D) diag(rk beta)
     dp,  # [slots, HV, BT, BT]: diag(scale rq) (dP * D) diag(rk beta)
-    dg,  # [B, T, HV] in fp32: what comes through dM and dP; as dbeta
-    dbeta,
+    pg,  # [B, T, HV] in fp32: what dg has through dM, dP and the last decay; as pbeta, without that
+    pbeta,
     scale,
     T,
     N,
@@ -230,8 +232,10 @@ def gated_delta_rule_pairs_bwd_kernel(
         b_pairs += b_d * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         tl.store(dp + o_tile, (b_d * b_beta[None, :]).to(dtype))
     at_g = (i_b * T + i_t + o_t) * HV + i_hv
-    tl.store(dbeta + at_g, tl.sum(b_pairs, axis=0), mask=o_t < rows)
-    tl.store(dg + at_g, decay_matrix_grad(b_pairs * b_beta[None, :], BT), mask=o_t < rows)
+    tl.store(pbeta + at_g, tl.sum(b_pairs, axis=0), mask=o_t < rows)
+    b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+    b_pg = b_last * inner_product(h + at * K * V, dh + at * K * V, K, inner, BK)
+    tl.store(pg + at_g, b_pg + decay_matrix_grad(b_pairs * b_beta[None, :], BT), mask=o_t < rows)
 
 
 @triton.jit
@@ -250,7 +254,7 @@ def gated_delta_rule_inputs_bwd_kernel(
     cu_seqlens,
     dq,  # None, or [B, T, H, K], as dk
     dk,
-    pg,  # [B, T, HV] in fp32: the parts of dg through dm and dp; as pbeta
+    pg,  # [B, T, HV] in fp32, as pbeta
     pbeta,
     dg,  # None, or [B, T, HV], as dbeta
     dbeta,
@@ -289,7 +293,7 @@ def gated_delta_rule_inputs_bwd_kernel(
     b_reads = tl.zeros([BR, BT], tl.float32)  # of each value head: d(log G) through reading the state
     if do is not None:
         b_dq = tl.zeros([BT, BK], tl.float32)
-        for i_r in range(R):
+        for i_r in tl.range(R, disable_licm=True):
             i_hv = i_h * R + i_r
             at = i_s * HV + i_hv
             b_dp = tl.load(dp + at * BT * BT + o_tile)
@@ -297,9 +301,9 @@ def gated_delta_rule_inputs_bwd_kernel(
             p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
             b_part = product(p_do, h + at * K * V, so[1], so[3], K, 1, rows, inner, K, BT, BI, BK, PRECISION)
             b_part *= tl.load(gates + at * ROWS * BT + A_Q * BT + o_t)[:, None]
-            b_dq += b_part
             b_start = row_products(b_part.to(dtype), load_tile(p_q, o_t, o_k, sq[1], sq[3], rows, K), o_t, PRECISION)
             b_reads = tl.where((o_r == i_r)[:, None], b_start[None, :], b_reads)
+            b_dq += b_part
         if dq is not None:
             p_dq = dq + ((i_b * T + i_t) * H + i_h) * K
             b_rq = tl.load(gates + (i_s * HV + i_h * R) * ROWS * BT + R_Q * BT + o_t)
@@ -309,7 +313,7 @@ def gated_delta_rule_inputs_bwd_kernel(
         store_input_grad(p_dq, tl.zeros([BT, BK], tl.float32), p_q, sq[1], sq[3], o_t, rows, H, K, False, BT, BK)
 
     b_dk = tl.zeros([BT, BK], tl.float32)
-    for i_r in range(R):
+    for i_r in tl.range(R, disable_licm=True):
         i_hv = i_h * R + i_r
         at = i_s * HV + i_hv
         at_v = ((i_b * T + i_t) * HV + i_hv) * V
@@ -324,25 +328,23 @@ def gated_delta_rule_inputs_bwd_kernel(
             b_dk = tl.dot(tl.trans(b_dp), b_q, b_dk, input_precision=PRECISION)
         b_part = product(dv + at_v, h + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
         b_part *= -tl.load(p_gates + A_K * BT)[:, None]
-        b_dk += b_part
         b_start = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
-        b_start += tl.sum(tl.where((o_r == i_r)[:, None], b_reads, 0.0), axis=0)
+        b_dk += b_part
         b_part = product(r + at_v, dh + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
         b_part *= tl.load(p_gates + TO_END * BT)[:, None]
+        b_end = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
         b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
         b_dk += b_part * b_beta[:, None]
-        b_end = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
 
         at_g = (i_b * T + i_t + o_t) * HV + i_hv
+        b_start += tl.sum(tl.where((o_r == i_r)[:, None], b_reads, 0.0), axis=0)
         if dbeta is not None:
             b_dbeta = tl.load(pbeta + at_g, mask=o_t < rows, other=0.0) + b_end
             tl.store(dbeta + at_g, b_dbeta.to(dbeta.dtype.element_ty), mask=o_t < rows)
         if dg is not None:
             b_end *= b_beta
-            b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
-            b_dg = b_last * inner_product(h + at * K * V, dh + at * K * V, K, inner, BK)
+            b_dg = tl.load(pg + at_g, mask=o_t < rows, other=0.0)
             b_dg += tl.cumsum(b_start, axis=0, reverse=True) + tl.cumsum(b_end, axis=0) - b_end
-            b_dg += tl.load(pg + at_g, mask=o_t < rows, other=0.0)
             tl.store(dg + at_g, b_dg.to(dg.dtype.element_ty), mask=o_t < rows)
     if dk is not None:
         p_dk = dk + ((i_b * T + i_t) * H + i_h) * K

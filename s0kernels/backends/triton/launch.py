@@ -54,6 +54,12 @@ def target_of(device: torch.device) -> Target:
     return _properties(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def choose_tiles(table: dict[int, Tiles], device: torch.device) -> Tiles:
+    """The entry of the highest capability that the device has."""
+    capability = target_of(device).capability
+    return table[max(least for least in table if least <= capability)]
+
+
 def launch(kernel, programs: int, *arguments, tiles: Tiles, **constants) -> None:
     """Run `programs` instances of a kernel; none is no launch."""
     if programs == 0:

@@ -1,0 +1,203 @@
+"""Mamba-2 SSD: which kernels run, with which sizes, on which memory."""
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_of_two, strides, target_of
+from s0kernels.backends.triton.mamba_forward import (
+    ROWS,
+    ssd_output_fwd_kernel,
+    ssd_prepare_kernel,
+    ssd_scan_fwd_kernel,
+)
+from s0kernels.backends.triton.mamba_step import ssd_step_kernel
+from s0kernels.backends.triton.states import bank_size, state_strides
+from s0kernels.backends.triton.tiles import slot_count
+
+#: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of P, or of what a loop
+#: sums over), warps, pipeline stages.
+TILES = {
+    ("prepare", 2): {80: Tiles(64, 4, 2)},
+    ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},
+    ("states", 2): {80: Tiles(64, 4, 2)},
+    ("output", 2): {80: Tiles(64, 4, 2)},
+    ("step", 2): {80: Tiles(16, 4, 1)},
+    ("prepare", 4): {80: Tiles(32, 8, 1)},
+    ("scan", 4): {80: Tiles(32, 8, 1)},
+    ("states", 4): {80: Tiles(32, 8, 1)},
+    ("output", 4): {80: Tiles(32, 8, 1)},
+    ("step", 4): {80: Tiles(16, 4, 1)},
+}
+
+
+class _Call:
+    """The sizes of one call, and the launches that forward and backward share."""
+
+    def __init__(self, dt, A, C, D, z, dt_bias, P, cu_seqlens, dt_softplus, dt_limit, chunk_size):
+        self.dt, self.A, self.C, self.D, self.z, self.dt_bias = dt, A, C, D, z, dt_bias
+        self.cu_seqlens, self.softplus, self.limit = cu_seqlens, dt_softplus, dt_limit
+        self.B, self.T, self.G, self.N = C.shape
+        self.H, self.P = dt.shape[2], P
+        self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if self.sequences == 0 and self.T * self.B > 0:
+            raise ValueError(f"cu_seqlens must start at 0 and end at T = {self.T}, got no sequences")
+        self.bytes = C.element_size()
+        longest = 64 if self.bytes == 2 else 32
+        self.BT = min(longest, power_of_two(chunk_size or longest))
+        self.slots = slot_count(self.B, self.T, self.sequences, self.BT, cu_seqlens is not None)
+        self.sizes = {"H": self.H, "G": self.G, "P": P, "N": self.N}
+        self.blocks = {"BT": self.BT, "BQ": min(1024, power_of_two(self.sequences))}
+        self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
+
+    def tiles(self, stage: str) -> Tiles:
+        return choose_tiles(TILES[stage, self.bytes], self.C.device)
+
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.C.dtype, device=self.C.device)
+
+    def tokens(self) -> Tensor:
+        """[B, T, H, P] in the dtype of C."""
+        return self.scratch(self.B, self.T, self.H, self.P)
+
+    def chunk_states(self) -> Tensor:
+        return self.scratch(self.slots, self.H, self.P, self.N)
+
+    def pairs(self, heads: int) -> Tensor:
+        return self.scratch(self.slots, heads, self.BT, self.BT)
+
+    def final_states(self, sequences: int) -> Tensor:
+        return self.scratch(sequences, self.H, self.P, self.N, dtype=torch.float32)
+
+    def prepare(self, B: Tensor | None = None, *, cb: Tensor | None = None, p: Tensor | None = None) -> None:
+        """gates, and those given of cb and p, of all chunks."""
+        self.gates = self.scratch(self.slots, self.H, ROWS.value, self.BT, dtype=torch.float32)
+        tiles = self.tiles("prepare")
+        heads = self._heads_of_a_program()
+        launch(
+            ssd_prepare_kernel,
+            self.slots * (self.H // heads),
+            *(self.dt, self.A, B, self.C, self.dt_bias, self.cu_seqlens, cb, p, self.gates),
+            *(*self.limit, self.T, self.sequences, heads, self.N),
+            *(self.dt.stride(), strides(B, 4), self.C.stride(), *self.A.stride(), *strides(self.dt_bias, 1)),
+            H=self.H,
+            G=self.G,
+            SOFTPLUS=self.softplus,
+            BI=tiles.tile,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def _heads_of_a_program(self) -> int:
+        """Of those that share C B^T, as many as leave every multiprocessor two programs."""
+        group = self.H // self.G
+        programs = 2 * target_of(self.C.device).processors
+        fit = [n for n in range(1, group + 1) if group % n == 0 and self.slots * (self.H // n) >= programs]
+        return max(fit, default=1)
+
+    def scan(self, x, B, p, initial_state, state_indices, *, y=None, h=None, ht=None) -> None:
+        """With y, a program has all of N, without a tile of it."""
+        tiles, BP, BN = self._walk_tiles(y is not None)
+        launch(
+            ssd_scan_fwd_kernel,
+            self._walks(BP, BN),
+            *(x, B, self.C, self.D, self.z, p, self.gates, initial_state, state_indices, self.cu_seqlens, y, h, ht),
+            *(self.T, self.sequences, bank_size(initial_state)),
+            *(x.stride(), B.stride(), self.C.stride(), strides(self.z, 4), state_strides(initial_state)),
+            *strides(self.D, 1),
+            **self.sizes,
+            BP=BP,
+            BN=BN,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def _walk_tiles(self, whole: bool) -> tuple[Tiles, int, int]:
+        tiles = self.tiles("scan" if whole else "states")
+        BN = power_of_two(self.N)
+        return tiles, min(tiles.tile, power_of_two(self.P)), BN if whole else min(tiles.tile, BN)
+
+    def _walks(self, BP: int, BN: int) -> int:
+        return self.sequences * self.H * triton.cdiv(self.P, BP) * triton.cdiv(self.N, BN)
+
+    def is_split(self) -> bool:
+        """Whether a kernel of its own makes the output, for all chunks at once: where walks are long and so few that
+        most of the chip would watch."""
+        forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
+        if forced:
+            return forced == "split"
+        walks = self._walks(*self._walk_tiles(True)[1:])
+        return 2 * walks <= target_of(self.C.device).processors and self.B * self.T >= 1024 * self.sequences
+
+    def output(self, x: Tensor, p: Tensor, h: Tensor, y: Tensor) -> None:
+        tiles = self.tiles("output")
+        BP = min(tiles.tile, power_of_two(self.P))
+        launch(
+            ssd_output_fwd_kernel,
+            self.slots * self.H * triton.cdiv(self.P, BP),
+            *(x, self.C, self.D, self.z, p, self.gates, h, self.cu_seqlens, y, self.T, self.sequences, self.N),
+            *(x.stride(), self.C.stride(), strides(self.z, 4), *strides(self.D, 1)),
+            **self.sizes,
+            BP=BP,
+            BI=tiles.tile,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+
+def ssd_forward(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    state_indices,
+    cu_seqlens,
+    *,
+    dt_softplus,
+    dt_limit,
+    output_final_state,
+    chunk_size,
+) -> tuple[Tensor, Tensor]:
+    call = _Call(dt, A, C, D, z, dt_bias, x.shape[3], cu_seqlens, dt_softplus, dt_limit, chunk_size)
+    y = call.tokens()
+    final = call.final_states(call.sequences if output_final_state else 0)
+    ht = final if output_final_state else None
+    p = call.pairs(call.H)
+    call.prepare(B, p=p)
+    if call.is_split():
+        h = call.chunk_states()
+        call.scan(x, B, p, initial_state, state_indices, h=h, ht=ht)
+        call.output(x, p, h, y)
+    else:
+        call.scan(x, B, p, initial_state, state_indices, y=y, ht=ht)
+    return y, final
+
+
+def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
+    (rows, H, P), (_, G, N) = x.shape, B.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tiles = choose_tiles(TILES["step", x.element_size()], x.device)
+    BP = min(tiles.tile, power_of_two(P))
+    launch(
+        ssd_step_kernel,
+        rows * H * triton.cdiv(P, BP),
+        *(x, dt, A, B, C, D, z, dt_bias, state, state_indices, y, *dt_limit, state.shape[0]),
+        *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 3), state.stride()),
+        *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),
+        H=H,
+        G=G,
+        P=P,
+        N=N,
+        SOFTPLUS=dt_softplus,
+        BP=BP,
+        BN=power_of_two(N),
+        tiles=tiles,
+    )
+    return y

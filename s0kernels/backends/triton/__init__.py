@@ -4,13 +4,20 @@ import torch
 import triton
 
 from s0kernels.backends.triton.delta import gated_delta_rule_backward, gated_delta_rule_forward, gated_delta_rule_step
+from s0kernels.backends.triton.mamba import ssd_backward, ssd_forward, ssd_step
 
-__all__ = ["gated_delta_rule_backward", "gated_delta_rule_forward", "gated_delta_rule_step", "supports"]
+__all__ = [
+    "gated_delta_rule_backward",
+    "gated_delta_rule_forward",
+    "gated_delta_rule_step",
+    "ssd_backward",
+    "ssd_forward",
+    "ssd_step",
+    "supports",
+]
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if not op.startswith("gated_delta_rule"):
-        return "has no kernels for it"
     if dtype == torch.float64:
         return "computes in fp32, not in fp64"
     if device.type == "cuda":

@@ -7,14 +7,15 @@ import triton
 from torch import Tensor
 
 from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_of_two, strides, target_of
-from s0kernels.backends.triton.mamba_forward import (
-    ROWS,
-    ssd_output_fwd_kernel,
-    ssd_prepare_kernel,
-    ssd_scan_fwd_kernel,
+from s0kernels.backends.triton.mamba_backward import (
+    ssd_groups_bwd_kernel,
+    ssd_heads_bwd_kernel,
+    ssd_scan_bwd_kernel,
+    ssd_sums_bwd_kernel,
 )
+from s0kernels.backends.triton.mamba_forward import ROWS, ssd_output_fwd_kernel, ssd_prepare_kernel, ssd_scan_fwd_kernel
 from s0kernels.backends.triton.mamba_step import ssd_step_kernel
-from s0kernels.backends.triton.states import bank_size, state_strides
+from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
 #: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of P, or of what a loop
@@ -24,13 +25,20 @@ TILES = {
     ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},
     ("states", 2): {80: Tiles(64, 4, 2)},
     ("output", 2): {80: Tiles(64, 4, 2)},
+    ("heads", 2): {80: Tiles(64, 8, 2)},
+    ("groups", 2): {80: Tiles(64, 8, 2)},
     ("step", 2): {80: Tiles(16, 4, 1)},
     ("prepare", 4): {80: Tiles(32, 8, 1)},
     ("scan", 4): {80: Tiles(32, 8, 1)},
     ("states", 4): {80: Tiles(32, 8, 1)},
     ("output", 4): {80: Tiles(32, 8, 1)},
+    ("heads", 4): {80: Tiles(32, 8, 1)},
+    ("groups", 4): {80: Tiles(32, 8, 1)},
     ("step", 4): {80: Tiles(16, 4, 1)},
 }
+
+#: inputs without tokens, whose gradients are sums over all chunks
+_SCALARS = ("A", "D", "dt_bias")
 
 
 class _Call:
@@ -128,8 +136,8 @@ class _Call:
         forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
         if forced:
             return forced == "split"
-        walks = self._walks(*self._walk_tiles(True)[1:])
-        return 2 * walks <= target_of(self.C.device).processors and self.B * self.T >= 1024 * self.sequences
+        long = 1024 * self.sequences <= self.B * self.T
+        return long and 2 * self._walks(*self._walk_tiles(True)[1:]) <= target_of(self.C.device).processors
 
     def output(self, x: Tensor, p: Tensor, h: Tensor, y: Tensor) -> None:
         tiles = self.tiles("output")
@@ -145,6 +153,68 @@ class _Call:
             **self.blocks,
             tiles=tiles,
         )
+
+    def scan_backward(self, x, B, do, dht, initial_state, state_indices, *, h=None, dh=None, dh0=None) -> None:
+        tiles, BP, BN = self._walk_tiles(False)
+        walks = self._walks(BP, BN)
+        backwards = 0 if dh is None and dh0 is None else walks
+        launch(
+            ssd_scan_bwd_kernel,
+            backwards if h is None else backwards + walks,
+            *(x, B, self.C, self.z, self.gates, initial_state, state_indices, self.cu_seqlens, do, dht, h, dh, dh0),
+            *(self.T, self.sequences, bank_size(initial_state), backwards),
+            *(strides(x, 4), strides(B, 4), self.C.stride(), strides(self.z, 4), state_strides(initial_state)),
+            *(do.stride(), strides(dht, 4)),
+            **self.sizes,
+            BP=BP,
+            BN=BN,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def heads_backward(self, x, B, cb, do, h, dh, *, dx, dz, ddt, dcb, dA, dD, dbias, decays: bool) -> None:
+        tiles = self.tiles("heads")
+        BP = min(tiles.tile, power_of_two(self.P))
+        launch(
+            ssd_heads_bwd_kernel,
+            self.slots * self.H,
+            *(x, self.dt, self.A, B, self.C, self.D, self.z, self.dt_bias, cb, self.gates, do, h, dh, self.cu_seqlens),
+            *(dx, dz, ddt, dcb, dA, dD, dbias, *self.limit, self.T, self.sequences, self.N, triton.cdiv(self.P, BP)),
+            *(x.stride(), self.dt.stride(), B.stride(), self.C.stride(), strides(self.z, 4), do.stride()),
+            *(*self.A.stride(), *strides(self.D, 1), *strides(self.dt_bias, 1)),
+            **self.sizes,
+            DECAYS=decays,
+            SOFTPLUS=self.softplus,
+            BP=BP,
+            BI=tiles.tile,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def groups_backward(self, x, B, do, h, dh, dcb, *, dB, dC) -> None:
+        tiles = self.tiles("groups")
+        BN = min(tiles.tile, power_of_two(self.N))
+        wanted = (dB is not None) + (dC is not None)
+        launch(
+            ssd_groups_bwd_kernel,
+            self.slots * self.G * wanted * triton.cdiv(self.N, BN),
+            *(x, B, self.C, self.z, self.gates, do, h, dh, dcb, self.cu_seqlens, dB, dC),
+            *(self.T, self.sequences, self.H // self.G, self.P),
+            *(x.stride(), B.stride(), self.C.stride(), strides(self.z, 4), do.stride()),
+            **self.sizes,
+            BP=min(tiles.tile, power_of_two(self.P)),
+            BN=BN,
+            **self.blocks,
+            tiles=tiles,
+        )
+
+    def add_slots(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[slots, H] to [H], each."""
+        sums = {name: part.new_empty(self.H) for name, part in parts.items()}
+        if sums:
+            rows = [found.get(name) for found in (parts, sums) for name in _SCALARS]
+            launch(ssd_sums_bwd_kernel, self.H, *rows, self.slots, self.H, BS=256, tiles=Tiles(256, 4, 1))
+        return sums
 
 
 def ssd_forward(
@@ -178,6 +248,55 @@ def ssd_forward(
     else:
         call.scan(x, B, p, initial_state, state_indices, y=y, ht=ht)
     return y, final
+
+
+def ssd_backward(
+    doutput,
+    dfinal,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    state_indices,
+    cu_seqlens,
+    *,
+    state_shape,
+    dt_softplus,
+    dt_limit,
+    chunk_size,
+    wanted,
+) -> dict[str, Tensor]:
+    P = doutput.shape[3] if doutput is not None else dfinal.shape[2]
+    call = _Call(dt, A, C, D, z, dt_bias, P, cu_seqlens, dt_softplus, dt_limit, chunk_size)
+    doutput = C.new_zeros(1).expand(*dt.shape, P) if doutput is None else doutput.to(C.dtype)
+    others, pairs = wanted - {"initial_state"}, wanted & {"B", "C"}
+    decays = bool(wanted & {"dt", "A", "dt_bias"})
+    cb = call.pairs(call.G) if others else None
+    call.prepare(B if others else None, cb=cb)
+    h = call.chunk_states() if decays or wanted & {"z", "C"} else None
+    dh = call.chunk_states() if decays or wanted & {"x", "B"} else None
+    dh0 = call.final_states(call.sequences) if "initial_state" in wanted else None
+    call.scan_backward(x, B, doutput, dfinal, initial_state, state_indices, h=h, dh=dh, dh0=dh0)
+    grads = {}
+    if others:
+        inputs = {"x": x, "z": z, "dt": dt, "B": B, "C": C}
+        grads = {n: torch.empty(t.shape, dtype=t.dtype, device=t.device) for n, t in inputs.items() if n in wanted}
+        parts = {n: call.scratch(call.slots, call.H, dtype=torch.float32) for n in _SCALARS if n in wanted}
+        dcb = call.pairs(call.H) if pairs else None
+        tokens = {"dx": grads.get("x"), "dz": grads.get("z"), "ddt": grads.get("dt"), "dcb": dcb}
+        heads = {"dA": parts.get("A"), "dD": parts.get("D"), "dbias": parts.get("dt_bias"), "decays": decays}
+        call.heads_backward(x, B, cb, doutput, h, dh, **tokens, **heads)
+        if pairs:
+            call.groups_backward(x, B, doutput, h, dh, dcb, dB=grads.get("B"), dC=grads.get("C"))
+        grads |= call.add_slots(parts)
+    if "initial_state" in wanted:
+        grads["initial_state"] = reduce_state_grad(dh0, state_shape, state_indices)
+    return grads
 
 
 def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:

@@ -1,7 +1,7 @@
 """Kernels of Mamba-2 SSD, forward.
 
-With a = dt A, G_i = exp(a_1 + .. + a_i), E_i = exp(a_{i+1} + .. + a_C) and D_ij = exp(a_{j+1} + .. + a_i) inside a chunk
-of C tokens, S [P, N] the state at its start and S' at its end:
+With a = dt A, G_i = exp(a_1 + .. + a_i), E_i = exp(a_{i+1} + .. + a_C) and D_ij = exp(a_{j+1} + .. + a_i) inside a
+chunk of C tokens, S [P, N] the state at its start and S' at its end:
 
     M   = lower(C B^T * D)
     Y   = diag(G) C S^T + M diag(dt) X

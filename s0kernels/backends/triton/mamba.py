@@ -21,8 +21,8 @@ from s0kernels.backends.triton.tiles import slot_count
 #: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of P, or of what a loop
 #: sums over), warps, pipeline stages.
 TILES = {
-    ("prepare", 2): {80: Tiles(64, 4, 2)},
-    ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},
+    ("prepare", 2): {80: Tiles(64, 8, 2)},
+    ("scan", 2): {80: Tiles(64, 8, 2)},
     ("states", 2): {80: Tiles(64, 4, 2)},
     ("output", 2): {80: Tiles(64, 4, 2)},
     ("heads", 2): {80: Tiles(64, 8, 2)},
@@ -174,7 +174,7 @@ class _Call:
 
     def heads_backward(self, x, B, cb, do, h, dh, *, dx, dz, ddt, dcb, dA, dD, dbias, decays: bool) -> None:
         tiles = self.tiles("heads")
-        BP = min(tiles.tile, power_of_two(self.P))
+        BP = min(32, power_of_two(self.P))
         launch(
             ssd_heads_bwd_kernel,
             self.slots * self.H,

@@ -244,8 +244,8 @@ def ssd_heads_bwd_kernel(
     b_dt = tl.load(p_gates + DT * BT)
     b_a = tl.load(A + i_h * sA).to(tl.float32)
     b_decay = decay_matrix(b_dt * b_a, BT)
-    b_m = b_decay * tl.load(cb + (i_s.to(tl.int64) * G + i_g) * BT * BT + o_tile).to(tl.float32)
-    b_p = (b_m * b_dt[None, :]).to(dtype)
+    p_cb = cb + (i_s.to(tl.int64) * G + i_g) * BT * BT + o_tile
+    b_p = (tl.load(p_cb).to(tl.float32) * b_decay * b_dt[None, :]).to(dtype)
     b_k = tl.zeros([BT, BT], tl.float32)
     b_starts, b_ends = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     b_carried = 0.0
@@ -282,12 +282,13 @@ def ssd_heads_bwd_kernel(
             tl.store(dz + o_out, b_dz.to(dtype), mask=mask)
 
     b_skips = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_k, 0.0))
-    b_k = tl.where(o_t[:, None] >= o_t[None, :], b_k, 0.0)
+    b_k *= b_decay
     if dcb is not None:
-        tl.store(dcb + at * BT * BT + o_tile, (b_k * b_decay * b_dt[None, :]).to(dtype))
+        tl.store(dcb + at * BT * BT + o_tile, (b_k * b_dt[None, :]).to(dtype))
     b_rates, b_biases = 0.0, 0.0
     if DECAYS:
-        b_k *= b_m
+        # the policy makes this another load than the one above, so that C B^T is not kept in registers
+        b_k *= tl.load(p_cb, eviction_policy="evict_first").to(tl.float32)
         b_da = tl.cumsum(b_starts, axis=0, reverse=True) + b_carried * tl.load(
             gates + at * ROWS * BT + START * BT + BT - 1
         )

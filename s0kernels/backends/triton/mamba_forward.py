@@ -190,7 +190,7 @@ def walk_forward(
     p_B = B + i_b * sB[0] + bos * sB[1] + i_g * sB[2]
     p_C = C + i_b * sC[0] + bos * sC[1] + i_g * sC[2]
     o_h = o_p[:, None] * N + o_n[None, :]
-    for i_c in range(tl.cdiv(length, BT)):
+    for i_c in tl.range(tl.cdiv(length, BT), disable_licm=True):
         rows = length - i_c * BT
         i_t = tl.cast(i_c, tl.int64) * BT
         at = (i_s + i_c) * H + i_h

@@ -24,6 +24,7 @@ METHOD = ROOT / ".deps" / "s0-tuning"
 def python(*arguments: str, path: Path | None = None, **options) -> subprocess.CompletedProcess:
     folders = [path, ROOT, TESTS] if path else [ROOT, TESTS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    environment.pop("TRITON_INTERPRET", None)  # of the tests in this process
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
 

@@ -21,10 +21,15 @@ FLA = ROOT / ".deps" / "fla"
 METHOD = ROOT / ".deps" / "s0-tuning"
 
 
+def environment(*first: Path) -> dict[str, str]:
+    """For a process that imports what this one does, from `first` before all else."""
+    folders = [*first, *filter(None, [os.environ.get("PYTHONPATH")]), ROOT, TESTS]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
 def python(*arguments: str, path: Path | None = None, **options) -> subprocess.CompletedProcess:
-    folders = [path, ROOT, TESTS] if path else [ROOT, TESTS]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
+    options["env"] = environment(path) if path else environment()
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
 def test_ops_need_torch_alone():

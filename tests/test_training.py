@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import error
 from models import MODELS, checkpoint_layers, close, every_family, tokenizer
-from test_surroundings import ROOT, TESTS, python
+from test_surroundings import environment, python
 
 from s0kernels import S0Config, S0States, S0Trainer
 from s0kernels.batches import make_batches
@@ -412,10 +412,8 @@ tuned.save(sys.argv[2])
 
 def test_a_killed_process_is_resumed_with_the_same_bits(tmp_path):
     """SIGKILL in the middle of things, then to the end."""
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(tmp_path / "resumed")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         for line in process.stdout:
             if int(line) >= 9:
                 time.sleep(0.01)

@@ -126,6 +126,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from s0kernels import S0Config, S0Trainer
+    from s0kernels.learner import processes
 
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
@@ -135,7 +136,8 @@ def _tune(options: argparse.Namespace) -> None:
     result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
     trainer.save(options.output)
     first = trainer.history[0]["loss"] if trainer.history else result["final_loss"]
-    print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
+    if processes().is_main_process:
+        print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
 
 
 def _training_data(path: Path) -> Path | dict[str, Path]:

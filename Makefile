@@ -14,9 +14,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.installed $(DATASETS)/.installed
 	$(PYTEST)
-	PYTHONPATH=$(OLDER) $(PYTEST) tests/test_modules.py tests/test_injection.py tests/test_attaching.py \
+	PYTHONPATH=$(CURDIR)/$(OLDER) $(PYTEST) tests/test_modules.py tests/test_injection.py tests/test_attaching.py \
 		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
-		tests/test_training.py tests/test_processes.py tests/test_data.py tests/test_against_transformers.py
+		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
+		tests/test_files.py tests/test_against_transformers.py
 
 # The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans.
 sanitize: $(VENV)/.installed

@@ -70,7 +70,7 @@ class Checkpoint:
         tensors, header = read_tensors(self._file)
         content = parse_json(header.get("s0_run", "{}"), f"the header of {self._file}")
         run, history = content.get("run"), content.get("history")
-        if not isinstance(run, dict) or not isinstance(history, list):
+        if not isinstance(run, dict) or not _is_history(history):
             raise ValueError(f"{self._file} is not a checkpoint of a training run")
         differing = {key: (run.get(key), value) for key, value in self._run.items() if run.get(key) != value}
         if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
@@ -82,13 +82,23 @@ class Checkpoint:
             for layer in states:
                 parameter = states[layer]
                 found = [tensors.get(f"{layer}.{name}") for name in ("state", *_MOMENTS)]
-                if any(t is None or t.shape != parameter.shape or t.dtype != parameter.dtype for t in found):
-                    raise ValueError(f"{self._file} does not hold what layer {layer} needs")
+                for tensor in found:
+                    alike = tensor is not None and (tensor.shape, tensor.dtype) == (parameter.shape, parameter.dtype)
+                    if not alike or not tensor.isfinite().all():
+                        raise ValueError(f"{self._file} does not hold what layer {layer} needs")
                 parameter.copy_(found[0])
                 if history:
                     moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
                     optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
         return history, content.get("ended") is True
+
+
+def _is_history(value: Any) -> bool:
+    """An entry for every step, in order, with a loss."""
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and entry.get("step") == number and isinstance(entry.get("loss"), (int, float))
+        for number, entry in enumerate(value)
+    )
 
 
 def _plain(value: Any) -> Any:

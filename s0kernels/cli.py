@@ -44,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--json", action="store_true", help="print a JSON list of the new texts")
     generate.set_defaults(run=_generate)
 
+    aot = commands.add_parser("aot", help="compile the Triton kernels for GPUs, with or without one: registers, spills")
+    aot.add_argument("--capability", type=int, action="append", choices=(80, 90, 100), help="default: all of them")
+    aot.add_argument("--case", action="append", help="name of a case (default: all of them)")
+    aot.add_argument("--json", action="store_true", help="print a JSON list of rows")
+    aot.set_defaults(run=_aot)
+
     demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
     demo.add_argument("rest", nargs=argparse.REMAINDER, help="options of examples/tiny/demo.py")
     demo.set_defaults(run=_demo)
@@ -56,6 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _aot(options: argparse.Namespace) -> None:
+    from s0kernels.backends.triton import aot
+
+    cases, capabilities = options.case or list(aot.CASES), options.capability or list(aot.TARGETS)
+    if unknown := [case for case in cases if case not in aot.CASES]:
+        raise ValueError(f"--case must be among {', '.join(aot.CASES)}, got {unknown[0]!r}")
+    rows = []
+    for case, call, capability, usage in aot.table(cases, capabilities):
+        rows.append({"case": case, "capability": capability, "call": call, **usage._asdict()})
+        print(f"\r{len(rows)} launches compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -103,6 +126,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from s0kernels import S0Config, S0Trainer
+    from s0kernels.learner import processes
 
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
@@ -112,7 +136,8 @@ def _tune(options: argparse.Namespace) -> None:
     result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
     trainer.save(options.output)
     first = trainer.history[0]["loss"] if trainer.history else result["final_loss"]
-    print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
+    if processes().is_main_process:
+        print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
 
 
 def _training_data(path: Path) -> Path | dict[str, Path]:

@@ -47,8 +47,17 @@ def check_names(names: Iterable) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
-        if name in ("", "..", STATES, CONFIG, META, TASKS) or name != Path(name).name or "\0" in name or len(name) > 80:
+        if not _is_directory_name(name):
             raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
+
+
+def _is_directory_name(name: str) -> bool:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    free = name not in ("..", STATES, CONFIG, META, TASKS) and name == Path(name).name and "\0" not in name
+    return free and 0 < length <= 255
 
 
 def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, name: str = "data") -> list[Example]:
@@ -129,12 +138,12 @@ def _pair(text: Any, length: Any, where: str, tokenizer: Any) -> tuple[list[int]
         raise TypeError(f"{where} must be a pair (str, int), got ({type(text).__name__}, {type(length).__name__})")
     if length < 0:
         raise ValueError(f"{where}: prompt_length must not be negative, got {length}")
-    return _encode(text, tokenizer), int(length)
+    return encode(text, where, tokenizer), int(length)
 
 
 def _completion(prompt: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _join(prompt, completion, tokenizer)
+        return _join(prompt, completion, where, tokenizer)
     if isinstance(prompt, str) or isinstance(completion, str):
         raise TypeError(
             f"{where}: prompt and completion must both be strings or both be messages, got "
@@ -166,17 +175,23 @@ def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokeni
             f"{where}: the chat template does not write the prompt in the same way with the reply and without it, "
             f"so there is no telling them apart; give prompt and completion as strings"
         )
-    return _join(prompt, whole[len(prompt) :], tokenizer, add_special_tokens=False)
+    return _join(prompt, whole[len(prompt) :], where, tokenizer, add_special_tokens=False)
 
 
-def _join(prompt: str, completion: str, tokenizer: Any, **options: bool) -> tuple[list[int], int]:
+def _join(prompt: str, completion: str, where: str, tokenizer: Any, **options: bool) -> tuple[list[int], int]:
     """The tokens of both. Where one would reach across the border they are tokenized apart, because a generation goes
     on from the tokens of the prompt alone."""
-    start, ids = _encode(prompt, tokenizer, **options), _encode(prompt + completion, tokenizer, **options)
+    start, ids = (encode(text, where, tokenizer, **options) for text in (prompt, prompt + completion))
     if ids[: len(start)] != start:
-        ids = start + _encode(completion, tokenizer, add_special_tokens=False)
+        ids = start + encode(completion, where, tokenizer, add_special_tokens=False)
     return ids, len(start)
 
 
-def _encode(text: str, tokenizer: Any, **options: bool) -> list[int]:
-    return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+def encode(text: str, where: str, tokenizer: Any, **options: bool) -> list[int]:
+    """Tokens of a text, whole, whatever the tokenizer's own limit is."""
+    if not callable(tokenizer):
+        raise TypeError(f"{where} needs a tokenizer, and the trainer's is {tokenizer!r}")
+    try:
+        return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+    except (TypeError, UnicodeError) as error:  # of a text with half a surrogate pair, as JSON can hold
+        raise ValueError(f"{where} has a text that the tokenizer does not take: {text[:80]!r}") from error

@@ -1,6 +1,8 @@
 """The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
 
+import atexit
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -196,4 +198,16 @@ def processes():
     """The processes that train together; one, unless started by `accelerate launch` or the like."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    distributed = torch.distributed
+    theirs = distributed.is_available() and distributed.is_initialized()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if not theirs and distributed.is_available() and distributed.is_initialized():
+        atexit.register(_end_process_group, os.getpid())
+    return state
+
+
+def _end_process_group(process: int) -> None:
+    """The group that `processes` has made, in the process that made it. A thread of gloo's that still held a tensor
+    while Python shuts down would abort the process."""
+    if os.getpid() == process and torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()

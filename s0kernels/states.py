@@ -30,7 +30,7 @@ class S0States(nn.Module):
     """The initial states S0 of a model: for each recurrent layer one fp32 parameter [tasks, *state].
 
     A state is [HV, K, V] for the gated delta rule and [H, P, N] for Mamba-2. The module lies outside the model; it is
-    what an optimizer trains. For DDP or FSDP put both into one module, whose forward calls the model.
+    what an optimizer trains. For DistributedDataParallel put both into one module, whose forward calls the model.
     `states[layer_index]` is the parameter of a layer.
 
     Args:
@@ -66,12 +66,13 @@ class S0States(nn.Module):
             all(isinstance(name, str) for name in self.names) and len(self.names) == len(set(self.names)) == tasks
         ):
             raise ValueError(f"S0States: names must be {tasks} different strings, got {self.names}")
-        self._by_layer = nn.ParameterDict(
-            {
-                str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
-                for layer, state in sorted(states.items())
-            }
-        )
+        with torch.inference_mode(False):  # what inference mode makes cannot be trained afterwards
+            self._by_layer = nn.ParameterDict(
+                {
+                    str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
+                    for layer, state in sorted(states.items())
+                }
+            )
         self._sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
     @classmethod
@@ -206,7 +207,8 @@ class S0States(nn.Module):
         Args:
             model: a model after `swap_modules`. States attached to it before are replaced.
             scale: factor alpha. At 1 the parameters themselves are used. Any other value is multiplied in once, here,
-                and again only when the parameters have changed or a gradient is to flow.
+                and again only when the parameters have changed (which writing through `.data` hides), when a gradient
+                is to flow, and in compiled graphs.
             tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
                 tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
                 returned sequences) the tasks follow.
@@ -355,8 +357,9 @@ class S0States(nn.Module):
             states.check_fits(site)
             states._compare_base(base_model(model), path)
             devices = layer_devices(model)
-            for layer in states.layers:
-                states[layer].data = states[layer].data.to(devices[layer])
+            with torch.inference_mode(False):
+                for layer in states.layers:
+                    states[layer].data = states[layer].data.to(devices[layer])
         return states, config
 
     def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike) -> None:

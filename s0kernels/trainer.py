@@ -16,7 +16,7 @@ from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_fi
 from s0kernels.batches import Batch, make_batches
 from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
-from s0kernels.data import Example, check_names, read_tasks
+from s0kernels.data import Example, check_names, encode, read_tasks
 from s0kernels.learner import Callback, EvalMode, Frozen, Learner, processes
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
@@ -295,7 +295,7 @@ class S0Trainer:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise TypeError(f"S0Trainer.generate: prompt must be a string or a list of them, got {prompt!r}")
-        encoded = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
+        encoded = [encode(text, "S0Trainer.generate: prompt", self.tokenizer) for text in prompts]
         if not all(encoded):
             raise ValueError(f"S0Trainer.generate: prompt {prompts[encoded.index([])]!r} has no tokens")
         selection = None if task is None else self._select(task, "generate")

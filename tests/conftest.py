@@ -6,6 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # the Triton kernels then run in its interpreter, chosen before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Few and small matrices: a second thread costs more than it brings, and more so beside other work.
 torch.set_num_threads(1)
 

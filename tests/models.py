@@ -133,9 +133,9 @@ def falcon_with_norm_and_biases():
     return falcon(mamba_rms_norm=True, mamba_proj_bias=True, projectors_bias=True, mamba_norm_before_gate=False)
 
 
-def bamba():
+def bamba(**changes):
     torch.manual_seed(0)
-    return _slow(BambaForCausalLM(BambaConfig(**_BAMBA)))
+    return _slow(BambaForCausalLM(BambaConfig(**{**_BAMBA, **changes})))
 
 
 MODELS = {

@@ -1,12 +1,13 @@
 """Which states a forward starts from: a task per row, threads, contexts, packed sequences."""
 
+import asyncio
 import inspect
 import threading
 
 import pytest
 import torch
-from models import MODELS, PAD, close, every_family, every_model, qwen, random_states, tokens
-from transformers import DynamicCache
+from models import MODELS, PAD, close, every_family, every_model, padded, qwen, ragged, random_states, tokens
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from s0kernels import swap_modules
 from s0kernels.modules.injection import _DECODER_ARGUMENTS, BindStates
@@ -41,6 +42,41 @@ def test_a_task_per_row(name):
         inner = model(ids).logits
     with states.attached(model, tasks=1):
         assert torch.equal(inner, model(ids).logits)
+
+
+@every_family
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_tasks_follow_beams(name, options):
+    """In a padded batch, token for token as one by one."""
+    model = swap_modules(MODELS[name]())
+    states, rows, tasks = random_states(model, tasks=2), ragged(), [1, 0, -1, 1]
+    ids, mask = padded(rows, "left")
+    call = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, **options}
+    with states.attached(model, tasks=tasks):
+        together = model.generate(ids, attention_mask=mask, **call)[:, ids.shape[1] :].chunk(len(rows))
+    for row, task, found in zip(rows, tasks, together, strict=True):
+        with states.attached(model, tasks=task):
+            alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **call)[:, len(row) :]
+        assert torch.equal(found[:, : alone.shape[1]], alone)
+
+
+@every_family
+@torch.no_grad()
+def test_tasks_follow_sampled_sequences(name):
+    """What the first tokens of several sequences per prompt are drawn from is that of the prompt's own task."""
+    model = swap_modules(MODELS[name]())
+    states, (ids, mask) = random_states(model, tasks=2), padded(ragged()[:2], "left")
+    call = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "num_return_sequences": 3, "pad_token_id": PAD}
+    call |= {"attention_mask": mask, "output_scores": True, "return_dict_in_generate": True}
+
+    def scores(tasks):
+        with states.attached(model, tasks=tasks):
+            return model.generate(ids, **call).scores[0].view(2, 3, -1)
+
+    found, alone = scores([1, 0]), [scores(0), scores(1)]
+    assert not close(alone[0], alone[1], 0.01)
+    assert close(found[0], alone[1][0])
+    assert close(found[1], alone[0][1])
 
 
 @every_family
@@ -108,6 +144,63 @@ def test_attaching_holds_for_every_thread_and_attached_for_its_own(name):
     assert torch.equal(logits(), zero)
 
 
+@every_family
+def test_two_threads_with_two_tasks_do_not_meet(name):
+    """At the same time on one model: each generates its own task's tokens and gets its own task's gradient."""
+    model, ids = swap_modules(MODELS[name]()).requires_grad_(False), tokens(1, 12)
+    call = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+
+    def work(states):
+        generated = model.generate(ids, **call)
+        states.zero_grad()
+        model(ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum().backward()
+        return [generated, *(state.grad for state in states.parameters())]
+
+    tasks, truth = [random_states(model, seed=seed, size=1.0) for seed in (1, 2)], []
+    for states in tasks:
+        with states.attached(model):
+            truth.append([tensor.clone() for tensor in work(states)])
+    assert not torch.equal(truth[0][0], truth[1][0])
+    barrier, found = threading.Barrier(2), [[], []]
+
+    def run(number):
+        with tasks[number].attached(model):
+            for _ in range(8):
+                barrier.wait(60)
+                found[number].append([tensor.clone() for tensor in work(tasks[number])])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert len(found[number]) == 8
+        assert all(torch.equal(a, b) for once in found[number] for a, b in zip(once, truth[number], strict=True))
+
+
+@every_family
+@torch.no_grad()
+def test_tasks_of_an_event_loop_do_not_meet(name):
+    model, ids = swap_modules(MODELS[name]()), tokens(1, 12)
+    states = random_states(model, tasks=2)
+
+    async def run(task):
+        found = []
+        with states.attached(model, tasks=task):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                found.append(model(ids).logits)
+        return found
+
+    async def both():
+        return await asyncio.gather(run(0), run(1))
+
+    for task, found in enumerate(asyncio.run(both())):
+        with states.attached(model, tasks=task):
+            assert all(torch.equal(logits, model(ids).logits) for logits in found)
+
+
 @torch.no_grad()
 def test_attached_may_end_in_any_order():
     """As generators make it; the last to begin wins among those that are left."""
@@ -169,6 +262,21 @@ def test_packed_sequences_start_anew(name, way):
     found.log_softmax(-1)[..., 7].sum().backward()
     for layer, grad in zip(states, grads, strict=True):
         assert close(states[layer].grad, grad), layer
+
+
+@every_family
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=str)
+def test_what_the_collator_of_transformers_packs(name, options):
+    """With its labels: logits and loss are those of separate sequences."""
+    model = swap_modules(MODELS[name]()).requires_grad_(False)
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 2, 30)]
+    batch = DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in rows])
+    with random_states(model).attached(model):
+        separate = [model(row[None], labels=row[None]) for row in rows]
+        found = model(**batch, use_cache=False)
+    assert close(found.logits[0], torch.cat([output.logits[0] for output in separate]))
+    counts = torch.tensor([len(row) - 1.0 for row in rows])
+    assert close(found.loss, (counts * torch.stack([output.loss for output in separate])).sum() / counts.sum())
 
 
 @every_family

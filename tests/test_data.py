@@ -98,6 +98,8 @@ def test_conversations():
         ({"messages": TURNS[1:]}, ValueError, r"data\[1\]: the last message must be the assistant's, after"),
         ({"messages": [{"role": "user"}, 3]}, TypeError, r"data\[1\]: messages must be a list of mappings"),
         ({"messages": [{}, {"role": "assistant"}]}, ValueError, r"data\[1\]: the tokenizer cannot write it"),
+        ({"prompt": "\ud800", "completion": "b"}, ValueError, r"data\[1\] has a text that the tokenizer does not take"),
+        ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, ValueError, r"data\[1\] has a text that"),
         (3, TypeError, r"data\[1\] must be a pair .* or a mapping, got int"),
         (("ab", 1, 2), TypeError, r"data\[1\] must be a pair .* or a mapping, got tuple of 3"),
         (
@@ -114,6 +116,15 @@ def test_bad_records_are_named(bad, kind, message):
         read([("ab", 1), bad], tok)
 
 
+def test_text_of_any_alphabet():
+    """In whatever tokens it comes; in a file as it is or escaped."""
+    tok = tokenizer()
+    for prompt, completion in (("日本", "語です"), ("e\u0301", "\u2028x"), ("😀", "👩‍👩‍👧"), ("\0", "\x7f\n")):
+        (example,) = read([{"prompt": prompt, "completion": completion}], tok)
+        assert example.ids == tok(prompt + completion)["input_ids"]
+        assert example.prompt_length == len(tok(prompt)["input_ids"])
+
+
 def test_bad_data_and_files_are_named(tmp_path):
     for bad, kind, message in (
         (3, TypeError, "data must be examples or the path of a file, got int"),
@@ -128,6 +139,7 @@ def test_bad_data_and_files_are_named(tmp_path):
         (b'["ab", 1]\n{"prompt": \n', "data.jsonl:2 is not JSON"),
         (b'["ab", 1]\n\n["ab", 9]', "data.jsonl:3 has nothing to predict"),
         (b"\xff\xfe", "data.jsonl is not UTF-8"),
+        (b'{"prompt": "a", "completion": "\\ud800"}', "data.jsonl:1 has a text that the tokenizer does not take"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

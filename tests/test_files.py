@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import falcon, qwen, random_states
+from models import MODELS, every_family, falcon, qwen, random_states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_surroundings import ROOT, python
 
 from s0kernels import S0Config, S0States, swap_modules
 from s0kernels._files import read_directory
+
+METHOD = ROOT / ".deps" / "s0-tuning"
 
 
 def test_the_layout_is_that_of_s0_tuning(tmp_path):
@@ -75,18 +78,23 @@ def test_what_does_not_fit_the_model_is_refused_with_both_sides(tmp_path):
         "falcon": falcon(),
         "wider": qwen(linear_value_head_dim=16),
         "fewer": qwen(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2),
+        "longer": falcon(mamba_d_state=20),
+        "lower": falcon(num_hidden_layers=2),
     }
     for name, model in models.items():
         random_states(swap_modules(model)).save(tmp_path / name)
-    for name, message in (
-        ("falcon", "'mamba2'.*'gated_delta_net'"),
-        ("wider", r"\[4, 8, 16\].*\[4, 8, 12\]"),
-        ("fewer", r"\[0\].*\[0, 1, 3\]"),
+    for name, target, message in (
+        ("falcon", "qwen", "'mamba2'.*'gated_delta_net'"),
+        ("wider", "qwen", r"\[4, 8, 16\].*\[4, 8, 12\]"),
+        ("fewer", "qwen", r"\[0\].*\[0, 1, 3\]"),
+        ("qwen", "falcon", "'gated_delta_net'.*'mamba2'"),
+        ("longer", "falcon", r"\[6, 8, 20\].*\[6, 8, 12\]"),
+        ("lower", "falcon", r"\[0, 1\].*\[0, 1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            S0States.load(tmp_path / name, models["qwen"])
+            S0States.load(tmp_path / name, models[target])
         with pytest.raises(ValueError, match=message):
-            S0States.load(tmp_path / name).attach(models["qwen"])
+            S0States.load(tmp_path / name).attach(models[target])
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -167,15 +175,16 @@ def test_a_save_that_fails_leaves_the_old_states(tmp_path, monkeypatch, failing)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "meta.json", "states.safetensors"]
 
 
-def test_states_learned_on_another_model_get_a_warning(tmp_path):
-    model, other = (swap_modules(qwen().bfloat16().float()) for _ in range(2))
+@every_family
+def test_states_learned_on_another_model_get_a_warning(name, tmp_path):
+    model, other = (swap_modules(MODELS[name]().bfloat16().float()) for _ in range(2))
     model.name_or_path = "some/model"  # as from_pretrained does
     states = random_states(model)
     states.save(tmp_path)
     assert states.base_model["name"] == "some/model"
     for same in (model, copy.deepcopy(model).bfloat16(), copy.deepcopy(model).half(), other, None):
         assert S0States.load(tmp_path, same).base_model == states.base_model
-    other.get_submodule("model.layers.1.linear_attn").conv1d.weight.data[0] *= 1.5
+    next(module for module in other.modules() if hasattr(module, "conv1d")).conv1d.weight.data[0] *= 1.5
     with pytest.warns(UserWarning, match=r"learned on some/model \(weights \w{16}\).*one without a name \(weights \w"):
         S0States.load(tmp_path, other)
 
@@ -199,6 +208,77 @@ def test_headers_of_any_size(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             S0States.load(tmp_path, model)
+
+
+@pytest.mark.skipif(not METHOD.is_dir(), reason="s0-tuning is not in .deps/s0-tuning; `make test` puts it there")
+@every_family
+def test_files_go_both_ways_between_s0_tuning_and_here(name, tmp_path):
+    code = f"""
+import torch
+from models import MODELS, random_states
+from s0.trainer import S0Trainer as Theirs
+from s0kernels import S0Config, S0States, swap_modules
+model = MODELS[{name!r}]()
+theirs = Theirs(model, tokenizer=None)
+states = random_states(swap_modules(MODELS[{name!r}]()))
+states.save("ours", config=S0Config(alpha=0.25, n_steps=7))
+theirs.load("ours")
+assert theirs.config.to_dict() == S0Config(alpha=0.25, n_steps=7).to_dict()
+assert sorted(theirs._states) == states.layers
+assert all(torch.equal(theirs._states[layer], states[layer][0]) for layer in states)
+theirs.save("theirs")
+for target in (None, swap_modules(MODELS[{name!r}]())):
+    loaded = S0States.load("theirs", target)
+    assert all(torch.equal(loaded[layer], states[layer]) for layer in states)
+    assert loaded.arch == states.arch
+print("both ways")
+"""
+    done = python("-c", code, path=METHOD, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "both ways" in done.stdout
+
+
+def test_a_save_that_is_killed_leaves_the_old_states_or_the_new(tmp_path):
+    """Two hundred saves of two states in turn, each in a process killed after a random time."""
+    code = """
+import os, random, signal, time
+import torch
+from s0kernels.config import S0Config
+from s0kernels._files import read_directory
+from s0kernels.states import S0States
+torch.set_num_threads(1)
+kinds = [S0States({layer: torch.full((1, 8, 32, 64), float(i)) for layer in (0, 3)}, "mamba2") for i in (1, 2)]
+kinds[0].save("states", config=S0Config(alpha=1.0))
+
+def start_saving(kind):
+    child = os.fork()
+    if not child:
+        kinds[kind].save("states", config=S0Config(alpha=kind + 1.0))
+        os._exit(0)
+    return child
+
+span = 0.01  # grows after every kill and shrinks after every save that got through, so that about half are killed
+found, killed = [0, 0, 0], 0
+random.seed(0)
+for i in range(200):
+    child = start_saving((i + 1) % 2)
+    time.sleep(random.uniform(0, span))
+    os.kill(child, signal.SIGKILL)
+    dead = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    killed, span = killed + dead, span * (1.15 if dead else 0.87)
+    tensors, meta, config = read_directory("states")
+    value = float(tensors[0].flatten()[0])
+    assert value in (1.0, 2.0) and all((tensor == value).all() for tensor in tensors.values())
+    assert config["alpha"] == value
+    found[int(value)] += 1
+print(killed, found[1], found[2])
+"""
+    done = python("-W", "ignore", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    killed, first, second = map(int, done.stdout.split())
+    assert 20 < killed < 180
+    assert first > 10
+    assert second > 10
 
 
 WORD = st.sampled_from([b'"0"', b'"1"', b"F32", b"I64", b"F8_E4M3", b"BOOL", b"6,8,12", b"[", b"null"])
@@ -235,12 +315,7 @@ def test_files_changed_at_random_are_read_or_refused(tmp_path, fuzzed, choices):
         elif kind == "insert":
             content[place:place] = choices.draw(st.binary(max_size=9))
         else:
-            old, new = (
-                choices.draw(
-                    st.sampled_from([b'"0"', b'"1"', b"F32", b"I64", b"F8_E4M3", b"BOOL", b"6,8,12", b"[", b"null"])
-                )
-                for _ in range(2)
-            )
+            old, new = choices.draw(WORD), choices.draw(WORD)
             content = bytearray(bytes(content).replace(old, new, 1))
     for other, whole in files.items():
         (tmp_path / other).write_bytes(bytes(content) if other == name else whole)

@@ -20,6 +20,7 @@ from models import (
 from transformers import DynamicCache
 
 from s0kernels import swap_modules
+from s0kernels.modules.mixer import S0Mixer
 
 
 @every_model
@@ -49,10 +50,15 @@ def test_gradient_checkpointing(name, reentrant):
         model.enable_input_require_grads()
     model.train()
     states.zero_grad()
+    forwards = []
+    mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
+    for mixer in mixers:
+        mixer.register_forward_pre_hook(lambda module, _: forwards.append(module))
     with states.attached(model, tasks=[0, 1, -1]):
         logits = model(ids, use_cache=False).logits
     others.attach(model)
     logits.log_softmax(-1)[..., 7].sum().backward()
+    assert len(forwards) == 2 * len(mixers), "every layer is computed again"
     for layer, grad in zip(states, truth, strict=True):
         assert close(states[layer].grad, grad), layer
 
@@ -69,6 +75,29 @@ def test_gradient_under_autocast(name):
         assert a.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
         assert cosine > 0.99
+
+
+@every_model
+@torch.no_grad()
+def test_logits_under_autocast(name):
+    """No further from fp32 than those of the untouched model under autocast, twice over."""
+    model, ids = MODELS[name](), tokens(4, 20)
+    original = copy.deepcopy(model)
+    states = random_states(swap_modules(model))
+
+    def starting(dtype):
+        seeds = {layer: states[layer].detach() for layer in states}
+        cache = seeded_cache(original, seeds, rows=4)
+        for layer in seeds:
+            cache.layers[layer].conv_states[0] = cache.layers[layer].conv_states[0].to(dtype)
+        return cache
+
+    truth = original(ids, past_key_values=starting(torch.float32)).logits
+    with torch.autocast("cpu", torch.bfloat16), states.attached(model):
+        ours = model(ids).logits
+        theirs = original(ids, past_key_values=starting(torch.bfloat16)).logits
+    error, allowed = ((x - truth).float().norm() for x in (ours, theirs))
+    assert 0 < error <= 2 * allowed
 
 
 @every_model
@@ -117,5 +146,10 @@ def test_compiled_models_follow_what_is_attached(name):
         compiled(ids, use_cache=False)
         with others.attached(model):
             assert close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        states.requires_grad_(False).attach(model, scale=0.5)
+        for _ in range(2):  # changed in place, at a scale
+            assert close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+            for state in states.parameters():
+                state.mul_(-1)
         states.detach()
         assert close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

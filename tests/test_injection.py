@@ -8,6 +8,7 @@ from models import (
     EOS,
     MODELS,
     PAD,
+    bamba,
     close,
     every_family,
     every_model,
@@ -207,15 +208,18 @@ def test_sampling_follows_the_rows(name, swapped):
     assert len({tuple(row.tolist()) for row in several.sequences[:3]}) > 1
 
 
-@pytest.mark.parametrize("name", ["qwen"])  # transformers has none for Falcon-H1's layers
+@every_model
 @torch.no_grad()
 def test_static_cache(name, swapped):
     """Token for token as with a dynamic cache, and again after a reset."""
-    model, _ = swapped
+    model, states = swapped
     rows = ragged()
     ids, mask = padded(rows, "left")
     call = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    with states.attached(model, scale=0.0):
+        zero = model.generate(ids, attention_mask=mask, **call)
     truth = model.generate(ids, attention_mask=mask, **call)
+    assert not torch.equal(truth, zero)
     cache = StaticCache(config=model.config, max_cache_len=64)
     for _ in range(2):
         found = model.generate(ids, attention_mask=mask, past_key_values=cache, disable_compile=True, **call)
@@ -223,7 +227,8 @@ def test_static_cache(name, swapped):
         cache.reset()
 
 
-@pytest.mark.parametrize(("name", "static"), [("qwen", True), ("falcon", False)])
+@every_family
+@pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
 def test_generate_with_a_compiled_model(name, static):
     """Token for token, in whole graphs: nothing in a swapped mixer needs to look at a tensor's values."""
@@ -243,15 +248,20 @@ def test_generate_with_a_compiled_model(name, static):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("make", [falcon, bamba])
 @torch.no_grad()
-def test_pads_take_no_step_where_the_step_size_has_a_floor():
+def test_pads_take_no_step_where_the_step_size_has_a_floor(make):
     """dt is computed, clamped, then zeroed: a floor of the clamp must not decay S0 at pads."""
-    model = swap_modules(falcon(time_step_limit=(0.4, 0.8)))
+    model = swap_modules(make(time_step_limit=(0.4, 0.8)))
     random_states(model).attach(model)
-    rows = ragged()
+    rows, call = ragged(), {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
     for side in ("left", "mixed", "right"):
         ids, mask = padded(rows, side)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        together = model.generate(ids, attention_mask=mask, **call) if side == "left" else None
         for i, row in enumerate(rows):
             assert close(logits[i, mask[i].bool()], model(row[None]).logits[0])
+            if together is not None:
+                alone = model.generate(row[None], **call)[0, len(row) :]
+                assert torch.equal(together[i, ids.shape[1] :][: len(alone)], alone)

@@ -213,6 +213,31 @@ def test_generation_with_a_blend_goes_from_one_task_to_the_other(name):
     assert (run(first.blend(second, 0.9))[0] - logits_b).norm() < (logits_a - logits_b).norm()
 
 
+@every_family
+def test_what_inference_mode_makes_can_be_used_and_trained_outside(name, tmp_path):
+    model, ids = swap_modules(MODELS[name]()), tokens(2, 9)
+    random_states(model).save(tmp_path)
+    with torch.inference_mode():
+        made = [S0States.capture(model, ids), S0States.load(tmp_path, model), S0States.for_model(model)]
+        made.append(made[0].blend(made[1]))
+        for states in made:
+            states.requires_grad_(False)
+            states.attach(model, 0.5)
+            model(ids)
+    for states in made:
+        states.attach(model, 0.5)
+        model(ids).logits.sum().backward()
+        states.requires_grad_(True)
+        model(ids).logits.sum().backward()
+        assert all(state.grad.abs().max() > 0 for state in states.parameters())
+    with torch.inference_mode():
+        states.requires_grad_(False)
+        for state in states.parameters():
+            state.mul_(0.5)
+        model(ids)  # makes the product with the scale again
+    model(ids).logits.sum().backward()
+
+
 def recurrent_only(name):
     """Models in which a prompt leaves its traces in the recurrent states alone: attention adds nothing, and the
     convolutions look at one token."""

@@ -1,18 +1,13 @@
-"""Training runs: several tasks at once, callbacks, interruptions, more than one process."""
+"""Training runs: several tasks at once, callbacks, small and odd data."""
 
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy
 import pytest
 import torch
 from cases import error
-from models import MODELS, checkpoint_layers, close, every_family, tokenizer
-from test_surroundings import ROOT, TESTS, python
+from models import MODELS, checkpoint_layers, close, every_family, every_model, tokenizer
 
 from s0kernels import S0Config, S0States, S0Trainer
 from s0kernels.batches import make_batches
@@ -120,6 +115,8 @@ def test_refusals_about_tasks(tmp_path):
         ({"": PAIRS}, ValueError, "must serve as that of a directory"),
         ({"a\0b": PAIRS}, ValueError, "must serve as that of a directory"),
         ({"a" * 300: PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"😀" * 80: PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"\ud800": PAIRS}, ValueError, "must serve as that of a directory"),
         ({"states.safetensors": PAIRS}, ValueError, "must serve as that of a directory"),
         ({"prompt": "a", "completion": "b"}, TypeError, "data is a single example; put it into a list"),
         (type("DatasetDict", (dict,), {})(train=PAIRS), TypeError, r"one split of the data set, of \['train'\]"),
@@ -255,6 +252,50 @@ def test_callbacks_are_checked_before_anything_runs(bad):
 # What may go wrong on the way
 
 
+@every_family
+def test_small_and_long_data(name):
+    """One example; one that is cut, which is learned like what is left of it; none of the tokens that pad; no steps."""
+    (text, length), one = PAIRS[1], trainer(name)
+    one.train([(text[:15], length)], progress=False)
+    assert one.history[-1]["loss"] < one.history[0]["loss"]
+    cut = trainer(name, max_length=15)
+    cut.train([(text, length)], progress=False)
+    assert same_states(cut.states, one.states)
+    padded, bare, none = trainer(name), trainer(name), trainer(name, n_steps=0)
+    bare.tokenizer.pad_token = bare.tokenizer.eos_token = None
+    for tuned in (padded, bare, none):
+        tuned.train(PAIRS, progress=False)
+        tuned.activate()
+    assert same_states(padded.states, bare.states)
+    prompts, call = ["Q: 2+2?", "a"], {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert bare.generate(prompts, **call) == padded.generate(prompts, **call)
+    assert not any(state.any() for state in none.states.parameters())
+
+
+def test_a_trainer_without_a_tokenizer_says_so(tmp_path):
+    tuned = trainer()
+    tuned.train(PAIRS, progress=False)
+    tuned.save(tmp_path)
+    without = S0Trainer(tuned.model, None)
+    without.load(tmp_path)  # needs none
+    for call in (lambda: without.train(PAIRS), lambda: without.evaluate(PAIRS), lambda: without.generate("a")):
+        with pytest.raises(TypeError, match="needs a tokenizer, and the trainer's is None"):
+            call()
+    with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not take"):
+        tuned.generate("\ud800")
+
+
+@every_model
+def test_training_in_every_family(name):
+    """Padded and packed alike."""
+    padded, packed = trainer(name), trainer(name)
+    padded.train(PAIRS, progress=False)
+    packed.train(PAIRS, progress=False, packed=True)
+    assert padded.history[-1]["loss"] < padded.history[0]["loss"] - 0.1
+    for a, b in zip(packed.history, padded.history, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-3
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     tuned = trainer()
     handle = tuned.model.model.norm.register_full_backward_hook(lambda module, grad, _: (grad[0] * math.inf,))
@@ -291,143 +332,6 @@ def test_training_inside_inference_mode():
         inside.train(PAIRS, progress=False)
     outside.train(PAIRS, progress=False)
     assert same_states(inside.states, outside.states)
-
-
-# Checkpoints
-
-
-def interrupted(tuned, file, after, **options):
-    """Train until `after` steps are done, then fail."""
-
-    def fail(entry, states):
-        if entry["step"] == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned.train(PAIRS, checkpoint=file, progress=False, callbacks=[fail], **options)
-
-
-@every_family
-def test_an_interrupted_run_goes_on_with_the_same_bits(name, tmp_path):
-    whole = trainer(name, n_steps=7)
-    result = whole.train(PAIRS, progress=False)
-    for every, after, kept in ((1, 3, 3), (2, 3, 2), (3, 1, 0)):
-        file = tmp_path / f"{every}" / "run.safetensors"
-        model = MODELS[name]()
-        interrupted(trainer(model=model, n_steps=7), file, after, checkpoint_every=every)
-        steps = []
-        again = trainer(model=model, n_steps=7)
-        found = again.train(
-            PAIRS,
-            checkpoint=file,
-            checkpoint_every=every,
-            progress=False,
-            callbacks=[lambda entry, _, steps=steps: steps.append(entry["step"])],
-        )
-        assert steps == list(range(kept, 7))
-        assert found == result
-        assert again.history == whole.history
-        assert same_states(again.states, whole.states)
-
-
-def test_a_finished_run_is_not_trained_again_and_can_be_prolonged(tmp_path):
-    file = tmp_path / "run"
-    whole, short = trainer(n_steps=5), trainer(n_steps=3)
-    whole.train(PAIRS, progress=False)
-    result = short.train(PAIRS, progress=False, checkpoint=file)
-    again = trainer(n_steps=3, alpha=0.3)
-    assert again.train(PAIRS, progress=False, checkpoint=file) == result
-    assert same_states(again.states, short.states)
-    longer = trainer(n_steps=5)
-    longer.train(PAIRS, progress=False, checkpoint=file, tokens_per_batch=4095)
-    assert same_states(longer.states, whole.states)
-    assert longer.history == whole.history
-    with pytest.raises(ValueError, match="the checkpoint holds 5 steps, and n_steps is 3"):
-        again.train(PAIRS, progress=False, checkpoint=file)
-    for _ in range(2):  # a callback's word is final
-        stopped = trainer(n_steps=9)
-        stopped.train(PAIRS, progress=False, checkpoint=tmp_path / "b", checkpoint_every=5, callbacks=[lambda *_: True])
-        assert len(stopped.history) == 1
-
-
-def test_what_callbacks_put_into_the_history_is_kept(tmp_path):
-    def add(entry, states):
-        entry |= {"a": numpy.float32(0.5), "b": torch.tensor(2.0), "c": "text"}
-
-    for _ in range(2):
-        tuned = trainer(n_steps=1)
-        tuned.train(PAIRS, progress=False, checkpoint=tmp_path / "run", callbacks=[add])
-        assert [tuned.history[0][key] for key in "abc"] == [0.5, 2.0, "text"]
-    with pytest.raises(TypeError, match="a callback put a Tensor into the history"):
-        trainer(n_steps=2).train(
-            PAIRS, progress=False, checkpoint=tmp_path / "run", callbacks=[lambda e, _: e.update(d=torch.ones(3))]
-        )
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
-    file = tmp_path / "run"
-    trainer().train(PAIRS, progress=False, checkpoint=file)
-    other = MODELS["qwen"]()
-    other.get_submodule("model.layers.0.linear_attn").A_log.data += 1
-    for tuned, data, message in (
-        (trainer(lr=0.5), PAIRS, "config: .*'lr': 0.01.* there, .*'lr': 0.5.* here"),
-        (trainer(), PAIRS[:3], "examples: 4, sha256 .* there, 3, sha256 .* here"),
-        (trainer(), {"a": PAIRS}, r"tasks: None there, \['a'\] here"),
-        (trainer("falcon"), PAIRS, "states: "),
-        (trainer(model=other), PAIRS, "weights: "),
-    ):
-        with pytest.raises(ValueError, match=rf"run is the checkpoint of another run \(.*{message}"):
-            tuned.train(data, progress=False, checkpoint=file)
-        assert tuned.states is None
-    with pytest.raises(ValueError, match="is a directory"):
-        trainer().train(PAIRS, checkpoint=tmp_path)
-    with pytest.raises(TypeError, match="checkpoint must be a path, got int"):
-        trainer().train(PAIRS, checkpoint=3)
-    with pytest.raises(OSError, match="run"):
-        trainer().train(PAIRS, checkpoint=file / "below a file")
-    with pytest.raises(ValueError, match="checkpoint_every must be a positive int"):
-        trainer().train(PAIRS, checkpoint=file, checkpoint_every=0)
-    whole = file.read_bytes()
-    for content, message in ((whole[:200], "not a readable safetensors file"), (b"", "not a readable safetensors")):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            trainer().train(PAIRS, progress=False, checkpoint=file)
-    tuned = trainer()
-    tuned.train(PAIRS, progress=False)
-    tuned.save(tmp_path / "states")
-    with pytest.raises(ValueError, match="is not a checkpoint of a training run"):
-        trainer().train(PAIRS, progress=False, checkpoint=tmp_path / "states" / "states.safetensors")
-
-
-RUN = """
-import sys, torch
-torch.set_num_threads(1)
-from test_training import PAIRS, trainer
-tuned = trainer("falcon", n_steps=30)
-report = lambda entry, _: print(entry["step"], flush=True)
-tuned.train(PAIRS, progress=False, checkpoint=sys.argv[1], callbacks=[report])
-tuned.save(sys.argv[2])
-"""
-
-
-def test_a_killed_process_is_resumed_with_the_same_bits(tmp_path):
-    """SIGKILL in the middle of things, then to the end."""
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(tmp_path / "resumed")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if int(line) >= 9:
-                time.sleep(0.01)
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
-    done = python(*command[1:])
-    assert done.returncode == 0, done.stderr
-    assert 9 <= int(done.stdout.splitlines()[0]) < 30
-    whole = trainer("falcon", n_steps=30)
-    whole.train(PAIRS, progress=False)
-    assert same_states(S0States.load(tmp_path / "resumed"), whole.states)
 
 
 # Gradient checkpointing

@@ -43,13 +43,14 @@ class Attachment:
 
     def state(self, layer_index: int) -> Tensor | None:
         """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
-        has changed, and anew for every forward that has to be differentiated."""
+        has changed, and anew for every forward that has to be differentiated or that is compiled, for a graph cannot
+        ask whether the parameter has changed."""
         bank = self._states.get(layer_index)
         if bank is None or self.scale == 1.0:
             return bank
-        if bank.requires_grad and torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or (bank.requires_grad and torch.is_grad_enabled()):
             return bank * self.scale
-        if not torch.compiler.is_compiling() and self._scaled[layer_index][0] != bank._version:
+        if self._scaled[layer_index][0] != bank._version:
             self._rescale(layer_index)
         return self._scaled[layer_index][1]
 
@@ -67,7 +68,8 @@ class Attachment:
 
     def _rescale(self, layer_index: int) -> None:
         bank = self._states[layer_index]
-        self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
+        with torch.inference_mode(False):  # it may be used outside as well
+            self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
         """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does."""

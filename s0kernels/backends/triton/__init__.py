@@ -1,9 +1,10 @@
 """Backend `triton`: fused scans and steps for GPUs, and for tests in Triton's interpreter on a CPU."""
 
 import torch
-import triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from s0kernels.backends.triton.delta import gated_delta_rule_backward, gated_delta_rule_forward, gated_delta_rule_step
+from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
 from s0kernels.backends.triton.mamba import ssd_backward, ssd_forward, ssd_step
 
 __all__ = [
@@ -22,6 +23,6 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "computes in fp32, not in fp64"
     if device.type == "cuda":
         return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 or newer"
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
+    if device.type == "cpu" and isinstance(gated_delta_rule_step_kernel, InterpretedFunction):
         return None
     return f"for tensors on a GPU, not on {device.type} (except in the interpreter, with TRITON_INTERPRET=1)"

@@ -1,9 +1,10 @@
 """Kernels compiled ahead of time, on any machine: what each launch of a call would take of a chip."""
 
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,63 @@ class Usage(NamedTuple):
     tensor: int
 
 
+def delta_calls(B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """Calls of the gated delta rule with a shared initial state, on tensors without memory."""
+    from s0kernels.backends.triton import delta
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tokens = [empty(B, T, H, K), empty(B, T, H, K), empty(B, T, HV, V), *(empty(B, T, HV) for _ in range(2))]
+    state = empty(HV, K, V, dtype=torch.float32)
+    options = {"scale": K**-0.5, "use_qk_l2norm": True, "chunk_size": None}
+    q, k, v, g, beta = tokens
+
+    def backward(wanted: set[str]):
+        states = (state, None, None)
+        delta.gated_delta_rule_backward(
+            v, None, q, k, v, g, beta, *states, state_shape=tuple(state.shape), wanted=wanted, **options
+        )
+
+    def step():
+        first = [x[:, 0] for x in tokens]
+        pool = empty(B, HV, K, V, dtype=torch.float32)
+        delta.gated_delta_rule_step(*first, pool, scale=0.1, use_qk_l2norm=True, state_indices=None)
+
+    return {
+        "forward": lambda: delta.gated_delta_rule_forward(
+            *tokens, state, None, None, output_final_state=True, **options
+        ),
+        "backward": lambda: backward({"q", "k", "v", "g", "beta", "initial_state"}),
+        "state-only backward": lambda: backward({"initial_state"}),
+        "step": step,
+    }
+
+
+#: What is compiled, by name. The first is the flagship: the heads of Qwen3.5-4B.
+CASES: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
+    "delta rule 128/128 bf16": functools.partial(delta_calls, B=8, T=1024),
+    "delta rule 128/128 bf16, few heads": functools.partial(delta_calls, H=4, HV=8),
+    "delta rule 64/64 fp16": functools.partial(delta_calls, B=8, T=1024, K=64, V=64, dtype=torch.float16),
+    "delta rule 256/256 bf16": functools.partial(delta_calls, B=8, T=1024, K=256, V=256),
+    "delta rule 128/128 fp32": functools.partial(delta_calls, B=8, T=1024, dtype=torch.float32),
+}
+
+
 def launches_of(call: Callable[[], object], capability: int) -> list[Launch]:
-    """What `call`, on tensors of the device "meta", would launch."""
+    """What a call on tensors of the device "meta" would launch."""
     with recording(TARGETS[capability]) as found:
         call()
     return found
+
+
+def table(cases: Iterable[str], capabilities: Iterable[int]) -> Iterator[tuple[str, str, int, Usage]]:
+    """(case, call, capability, usage) of every launch, each compiled as it is asked for."""
+    for name in cases:
+        for capability in capabilities:
+            for call, run in CASES[name]().items():
+                for launch in launches_of(run, capability):
+                    yield name, call, capability, compile_launch(launch, capability)
 
 
 def compile_launch(launch: Launch, capability: int) -> Usage:

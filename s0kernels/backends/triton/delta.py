@@ -22,8 +22,8 @@ from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
-#: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of V, where there is one),
-#: warps, pipeline stages.
+#: By stage and bytes of the dtype, from which compute capability on: the tile (of V, where there is one), warps,
+#: pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
 TILES = {
     ("prepare", 2): {80: Tiles(0, 8, 1), 90: Tiles(0, 4, 1), 100: Tiles(0, 4, 1)},
     ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},

@@ -210,7 +210,7 @@ class _Call:
 
     def add_slots(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """[slots, H] to [H], each."""
-        sums = {name: part.new_empty(self.H) for name, part in parts.items()}
+        sums = {name: self.scratch(self.H, dtype=torch.float32) for name in parts}
         if sums:
             rows = [found.get(name) for found in (parts, sums) for name in _SCALARS]
             launch(ssd_sums_bwd_kernel, self.H, *rows, self.slots, self.H, BS=256, tiles=Tiles(256, 4, 1))

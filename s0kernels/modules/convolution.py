@@ -11,8 +11,10 @@ from s0kernels.modules.packing import own_sequence
 _HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor | None) -> Tensor:
-    """silu(conv(x)) per channel.
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor | None, *, activate: bool = True
+) -> Tensor:
+    """silu(conv(x)) per channel, or conv(x) without `activate`.
 
     Args:
         x: [B, T, C].
@@ -29,19 +31,22 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor
     if _HAS_CAUSAL_CONV1D and x.is_cuda:
         from causal_conv1d import causal_conv1d_fn
 
-        out = causal_conv1d_fn(rows, weight, bias, activation="silu")
+        out = causal_conv1d_fn(rows, weight, bias, activation="silu" if activate else None)
     else:
         missing = width - 1 if previous is None else 0
-        out = F.silu(F.conv1d(F.pad(rows, (missing, 0)), weight[:, None], bias, groups=weight.shape[0]))
+        out = F.conv1d(F.pad(rows, (missing, 0)), weight[:, None], bias, groups=weight.shape[0])
+        out = F.silu(out) if activate else out
     return out[..., -length:].transpose(1, 2).to(x.dtype).contiguous()
 
 
-def packed_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+def packed_causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *, activate: bool = True
+) -> Tensor:
     """`causal_conv` of the sequences packed into x [1, T, C]: each is moved behind a gap as wide as the window."""
     length, gap = x.shape[1], weight.shape[1] - 1
     places = torch.arange(length, device=x.device) + gap * own_sequence(cu_seqlens, length)
     spread = x.new_zeros(1, length + gap * (cu_seqlens.shape[0] - 1), x.shape[2]).index_copy(1, places, x)
-    return causal_conv(spread, weight, bias, None).index_select(1, places)
+    return causal_conv(spread, weight, bias, None, activate=activate).index_select(1, places)
 
 
 def next_window(x: Tensor, previous: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:

@@ -76,13 +76,52 @@ def delta_calls(B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16) ->
     }
 
 
-#: What is compiled, by name. The first is the flagship: the heads of Qwen3.5-4B.
+def mamba_calls(B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """Calls of Mamba-2 SSD with a gate and a shared initial state, on tensors without memory."""
+    from s0kernels.backends.triton import mamba
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, z, dt, b, c = empty(B, T, H, P), empty(B, T, H, P), empty(B, T, H), empty(B, T, G, N), empty(B, T, G, N)
+    A, D, bias = (empty(H, dtype=torch.float32) for _ in range(3))
+    state = empty(H, P, N, dtype=torch.float32)
+    inputs, options = (x, dt, A, b, c, D, z, bias, state, None, None), {"dt_softplus": True, "dt_limit": (0.0, 1.0)}
+
+    def backward(wanted: set[str]):
+        shape = tuple(state.shape)
+        mamba.ssd_backward(x, None, *inputs, state_shape=shape, chunk_size=None, wanted=wanted, **options)
+
+    def step():
+        pool, extras = empty(B, H, P, N, dtype=torch.float32), {"D": D, "z": z[:, 0], "dt_bias": bias}
+        mamba.ssd_step(x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], pool, state_indices=None, **extras, **options)
+
+    return {
+        "forward": lambda: mamba.ssd_forward(*inputs, output_final_state=True, chunk_size=None, **options),
+        "backward": lambda: backward({"x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"}),
+        "frozen backward": lambda: backward({"x", "dt", "B", "C", "z", "initial_state"}),
+        "state-only backward": lambda: backward({"initial_state"}),
+        "step": step,
+    }
+
+
+#: What is compiled, by name. The flagships are the heads of Qwen3.5-4B and those of Falcon-H1-7B.
 CASES: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
     "delta rule 128/128 bf16": functools.partial(delta_calls, B=8, T=1024),
     "delta rule 128/128 bf16, few heads": functools.partial(delta_calls, H=4, HV=8),
     "delta rule 64/64 fp16": functools.partial(delta_calls, B=8, T=1024, K=64, V=64, dtype=torch.float16),
     "delta rule 256/256 bf16": functools.partial(delta_calls, B=8, T=1024, K=256, V=256),
     "delta rule 128/128 fp32": functools.partial(delta_calls, B=8, T=1024, dtype=torch.float32),
+    "Falcon-H1-7B bf16": functools.partial(mamba_calls, B=8, T=1024),
+    "Falcon-H1-7B bf16, one sequence": mamba_calls,
+    "Falcon-H1-0.5B bf16": functools.partial(mamba_calls, B=8, T=1024, P=64, N=128),
+    "Falcon-H1-1.5B bf16": functools.partial(mamba_calls, B=8, T=1024, H=48, P=64),
+    "Falcon-H1-3B bf16": functools.partial(mamba_calls, B=8, T=1024, H=32),
+    "Falcon-H1-34B bf16": functools.partial(mamba_calls, B=8, T=1024, H=32, G=2),
+    "Bamba, Granite bf16": functools.partial(mamba_calls, B=8, T=1024, H=128, P=64, N=128),
+    "Nemotron-H bf16": functools.partial(mamba_calls, B=8, T=1024, H=128, P=64, N=128, G=8),
+    "Mamba-2 2.7B fp16": functools.partial(mamba_calls, B=8, T=1024, H=80, P=64, N=128, dtype=torch.float16),
+    "Falcon-H1-7B fp32": functools.partial(mamba_calls, B=8, T=1024, dtype=torch.float32),
 }
 
 

@@ -1,0 +1,305 @@
+"""mamba_ssm's functions for Mamba-2 (`mamba_ssm.ops.triton`, as of 2026-07): `ssd_combined`, `selective_state_update`.
+
+Signatures and meanings are mamba_ssm's, with three differences on top. Sequences that `seq_idx` packs into a row each
+start from that row's initial state, where mamba_ssm gives it to the first of them alone; its gradient is the sum over
+them. An initial state without the batch's dimension is shared by all sequences. Only the gradients asked for are
+computed, also that of `return_varlen_states`. States may have any floating dtype; they are computed, and returned, in
+fp32. `seq_idx` is read on the host, to count sequences. What cannot be honoured is a ValueError or TypeError.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s0kernels.modules.convolution import causal_conv, packed_causal_conv
+from s0kernels.modules.packing import find_boundaries
+from s0kernels.ops import ssd, ssd_step
+
+__all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined", "selective_state_update"]
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """S = exp(dt_t A) S + dt_t x_t B_t^T;  y_t = (S C_t + D x_t) * silu(z_t)
+
+    Args:
+        x, z: [B, T, H, P].
+        dt: [B, T, H]; dt_bias: [H].
+        A: [H].
+        B, C: [B, T, G, N].
+        chunk_size: a positive int; the size of the chunks is chosen by the backend all the same.
+        D: [H] or [H, P].
+        initial_states: [B, H, P, N], or [H, P, N] for all sequences.
+        seq_idx: [B, T], a number for each token; where it changes within a row, a sequence begins.
+        cu_seqlens: [NSEQ + 1], read with `return_varlen_states` only, and then in the place of seq_idx, which must say
+            the same. B must be 1.
+        return_final_states: also return the state at the end of every row, [B, H, P, N].
+        return_varlen_states: also return the state at the end of every sequence, [NSEQ, H, P, N].
+        state_dtype: None or torch.float32.
+
+    Returns:
+        y [B, T, H, P], or a tuple of it and the states asked for, those of the rows first.
+    """
+    name = "mamba_chunk_scan_combined"
+    _check(name, chunk_size, state_dtype)
+    if return_varlen_states:
+        for what, value in (("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
+            if value is None:
+                raise ValueError(f"{name}: return_varlen_states needs {what}")
+    boundaries = cu_seqlens if return_varlen_states else _boundaries(name, seq_idx, x.shape[0], x.shape[1])
+    y, final, ends = _scan(
+        *(x, dt, A, B, C, D, z, dt_bias, initial_states, boundaries, dt_softplus, dt_limit),
+        return_final_states or return_varlen_states,
+    )
+    if not return_final_states and not return_varlen_states:
+        return y
+    rows = (final if ends is None else final.index_select(0, ends),) if return_final_states else ()
+    return (y, *rows, final) if return_varlen_states else (y, *rows)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A Mamba-2 layer after its input projection: convolution, scan, gate or gated norm, output projection.
+
+    Args:
+        zxbcdt: [B, T, 2 * (columns of an MLP beside it, if any) + 2 * H * P + 2 * G * N + H].
+        conv1d_weight: [H * P + 2 * G * N, W]; conv1d_bias: [H * P + 2 * G * N] or None.
+        dt_bias, A: [H].
+        D: [H, P], or [H], which needs `headdim` P.
+        chunk_size, initial_states, seq_idx, dt_limit, return_final_states, state_dtype: as in
+            `mamba_chunk_scan_combined`; the convolution does not cross sequences either.
+        activation: of the convolution: "silu", "swish" or None.
+        rmsnorm_weight: [H * P], norms over each of `ngroups` groups of channels, gated by z after it or before it
+            (`norm_before_gate`); without it the scan is gated.
+        outproj_weight: [out, columns], outproj_bias: [out]; or None.
+
+    Returns:
+        [B, T, H * P] or [B, T, out], or a tuple of it and the state at the end of every row.
+    """
+    name = "mamba_split_conv1d_scan_combined"
+    _check(name, chunk_size, state_dtype)
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"{name}: activation must be 'silu', 'swish' or None, got {activation!r}")
+    if outproj_bias is not None and outproj_weight is None:
+        raise ValueError(f"{name}: outproj_bias needs outproj_weight")
+    heads, P = D.shape if D.dim() == 2 else (D.shape[0], headdim)
+    if P is None:
+        raise ValueError(f"{name}: headdim must be given where D is [H]")
+    batch, length, columns = zxbcdt.shape
+    inner, mixed = heads * P, conv1d_weight.shape[0]
+    N = (mixed - inner) // ngroups // 2
+    mlp = (columns - inner - mixed - heads) // 2
+    if mlp < 0 or mixed != inner + 2 * ngroups * N or columns != 2 * mlp + inner + mixed + heads:
+        raise ValueError(
+            f"{name}: zxbcdt [.., {columns}] and conv1d_weight [{mixed}, ..] do not fit {heads} heads of {P} channels "
+            f"in {ngroups} groups"
+        )
+    up, z, xBC, dt = zxbcdt.split([2 * mlp, inner, mixed, heads], dim=-1)
+    boundaries = _boundaries(name, seq_idx, batch, length)
+    xBC = _convolve(xBC, conv1d_weight, conv1d_bias, boundaries, activation is not None)
+    x, B, C = xBC.split([inner, ngroups * N, ngroups * N], dim=-1)
+    x, z = x.unflatten(-1, (heads, P)), z.unflatten(-1, (heads, P))
+    B, C = (t.unflatten(-1, (ngroups, N)) for t in (B, C))
+    gate = z if rmsnorm_weight is None else None
+    y, final, ends = _scan(
+        *(x, dt, A, B, C, D, gate, dt_bias, initial_states, boundaries, True, dt_limit), return_final_states
+    )
+    y = y.flatten(2)
+    if rmsnorm_weight is not None:
+        y = _gated_norm(y, z.flatten(2), rmsnorm_weight, rmsnorm_eps, inner // ngroups, norm_before_gate)
+    if mlp:
+        first, second = up.chunk(2, dim=-1)
+        y = torch.cat([F.silu(first) * second, y], dim=-1)
+    if outproj_weight is not None:
+        y = F.linear(y, outproj_weight, outproj_bias)
+    if not return_final_states:
+        return y
+    return y, final if ends is None else final.index_select(0, ends)
+
+
+@torch.no_grad()
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """Advance `state` by one token, in place.
+
+    Args:
+        state: [B, H, P, N], or with `state_batch_indices` a pool [S, H, P, N]; without H one head. Not in fp32 (or
+            fp64 with fp64 inputs), it is converted and back, all of it.
+        x, z: [B, H, P].
+        dt: [B, H, P], A: [H, P, N], dt_bias: [H, P]: one number per head, expanded (stride 0), as Mamba-2 has them.
+        B, C: [B, G, N].
+        D: [H, P].
+        state_batch_indices: [B], rows of the pool; -1 computes from zero and stores nothing.
+
+    Returns:
+        y [B, H, P], or [B, P] where the state has no H.
+    """
+    if state.dim() == 3:
+        one = {"D": D, "z": z, "dt_bias": dt_bias}
+        one = {n: t if t is None else t.unsqueeze(0 if n != "z" else 1) for n, t in one.items()}
+        tokens = [t.unsqueeze(1) for t in (x, dt)], [t.unsqueeze(1) for t in (B, C)]
+        y = selective_state_update(
+            *(state.unsqueeze(1), *tokens[0], A.unsqueeze(0), *tokens[1]),
+            **one,
+            dt_softplus=dt_softplus,
+            state_batch_indices=state_batch_indices,
+        )
+        return y.squeeze(1)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    work = state.to(dtype)
+    steps = _per_head("dt", dt, 1)
+    skip = D if D is None or _is_expanded(D, 1) else None
+    y = ssd_step(
+        *(x, _scalar(steps, x), _scalar(_per_head("A", A, 2), x), B.to(x.dtype), C.to(x.dtype), work),
+        D=None if skip is None else _scalar(skip[..., 0], x),
+        z=None if z is None or (D is not None and skip is None) else z.to(x.dtype),
+        dt_bias=None if dt_bias is None else _scalar(_per_head("dt_bias", dt_bias, 1), x),
+        dt_softplus=dt_softplus,
+        state_indices=state_batch_indices,
+    )
+    if work is not state:
+        state.copy_(work)
+    return _finish(y, x, D, z) if D is not None and skip is None else y
+
+
+def _check(name: str, chunk_size: int, state_dtype: torch.dtype | None) -> None:
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size must be a positive int, got {chunk_size!r}")
+    if state_dtype not in (None, torch.float32):
+        raise ValueError(f"{name}: state_dtype must be None or torch.float32, got {state_dtype}")
+
+
+def _boundaries(name: str, seq_idx: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """cu_seqlens of the rows laid out one after the other."""
+    if seq_idx is None:
+        return None
+    if tuple(seq_idx.shape) != (batch, length) or seq_idx.is_floating_point():
+        raise ValueError(f"{name}: seq_idx must be integers [{batch}, {length}], got {seq_idx.dtype} {seq_idx.shape}")
+    return find_boundaries(batch, length, {"seq_idx": seq_idx}, False) if length else None
+
+
+def _scan(
+    x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_limit, want_states
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, the state of every sequence if wanted, which of them are the last of their rows or None for all)."""
+    (batch, length), outside = x.shape[:2], D is not None and D.dim() == 2
+    tokens = {"x": x, "dt": _scalar(dt, x), "B": B.to(x.dtype), "C": C.to(x.dtype)}
+    if z is not None and not outside:
+        tokens["z"] = z.to(x.dtype)
+    indices = ends = None
+    if cu_seqlens is not None:
+        tokens = {name: t.flatten(0, 1)[None] for name, t in tokens.items()}
+        ends = _last_of_rows(cu_seqlens, batch, length)
+        if state is not None and state.dim() == 4:
+            indices = torch.div(cu_seqlens[:-1], max(length, 1), rounding_mode="floor").clamp(max=batch - 1)
+    if state is not None:
+        state = state.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    y, final = ssd(
+        **tokens,
+        A=_scalar(A, x),
+        D=None if D is None or outside else _scalar(D, x),
+        dt_bias=None if dt_bias is None else _scalar(dt_bias, x),
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=state,
+        state_indices=indices,
+        cu_seqlens=cu_seqlens,
+        output_final_state=want_states,
+    )
+    y = y.view(x.shape)
+    return _finish(y, x, D, z) if outside else y, final, ends
+
+
+def _last_of_rows(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """[B] the last sequence of every row."""
+    last = torch.arange(1, batch + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * length - 1
+    return torch.searchsorted(cu_seqlens[1:], last, right=True)
+
+
+def _finish(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+    """(y + D x) silu(z) for a D of every channel."""
+    out = y + D.to(torch.promote_types(D.dtype, torch.float32)) * x
+    return (out if z is None else out * F.silu(z.to(out.dtype))).to(y.dtype)
+
+
+def _convolve(x, weight, bias, cu_seqlens, activate: bool) -> Tensor:
+    if cu_seqlens is None:
+        return causal_conv(x, weight, bias, None, activate=activate)
+    return packed_causal_conv(x.flatten(0, 1)[None], weight, bias, cu_seqlens, activate=activate).view(x.shape)
+
+
+def _gated_norm(x, z, weight, eps: float, group: int, norm_before_gate: bool) -> Tensor:
+    """RMS norm in fp32 over groups of channels, times silu(z) after it or before it."""
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    x, gate = x.to(wide), F.silu(z.to(wide))
+    x = x if norm_before_gate else x * gate
+    x = F.rms_norm(x.unflatten(-1, (-1, group)), (group,), eps=eps).flatten(-2) * weight.to(wide)
+    return (x * gate if norm_before_gate else x).to(dtype)
+
+
+def _scalar(t: Tensor, x: Tensor) -> Tensor:
+    """In x's dtype or fp32, which the ops take."""
+    return t if t.dtype in (x.dtype, torch.float32) else t.to(x.dtype)
+
+
+def _is_expanded(t: Tensor, dims: int) -> bool:
+    return all(size == 1 or stride == 0 for size, stride in zip(t.shape[-dims:], t.stride()[-dims:], strict=True))
+
+
+def _per_head(name: str, t: Tensor, dims: int) -> Tensor:
+    """The number of each head, without the last `dims` dimensions that it is expanded over."""
+    if not _is_expanded(t, dims):
+        raise ValueError(
+            f"selective_state_update: {name} must be one number per head, expanded over the last {dims} dimensions "
+            f"(stride 0), got {list(t.shape)} with strides {t.stride()}; Mamba-1 is not supported"
+        )
+    return t[(..., *[0] * dims)]

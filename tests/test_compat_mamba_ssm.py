@@ -62,7 +62,9 @@ def plain_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx=None, dt_l
 def assert_same(found, truth, leaves) -> None:
     weights = [torch.randn_like(t) for t in truth]
     grads = [
-        torch.autograd.grad(sum((t * w).sum() for t, w in zip(results, weights, strict=True)), list(leaves.values()))
+        torch.autograd.grad(
+            sum((t * w).sum() for t, w in zip(results, weights, strict=True)), list(leaves.values()), retain_graph=True
+        )
         for results in (found, truth)
     ]
     for ours, theirs in zip(found, truth, strict=True):
@@ -196,16 +198,17 @@ def test_only_the_gradient_of_the_state():
     assert state.grad.abs().max() > 0
 
 
-def step_inputs(rows: int) -> dict[str, torch.Tensor]:
+def step_inputs(rows: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    rates, bias = -torch.rand(H, dtype=torch.float64), normal(H)
     return {
-        "x": normal(rows, H, P),
-        "dt": normal(rows, H)[..., None].expand(-1, -1, P),
-        "A": -torch.rand(H, dtype=torch.float64)[:, None, None].expand(H, P, N),
-        "B": normal(rows, G, N),
-        "C": normal(rows, G, N),
-        "D": normal(H, P),
-        "z": normal(rows, H, P),
-        "dt_bias": normal(H)[:, None].expand(H, P),
+        "x": normal(rows, H, P).to(dtype),
+        "dt": normal(rows, H).to(dtype)[..., None].expand(-1, -1, P),
+        "A": rates.to(dtype)[:, None, None].expand(H, P, N),
+        "B": normal(rows, G, N).to(dtype),
+        "C": normal(rows, G, N).to(dtype),
+        "D": normal(H, P).to(dtype),
+        "z": normal(rows, H, P).to(dtype),
+        "dt_bias": bias.to(dtype)[:, None].expand(H, P),
     }
 
 
@@ -220,13 +223,11 @@ def plain_step(state, x, dt, A, B, C, D, z, dt_bias):
 @pytest.mark.parametrize("D", ["per head", "per channel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_step(D, dtype):
-    inputs, state = step_inputs(3), normal(3, H, P, N)
+    inputs, moved = step_inputs(3, dtype), normal(3, H, P, N).to(dtype)
     if D == "per head":
-        inputs["D"] = normal(H)[:, None].expand(H, P)
-    truth, expected = plain_step(state, **inputs)
-    tokens = {n: x.to(dtype) for n, x in inputs.items()}
-    moved = state.to(dtype)
-    found = selective_state_update(moved, **tokens, dt_softplus=True)
+        inputs["D"] = normal(H).to(dtype)[:, None].expand(H, P)
+    truth, expected = plain_step(moved.double(), **{n: x.double() for n, x in inputs.items()})
+    found = selective_state_update(moved, **inputs, dt_softplus=True)
     assert found.dtype == moved.dtype == dtype
     assert error(found, truth) < (1e-12 if dtype == torch.float64 else 2e-2)
     assert error(moved, expected) < (1e-12 if dtype == torch.float64 else 1e-2)

@@ -29,10 +29,10 @@ TILES = {
     ("groups", 2): {80: Tiles(64, 8, 2)},
     ("step", 2): {80: Tiles(16, 4, 1)},
     ("prepare", 4): {80: Tiles(32, 8, 1)},
-    ("scan", 4): {80: Tiles(32, 8, 1)},
+    ("scan", 4): {80: Tiles(16, 8, 1)},
     ("states", 4): {80: Tiles(32, 8, 1)},
     ("output", 4): {80: Tiles(32, 8, 1)},
-    ("heads", 4): {80: Tiles(32, 8, 1)},
+    ("heads", 4): {80: Tiles(16, 8, 1)},
     ("groups", 4): {80: Tiles(32, 8, 1)},
     ("step", 4): {80: Tiles(16, 4, 1)},
 }

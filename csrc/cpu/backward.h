@@ -254,10 +254,10 @@ class BackwardEngine : Engine<T> {
   // dq and dk of the block of heads, through the normalisation.
   void write_keys(const Unit& u, int64_t t, int n) {
     const Left<T> down{dpairs_, Cl_, 1}, up{dpairs_, 1, Cl_};
-    transpose(dqk_, Kl_, dq_transposed_, Cl_, K_, n);
+    transpose_padded(dqk_, Kl_, dq_transposed_, Cl_, K_, n);
     multiply(Shape::kLower, n, Kp_, n, down, this->k_row(0, n), Kl_, add(dqk_, Kl_));
     write_key(b_.dq, u, t, n, qk_, norms_);
-    transpose(dqk_, Kl_, dk_transposed_, Cl_, K_, n);
+    transpose_padded(dqk_, Kl_, dk_transposed_, Cl_, K_, n);
     multiply(Shape::kUpper, n, Kp_, n, up, qk_, Kl_, add(dqk_, Kl_));
     if (s_.delta) {
       multiply(Shape::kLower, n, Kp_, n, {dkeys_, Cl_, 1}, this->k_row(0, n), Kl_, add(dqk_, Kl_));

@@ -33,14 +33,16 @@ sanitize: $(VENV)/.installed
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
 
-# What is published, a wheel and a source package, each installed into a clean environment and tested from another folder.
+# What is published, a wheel and a source package, each installed into an environment that borrows the dependencies from
+# $(VENV) and knows nothing of this folder, and tested from another one.
 package: $(VENV)/.installed
-	rm -rf build/package && mkdir -p build/package
+	rm -rf build/package && mkdir -p build/package && cp -r tests build/package
 	$(VENV)/bin/python -m build --no-isolation --outdir build/package .
-	cp -r tests build/package && $(PYTHON) -m venv build/package/venv
-	build/package/venv/bin/python -m pip install --quiet --requirement requirements.txt
+	$(PYTHON) -m venv build/package/venv
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo build/package/venv/lib/python3*/site-packages)/dependencies.pth
 	cd build/package && for file in *.whl *.tar.gz; do \
 		venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall $$file && \
+		venv/bin/python -c "import s0kernels; print(s0kernels.__file__)" | grep build/package/venv && \
 		venv/bin/python -m s0kernels env | grep " cpu  *usable, the default here" && \
 		venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
 			tests/test_cpu.py -k "cpu and not compile" || exit 1; \

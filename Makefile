@@ -7,7 +7,7 @@ DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test sanitize package lint format clean
+.PHONY: demo test gpu sanitize package lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
@@ -18,6 +18,11 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
 		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
 		tests/test_files.py tests/test_against_transformers.py
+
+# On a machine with a GPU, with the Python that has torch and triton there; nothing is installed.
+gpu:
+	$(PYTHON) -m pytest -m gpu -W default
+	$(PYTHON) benchmarks/gpu_scans.py
 
 # The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans, on each
 # instruction set that the machine has.

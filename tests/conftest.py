@@ -22,6 +22,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to holds NaN."""
+    empty = torch.empty
+
+    def poison(*arguments, **options):
+        x = empty(*arguments, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
 def swapped(request):
     """A swapped model with states attached that matter at its last token."""
     from models import MODELS, fails_upstream, random_states, tokens

@@ -7,7 +7,7 @@ DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test gpu sanitize package lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
@@ -19,15 +19,39 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
 		tests/test_files.py tests/test_against_transformers.py
 
-# The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans.
+# On a machine with a GPU, with the Python that has torch and triton there; nothing is installed.
+gpu:
+	$(PYTHON) -m pytest -m gpu -W default
+	$(PYTHON) benchmarks/gpu_scans.py
+
+# The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans, on each
+# instruction set that the machine has.
+SANITIZED = S0KERNELS_CPU_LIBRARY=build/sanitized/s0kernels/_cpu.so ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(VENV)/bin/python
 sanitize: $(VENV)/.installed
 	CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
 		S0KERNELS_BUILD=1 $(VENV)/bin/python setup.py --quiet build_ext --build-lib build/sanitized --build-temp build/temp
 	for instructions in avx512 avx2 portable; do \
-		S0KERNELS_CPU_LIBRARY=build/sanitized/s0kernels/_cpu.so S0KERNELS_CPU=$$instructions S0KERNELS_POISON=1 \
-		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(VENV)/bin/python -m pytest -q tests/test_scans.py \
-			tests/test_steps.py tests/test_cpu.py -k "cpu and not compile" || exit 1; \
+		export S0KERNELS_CPU=$$instructions; \
+		if $(VENV)/bin/python -c "import sys; from s0kernels.backends import cpu; sys.exit(cpu.unusable())"; then \
+			$(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
+				tests/test_cpu.py -k "cpu and not compile" || exit 1; \
+		elif [ $$instructions = portable ]; then exit 1; fi; \
+	done
+
+# What is published, a wheel and a source package, each installed into an environment that borrows the dependencies from
+# $(VENV) and knows nothing of this folder, and tested from another one.
+package: $(VENV)/.installed
+	rm -rf build/package && mkdir -p build/package && cp -r tests build/package
+	$(VENV)/bin/python -m build --no-isolation --outdir build/package .
+	$(PYTHON) -m venv build/package/venv
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo build/package/venv/lib/python3*/site-packages)/dependencies.pth
+	cd build/package && for file in *.whl *.tar.gz; do \
+		venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall $$file && \
+		venv/bin/python -c "import s0kernels; print(s0kernels.__file__)" | grep build/package/venv && \
+		venv/bin/python -m s0kernels env | grep " cpu  *usable, the default here" && \
+		venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
+			tests/test_cpu.py -k "cpu and not compile" || exit 1; \
 	done
 
 lint: $(VENV)/.installed

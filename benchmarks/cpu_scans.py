@@ -1,11 +1,13 @@
 """The compiled scans beside transformers' PyTorch functions and the machine's own matrix product, on a CPU.
 
-    python benchmarks/cpu_scans.py [--threads N] [--lengths 128,512,2048,8192] [--rounds 5]
+    python benchmarks/cpu_scans.py [--threads N] [--lengths 128,512,2048,8192] [--rounds 5] [--processor-time]
+
+On a machine that others load too, one thread and processor time give ratios that they hardly touch.
 
 Everything that is compared runs in turn in one process, round by round; figures are medians. Shapes are the heads of
 Qwen3.5-4B (16 of keys, 32 of values, 128 x 128) and of Falcon-H1-7B (24, P 128, N 256, one group), batch 1. Extra
 memory is how far the resident memory of a process of its own rises above what inputs and a first small run hold.
-Writes benchmarks/results/cpu.json and prints the tables that the README shows.
+Writes benchmarks/results/cpu-<instructions>.json and prints its table.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from s0kernels import __version__
 from s0kernels.ops import _dispatch, gated_delta_rule, ssd
 
 HERE = Path(__file__).resolve().parent
+clock = time.perf_counter
+INSTRUCTIONS = {512: "avx512", 256: "avx2", 128: "portable"}
 DELTA = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 32}
 MAMBA = {"H": 24, "P": 128, "N": 256, "C": 64}
 
@@ -64,13 +68,13 @@ def call(op: str, implementation: str, values: list[torch.Tensor], state: bool =
 
 def seconds(op, implementation, values, *, backward=False, state=True, wanted=None) -> float:
     leaves = [x.detach().requires_grad_(backward and (wanted is None or i in wanted)) for i, x in enumerate(values)]
-    begin = time.perf_counter()
+    begin = clock()
     output, _ = call(op, implementation, leaves, state)
     if backward:
-        middle = time.perf_counter()
+        middle = clock()
         output.backward(torch.ones_like(output))
-        return (time.perf_counter() - middle) if wanted is not None else (time.perf_counter() - begin)
-    return time.perf_counter() - begin
+        return (clock() - middle) if wanted is not None else (clock() - begin)
+    return clock() - begin
 
 
 def in_turn(rounds: int, **cases) -> dict[str, float]:
@@ -83,20 +87,23 @@ def in_turn(rounds: int, **cases) -> dict[str, float]:
 
 
 def gflop(op: str, length: int, backward: bool) -> float:
-    """Multiplications and additions of the compiled kernels' matrix products, recomputation included."""
+    """Multiplications and additions of the compiled kernels' matrix products, recomputation included.
+
+    What heads share is counted once: by 2 heads of the delta rule, by 4 of SSD.
+    """
     if op == "gated_delta_rule":
         K, V, C, heads = DELTA["K"], DELTA["V"], DELTA["C"], DELTA["HV"]
-        forward, back = 6 * K * V + 2 * C * (K + V), 16 * K * V + C * (7 * K + 5 * V)
+        forward, back = 6 * K * V + C * (K + 2 * V), 16 * K * V + C * (3.5 * K + 5 * V)
     else:
         K, V, C, heads = MAMBA["N"], MAMBA["P"], MAMBA["C"], MAMBA["H"]
-        forward, back = 4 * K * V + C * (K / 4 + V), 10 * K * V + C * (2 * K + K / 4 + 2 * V)
+        forward, back = 4 * K * V + C * (K / 4 + V), 10 * K * V + C * (3 * K / 4 + 2 * V)
     return length * heads * (forward + back * backward) / 1e9
 
 
 def sgemm() -> float:
     """GFLOP/s of torch's own product of 2048 x 2048 matrices."""
     a = torch.randn(2048, 2048)
-    times = in_turn(5, product=lambda: -time.perf_counter() + (a @ a, time.perf_counter())[1])
+    times = in_turn(5, product=lambda: -clock() + (a @ a, clock())[1])
     return 2 * 2048**3 / times["product"] / 1e9
 
 
@@ -186,27 +193,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lengths", default="128,512,2048,8192")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads together, instead of wall time")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", nargs=3, metavar=("OP", "IMPLEMENTATION", "T"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         return report_memory(*options.memory[:2], int(options.memory[2]))
     torch.set_num_threads(options.threads)
+    if options.processor_time:
+        global clock
+        clock = time.process_time
     import transformers
 
     sources = sorted((HERE.parent / "csrc").rglob("*.[hc]*"))
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     _dispatch.choose("ssd", "cpu", torch.device("cpu"), torch.float32)  # or an error that says why not
+    bits = torch.ops.s0kernels_cpu.instructions()
     machine = {
         "cpu": models[0].split(":")[1].strip() if models else platform.machine(),
-        "vector_bits": torch.ops.s0kernels_cpu.instructions(),
+        "vector_bits": bits,
         "threads": options.threads,
+        "rounds": options.rounds,
+        "time": "processor" if options.processor_time else "wall",
         "versions": {"s0kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16],
     }
     results = {"machine": machine, **measure(options)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    out = options.out or HERE / "results" / f"cpu-{INSTRUCTIONS[bits]}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

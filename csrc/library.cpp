@@ -67,21 +67,24 @@ struct Entries {
 #define S0_TABLE(isa) \
   Entries{#isa, isa::forward_bytes, isa::backward_bytes, isa::forward, isa::backward, isa::step_bytes, isa::step}
 
-// The widest instructions that this machine has; S0KERNELS_CPU names narrower ones.
-const Entries& entries() {
-  static const Entries chosen = [] {
-    const char* wanted = std::getenv("S0KERNELS_CPU");
-    auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+// The widest instructions that this machine has, or those that S0KERNELS_CPU names.
+Entries choose() {
+  const char* wanted = std::getenv("S0KERNELS_CPU");
+  auto asked = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (allowed("avx512") && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      return S0_TABLE(avx512);
-    if (allowed("avx2") && fma) return S0_TABLE(avx2);
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (asked("avx512") && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return S0_TABLE(avx512);
+  if (asked("avx2") && fma) return S0_TABLE(avx2);
 #endif
-    return S0_TABLE(portable);
-  }();
+  STD_TORCH_CHECK(asked("portable"), "S0KERNELS_CPU is ", wanted, ": unknown, or not on this machine");
+  return S0_TABLE(portable);
+}
+
+const Entries& entries() {
+  static const Entries chosen = choose();
   return chosen;
 }
 

@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env = commands.add_parser("env", help="versions, devices, and which backends can be used or why not")
     env.set_defaults(run=_env)
 
+    check = commands.add_parser("check", help="every usable backend against the recurrence in fp64, on every device")
+    check.set_defaults(run=_check)
+
     tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions")
     tune.add_argument("model", help="a model directory, or its name on the hub")
     tune.add_argument(
@@ -62,6 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _check(_: argparse.Namespace) -> int:
+    from s0kernels import check
+
+    found = []
+    for row in check.rows():
+        found.append(row)
+        print(f"\r{len(found)} checked", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    table = [
+        (*row[:4], row.worst, f"{row.error:.1e}", f"{row.budget:.1e}", "passed" if row.passed else "FAILED")
+        for row in found
+    ]
+    _table(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table)
+    return int(not all(row.passed for row in found))
 
 
 def _aot(options: argparse.Namespace) -> None:

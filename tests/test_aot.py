@@ -9,10 +9,10 @@ FLAGSHIP = "delta rule 128/128 bf16"
 FALCON = "Falcon-H1-7B bf16"
 #: bytes of a thread's registers that may go to memory; where nothing is named, none
 SPILLS = {
+    (FLAGSHIP, 80): 304,
+    ("delta rule 256/256 bf16", 90): 704,
+    ("delta rule 128/128 fp32", 90): 488,
     (FALCON, 80): 288,
-    (FLAGSHIP, 80): 288,
-    ("delta rule 256/256 bf16", 90): 3000,
-    ("delta rule 128/128 fp32", 90): 512,
 }
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 

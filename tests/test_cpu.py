@@ -1,7 +1,9 @@
 """The compiled kernels: threads, processes, instruction sets, and libraries that are not there or do not fit."""
 
-import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,14 +100,39 @@ def test_cpu_heads_of_a_group_in_several_parts(op):
         assert error(value, truth[name]) < 1e-11, name
 
 
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cpu_inputs_of_any_strides_give_the_same_bits(op, dtype):
+    """Time-contiguous, as a convolution leaves them, spaced out, or transposed; gradients that come in likewise."""
+    plain = {"extras": False} if op == "ssd" else {}  # D, z and dt_bias are PyTorch's, and its sums follow strides
+    problem = problem_of(op, **plain).to(dtype)
+    weights = problem.weights()
+
+    def strided(x):
+        if x.dim() == 4:
+            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return torch.stack([x, x], dim=-1)[..., 0]
+
+    def gradients(change):
+        leaves = {name: change(x).detach().requires_grad_() for name, x in problem.tensors.items()}
+        result = type(problem)(op, leaves, problem.options).run("cpu")
+        into = [change(w.to(x.dtype)) for w, x in zip(weights, result, strict=True)]
+        grads = torch.autograd.grad(tuple(result), list(leaves.values()), into)
+        return dict(zip(("output", "final_state", *leaves), (*result, *grads), strict=True))
+
+    assert not strided(weights[0]).is_contiguous()
+    assert same(gradients(strided), gradients(lambda x: x))
+
+
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
 def test_cpu_instruction_sets_agree(instructions):
-    """Each on a machine that has it; elsewhere the widest there is answers, and agrees with itself."""
     code = """
-import os
-os.environ["S0KERNELS_CPU"] = __import__("sys").argv[1]
+import os, sys
+os.environ["S0KERNELS_CPU"] = sys.argv[1]
 import torch
-from cases import MAKERS, error
+from cases import MAKERS, NO_CPU_KERNELS, error
+if NO_CPU_KERNELS is not None:
+    sys.exit(NO_CPU_KERNELS)
 for op in MAKERS:
     for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         problem = MAKERS[op](70).to(dtype)
@@ -116,26 +143,41 @@ for op in MAKERS:
 print(torch.ops.s0kernels_cpu.instructions())
 """
     done = python("-c", code, instructions)
+    flag, bits = {"avx512": ("avx512dq", 512), "avx2": ("avx2", 256), "portable": ("", 128)}[instructions]
+    if flag not in Path("/proc/cpuinfo").read_text():
+        assert f"S0KERNELS_CPU is {instructions}: unknown, or not on this machine" in done.stderr
+        pytest.skip(f"this machine has no {instructions}")
     assert done.returncode == 0, done.stderr
-    widths = {"avx512": 512, "avx2": 256, "portable": 128}
-    assert int(done.stdout) <= widths[instructions]
+    assert int(done.stdout) == bits
 
 
-def test_cpu_library_that_is_missing_or_does_not_fit(tmp_path, monkeypatch):
+def refused(file: Path, message: str) -> None:
     """A reason, not a crash, and the next backend by default."""
-    for content, message in ((None, "was not built"), (b"not a library", "cannot be loaded beside torch")):
-        file = tmp_path / "library.so"
-        if content is not None:
-            file.write_bytes(content)
-        monkeypatch.setitem(os.environ, "S0KERNELS_CPU_LIBRARY", str(file))
-        cpu._load.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S0KERNELS_CPU_LIBRARY", str(file))
+        cpu.unusable.cache_clear()
         try:
             assert message in _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
             assert _dispatch.choose("ssd", None, torch.device("cpu"), torch.float32) == "torch"
             with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{message}"):
                 problem_of("ssd").run("cpu")
         finally:
-            cpu._load.cache_clear()
+            cpu.unusable.cache_clear()
+
+
+def test_cpu_library_that_is_missing_or_is_none(tmp_path):
+    refused(tmp_path / "library.so", "was not built")
+    (tmp_path / "library.so").write_bytes(b"not a library")
+    refused(tmp_path / "library.so", "cannot be used beside torch")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="makes a library with g++, which is not here")
+def test_cpu_library_built_for_a_torch_that_has_more(tmp_path):
+    """It wants a function that the running torch does not have: found when it is loaded, not when it is called."""
+    source, file = tmp_path / "library.cpp", tmp_path / "library.so"
+    source.write_text('extern "C" void torch_of_the_future(); void f() { torch_of_the_future(); }')
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(file)], check=True)
+    refused(file, "undefined symbol: torch_of_the_future")
 
 
 def test_cpu_backend_is_the_default_on_a_cpu_alone():

@@ -184,3 +184,22 @@ def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_test
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     with pytest.warns(UserWarning, match=rf"tested with transformers 5.17.0 and 5.23.0, not {version}"):
         swap_modules(model)
+
+
+@pytest.mark.parametrize("broken", [None, "torch"])
+def test_check_finds_a_backend_that_computes_something_else(broken, monkeypatch, capsys):
+    from s0kernels.backends import torch_chunked
+    from s0kernels.ops import _dispatch
+
+    backends = tuple(name for name in _dispatch.ORDER if name != "triton")  # whose interpreter takes minutes for it
+    monkeypatch.setattr(_dispatch, "ORDER", backends)
+    if broken:
+        right = torch_chunked.ssd_backward
+
+        def wrong(*arguments, **options):
+            grads = right(*arguments, **options)
+            return grads | {"B": 1.1 * grads["B"]}
+
+        monkeypatch.setattr(torch_chunked, "ssd_backward", wrong)
+    assert main(["check"]) == (1 if broken else 0)
+    assert ("FAILED" in capsys.readouterr().out) == bool(broken)

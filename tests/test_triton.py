@@ -7,20 +7,12 @@ from test_steps import options_of, step, token
 
 from s0kernels.backends.triton import launch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
+    pytest.mark.usefixtures("poisoned"),
+]
 PACKED = [5, 0, 70, 1, 0]
 SMALL = {"H": 1, "HV": 2, "K": 16, "V": 24}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    empty = torch.empty
-
-    def poison(*arguments, **options):
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture(params=["fused", "split"])

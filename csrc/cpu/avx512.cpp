@@ -3,6 +3,7 @@
 #define S0_ISA avx512
 #define S0_VECTOR_BYTES 64
 #define S0_BLOCK_VECTORS 4
-#include "cpu/engine.h"
+#include "cpu/backward.h"
+#include "cpu/forward.h"
 #include "cpu/step.h"
 #endif

@@ -36,9 +36,32 @@ S0_INLINE void store(T* p, Vec<T> x) {
   *reinterpret_cast<Vec<T>*>(p) = x;
 }
 
+// At any address.
+template <class T>
+struct LooseVecOf {
+  typedef T type __attribute__((vector_size(S0_VECTOR_BYTES), may_alias, aligned(sizeof(T))));
+};
+
+template <class T>
+S0_INLINE Vec<T> load_loose(const T* p) {
+  return *reinterpret_cast<const typename LooseVecOf<T>::type*>(p);
+}
+
+template <class T>
+S0_INLINE void store_loose(T* p, Vec<T> x) {
+  *reinterpret_cast<typename LooseVecOf<T>::type*>(p) = x;
+}
+
 template <class T>
 constexpr int padded(int n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// The distance of rows of n: padded, and a line of the cache more where they would all fall on a few of its sets.
+template <class T>
+constexpr int spread(int n) {
+  constexpr int line = 64 / sizeof(T);
+  return padded<T>(n) % (4 * line) == 0 ? padded<T>(n) + line : padded<T>(n);
 }
 
 // A matrix in scratch memory, its rows padded to whole vectors. Transposed reading is a swap of the two strides.
@@ -82,50 +105,62 @@ S0_INLINE Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0
 // below its diagonal alone, kLowerProduct computes the vectors that reach the diagonal from the left.
 enum class Shape { kFull, kLower, kUpper, kLowerProduct };
 
+template <class T>
+struct Product {
+  Left<T> a;
+  const T* b;
+  std::ptrdiff_t ldb;
+  Target<T> c;
+};
+
+// M rows from i on and N vectors from column j on, over the depths from `first` to `last`.
 template <class T, int M, int N>
-__attribute__((noinline)) void block(Left<T> a, const T* b, std::ptrdiff_t ldb, int depth, Target<T> c) {
+__attribute__((noinline)) void block(const Product<T>& p, int i, int j, int first, int last) {
+  const T *a = p.a.data + i * p.a.row + first * p.a.column, *b = p.b + first * p.ldb + j;
+  const std::ptrdiff_t row = p.a.row, column = p.a.column, ldb = p.ldb;
   Vec<T> sums[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[m][n] = Vec<T>{};
-  for (int d = 0; d < depth; ++d) {
+  for (int d = first; d < last; ++d, a += column, b += ldb) {
     Vec<T> right[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * kLanes<T>);
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes<T>);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vec<T> left = a.data[m * a.row + d * a.column] - Vec<T>{};
+      const Vec<T> left = a[m * row] - Vec<T>{};
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
     }
   }
+  const Target<T>& c = p.c;
+  T* to = c.data + i * c.ld + j;
+  const T *before = c.before + i * c.ld + j, *factor = c.to.data + i * c.to.step;
+  const T* keep = c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    T* row = c.data + m * c.ld;
-    const T* before = c.before + m * c.ld;
-    const T to = c.to.data[m * c.to.step];
-    if (c.keep.data == nullptr) {
+  for (int m = 0; m < M; ++m, to += c.ld, before += c.ld, factor += c.to.step) {
+    if (keep == nullptr) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) store(row + n * kLanes<T>, to * sums[m][n]);
+      for (int n = 0; n < N; ++n) store(to + n * kLanes<T>, *factor * sums[m][n]);
     } else {
-      const T keep = c.keep.data[m * c.keep.step];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
-        store(row + n * kLanes<T>, keep * load(before + n * kLanes<T>) + to * sums[m][n]);
+        store(to + n * kLanes<T>, *keep * load(before + n * kLanes<T>) + *factor * sums[m][n]);
+      keep += c.keep.step;
     }
   }
 }
 
 template <class T, int N>
-void block_of_rows(int rows, Left<T> a, const T* b, std::ptrdiff_t ldb, int depth, Target<T> c) {
+void block_of_rows(int rows, const Product<T>& p, int i, int j, int first, int last) {
   switch (rows) {
-    case 6: return block<T, 6, N>(a, b, ldb, depth, c);
-    case 5: return block<T, 5, N>(a, b, ldb, depth, c);
-    case 4: return block<T, 4, N>(a, b, ldb, depth, c);
-    case 3: return block<T, 3, N>(a, b, ldb, depth, c);
-    case 2: return block<T, 2, N>(a, b, ldb, depth, c);
-    case 1: return block<T, 1, N>(a, b, ldb, depth, c);
+    case 6: return block<T, 6, N>(p, i, j, first, last);
+    case 5: return block<T, 5, N>(p, i, j, first, last);
+    case 4: return block<T, 4, N>(p, i, j, first, last);
+    case 3: return block<T, 3, N>(p, i, j, first, last);
+    case 2: return block<T, 2, N>(p, i, j, first, last);
+    case 1: return block<T, 1, N>(p, i, j, first, last);
   }
 }
 
@@ -133,6 +168,7 @@ void block_of_rows(int rows, Left<T> a, const T* b, std::ptrdiff_t ldb, int dept
 template <class T>
 void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::ptrdiff_t ldb, Target<T> c) {
   constexpr int width = kVectors * kLanes<T>;
+  const Product<T> p{a, b, ldb, c};
   const bool below = shape == Shape::kLowerProduct;
   for (int j = 0; j < n; j += width) {
     for (int i = below ? j / kRows * kRows : 0; i < m; i += kRows) {
@@ -141,20 +177,15 @@ void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::
       if (end <= j) continue;
       const int first = shape == Shape::kUpper ? i : 0;
       const int last = shape == Shape::kLower && i + rows < depth ? i + rows : depth;
-      const Left<T> part{a.data + i * a.row + first * a.column, a.row, a.column};
-      const Target<T> to{c.data + i * c.ld + j, c.ld, {c.to.data + i * c.to.step, c.to.step},
-                         {c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step, c.keep.step},
-                         c.before + i * c.ld + j};
-      const T* from = b + first * ldb + j;
       switch (end - j >= width ? kVectors : (end - j + kLanes<T> - 1) / kLanes<T>) {
         case 4:
-          if constexpr (kVectors >= 4) block_of_rows<T, 4>(rows, part, from, ldb, last - first, to);
+          if constexpr (kVectors >= 4) block_of_rows<T, 4>(rows, p, i, j, first, last);
           break;
         case 3:
-          if constexpr (kVectors >= 3) block_of_rows<T, 3>(rows, part, from, ldb, last - first, to);
+          if constexpr (kVectors >= 3) block_of_rows<T, 3>(rows, p, i, j, first, last);
           break;
-        case 2: block_of_rows<T, 2>(rows, part, from, ldb, last - first, to); break;
-        case 1: block_of_rows<T, 1>(rows, part, from, ldb, last - first, to); break;
+        case 2: block_of_rows<T, 2>(rows, p, i, j, first, last); break;
+        case 1: block_of_rows<T, 1>(rows, p, i, j, first, last); break;
       }
     }
   }

@@ -5,11 +5,6 @@
 
 namespace s0::S0_ISA {
 
-template <class T>
-struct LooseVecOf {
-  typedef T type __attribute__((vector_size(S0_VECTOR_BYTES), may_alias, aligned(sizeof(T))));
-};
-
 // Calls each(offset, lanes as a vector) over n elements of any alignment, the last ones through a copy.
 template <class T, class Each>
 S0_INLINE void over(int n, Each&& each) {
@@ -20,7 +15,7 @@ S0_INLINE void over(int n, Each&& each) {
 
 template <class T>
 S0_INLINE Vec<T> load_some(const T* p, int lanes) {
-  if (lanes == kLanes<T>) return *reinterpret_cast<const typename LooseVecOf<T>::type*>(p);
+  if (lanes == kLanes<T>) return load_loose(p);
   Vec<T> x{};
   for (int i = 0; i < lanes; ++i) x[i] = p[i];
   return x;
@@ -29,7 +24,7 @@ S0_INLINE Vec<T> load_some(const T* p, int lanes) {
 template <class T>
 S0_INLINE void store_some(T* p, Vec<T> x, int lanes) {
   if (lanes == kLanes<T>) {
-    *reinterpret_cast<typename LooseVecOf<T>::type*>(p) = x;
+    store_loose(p, x);
     return;
   }
   for (int i = 0; i < lanes; ++i) p[i] = x[i];

@@ -56,11 +56,11 @@ S0_INLINE void read_as(T* to, int ld, const void* data, int64_t at, int64_t toke
       if (element == 1)
         for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, widen<T>(from + j));
     for (; j < columns; ++j) to[j] = widen_one<T>(from[j * element]);
-    for (; j < ld; ++j) to[j] = 0;
+    for (; j < padded<T>(columns); ++j) to[j] = 0;
   }
 }
 
-// Rows of one head from element `at` on, zeros behind the columns.
+// Rows of one head from element `at` on, filled up with zeros to whole vectors.
 template <class T>
 void read(T* to, int ld, const Rows& x, int64_t at, int rows, int columns) {
   switch (x.kind) {
@@ -78,7 +78,7 @@ S0_INLINE void write_as(void* data, int64_t at, int64_t token, const T* from, in
     int j = 0;
     if constexpr (sizeof(T) == sizeof(To))
       for (; j + kLanes<T> <= columns; j += kLanes<T>)
-        *reinterpret_cast<typename LooseOf<T, T>::type*>(to + j) = load(from + j);
+        store_loose(to + j, load(from + j));
 #pragma GCC ivdep
     for (; j < columns; ++j) to[j] = narrow_one<To>(from[j]);
   }
@@ -103,7 +103,7 @@ S0_INLINE void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld)
   typedef Index Mask __attribute__((vector_size(S0_VECTOR_BYTES)));
   Vec<T> x[lanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) x[i] = load(from + i * ld);
+  for (int i = 0; i < lanes; ++i) x[i] = load_loose(from + i * ld);
 #pragma GCC unroll 4
   for (int s = 1; s < lanes; s *= 2) {
     Mask low, high;
@@ -121,20 +121,26 @@ S0_INLINE void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld)
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(to + i * ld_to, x[i]);
+  for (int i = 0; i < lanes; ++i) store_loose(to + i * ld_to, x[i]);
 }
 
-// to[j][i] = from[i][j]; `to` has rows of ld_to, zeros behind the rows of `from`. Both are padded to whole vectors.
+// to[j][i] = from[i][j], at any address.
 template <class T>
 void transpose(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
   constexpr int lanes = kLanes<T>;
   const int whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
-  for (int i = 0; i < whole_rows; i += lanes)
-    for (int j = 0; j < whole_columns; j += lanes) transpose_square(to + j * ld_to + i, ld_to, from + i * ld + j, ld);
+  for (int j = 0; j < whole_columns; j += lanes)
+    for (int i = 0; i < whole_rows; i += lanes) transpose_square(to + j * ld_to + i, ld_to, from + i * ld + j, ld);
   for (int i = 0; i < rows; ++i)
     for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * ld_to + i] = from[i * ld + j];
-  for (int j = 0; j < columns && rows < ld_to; ++j)
-    for (int i = rows; i < ld_to; ++i) to[j * ld_to + i] = 0;
+}
+
+// The same, the rows of `to` filled up with zeros to whole vectors.
+template <class T>
+void transpose_padded(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
+  transpose(to, ld_to, from, ld, rows, columns);
+  for (int j = 0; j < columns && rows < padded<T>(rows); ++j)
+    for (int i = rows; i < padded<T>(rows); ++i) to[j * ld_to + i] = 0;
 }
 
 template <class T>
@@ -166,6 +172,12 @@ S0_INLINE void scale_row(T* y, T factor, int n) {
 template <class T>
 S0_INLINE void add_row(T* y, const T* x, T factor, int n) {
   for (int j = 0; j < n; j += kLanes<T>) store(y + j, load(y + j) + factor * load(x + j));
+}
+
+// n padded to whole vectors
+template <class T>
+S0_INLINE void fill(T* p, T value, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) store(p + i, value - Vec<T>{});
 }
 
 template <class T>

@@ -26,19 +26,21 @@ _BLOCK = 4
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"for tensors on a CPU, not on {device.type}"
-    return _load()
+    return unusable()
 
 
 @functools.cache
-def _load() -> str | None:
+def unusable() -> str | None:
     """None once the library is there, else the reason why not."""
     file = Path(os.environ.get("S0KERNELS_CPU_LIBRARY") or Path(__file__).parents[1] / "_cpu.so")
     if not file.is_file():
         return "was not built: install with --no-build-isolation where a C++ compiler and torch are"
     try:
         torch.ops.load_library(str(file))
-    except (OSError, RuntimeError) as error:
-        return f"cannot be loaded beside torch {torch.__version__}: {error}"
+        torch.ops.s0kernels_cpu.instructions()
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]  # the stack follows in errors of torch
+        return f"cannot be used beside torch {torch.__version__}: {reason}"
     return None
 
 

@@ -1,0 +1,163 @@
+"""flash-linear-attention's functions for the gated delta rule (`fla.ops.gated_delta_rule`, version 0.6.0).
+
+Signatures and meanings are FLA's: the final state is returned only when asked for, states may be [K, V] or [V, K], and
+may be in any floating dtype (they are computed, and returned, in fp32). What is different comes on top of it: any
+device, `initial_state` without a leading dimension is shared by all sequences, and every gradient is there, also that
+of the initial state and in `fused_recurrent_gated_delta_rule`. What cannot be honoured is a ValueError or TypeError.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from s0kernels.ops import gated_delta_rule
+
+__all__ = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """S' = exp(g_t) S;  S = S' + beta_t k_t (v_t - S'^T k_t)^T;  o_t = scale S^T q_t
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, HV, V].
+        g: [B, T, HV], log decays; with `use_gate_in_kernel` raw, made -exp(A_log) * softplus(g + dt_bias).
+        beta: [B, T, HV]; raw with `use_beta_sigmoid_in_kernel`, doubled after it with `allow_neg_eigval`.
+        scale: factor on the output; None means 1 / sqrt(K).
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; without N one for all sequences.
+        cu_seqlens: [N + 1], the sequences packed into one row.
+        cu_seqlens_cpu, chunk_indices: hints that are not needed here.
+        cp_context: must be None; sequences are not spread over devices.
+        kwargs: `use_gate_in_kernel`, `A_log` [HV], `dt_bias` [HV], `chunk_size`, and the older name
+            `transpose_state_layout` of `state_v_first`.
+
+    Returns:
+        (o [B, T, HV, V], the final state in the layout of the initial one, fp32, or None unless asked for).
+    """
+    if cp_context is not None:
+        raise ValueError("chunk_gated_delta_rule: cp_context must be None: context parallelism is not supported")
+    state_v_first = _state_layout(state_v_first, kwargs)
+    use_gate = kwargs.pop("use_gate_in_kernel", False)
+    A_log, dt_bias = kwargs.pop("A_log", None), kwargs.pop("dt_bias", None)
+    chunk_size = kwargs.pop("chunk_size", None)
+    _refuse("chunk_gated_delta_rule", kwargs)
+    return _run(
+        *(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate, A_log),
+        *(dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, chunk_size),
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """As `chunk_gated_delta_rule`. g None means no decay, beta None means 1; gk and gv (decays by channel) must be
+    None."""
+    for name, value in (("gk", gk), ("gv", gv)):
+        if value is not None:
+            raise ValueError(
+                f"fused_recurrent_gated_delta_rule: {name} must be None: decays by channel are another rule"
+            )
+    state_v_first = _state_layout(state_v_first, kwargs)
+    _refuse("fused_recurrent_gated_delta_rule", kwargs)
+    if g is None and use_gate_in_kernel:
+        raise ValueError("fused_recurrent_gated_delta_rule: use_gate_in_kernel needs g")
+    g = v.new_zeros(v.shape[:3]) if g is None else g
+    beta = v.new_ones(v.shape[:3]) if beta is None else beta
+    return _run(
+        *(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel),
+        *(A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, None),
+    )
+
+
+def _state_layout(state_v_first: bool, kwargs: dict) -> bool:
+    if "transpose_state_layout" not in kwargs:
+        return state_v_first
+    if state_v_first:
+        raise ValueError("state_v_first and transpose_state_layout, its older name, must not both be given")
+    warnings.warn("transpose_state_layout has become state_v_first", DeprecationWarning, stacklevel=3)
+    return kwargs.pop("transpose_state_layout")
+
+
+def _refuse(function: str, kwargs: dict) -> None:
+    if kwargs:
+        raise TypeError(f"{function}: got an unexpected keyword argument {next(iter(kwargs))!r}")
+
+
+def _run(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    initial_state,
+    output_final_state,
+    l2norm,
+    use_gate,
+    A_log,
+    dt_bias,
+    use_sigmoid,
+    allow_neg_eigval,
+    state_v_first,
+    cu_seqlens,
+    chunk_size,
+) -> tuple[Tensor, Tensor | None]:
+    if allow_neg_eigval and not use_sigmoid:
+        raise ValueError("allow_neg_eigval needs use_beta_sigmoid_in_kernel")
+    if use_gate:
+        if A_log is None:
+            raise ValueError("use_gate_in_kernel needs A_log")
+        g = g.float() if dt_bias is None else g.float() + dt_bias.float()
+        g = -A_log.float().exp() * torch.nn.functional.softplus(g)
+    if use_sigmoid:
+        beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+    if initial_state is not None:
+        initial_state = initial_state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        initial_state = initial_state.mT if state_v_first else initial_state
+    output, final_state = gated_delta_rule(
+        *(q, k, v, g, beta),
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        use_qk_l2norm=l2norm,
+        output_final_state=output_final_state,
+        chunk_size=chunk_size,
+    )
+    return output, final_state.mT if state_v_first and final_state is not None else final_state

@@ -34,6 +34,12 @@ from s0kernels.backends.triton.tiles import chunk_of_slot, decay_matrix, decay_m
 
 
 @triton.jit
+def silu_slope(b_x):
+    b_sigmoid = tl.sigmoid(b_x)
+    return b_sigmoid * (1.0 + b_x * (1.0 - b_sigmoid))
+
+
+@triton.jit
 def load_dy(do, z, o_t, o_p, so_t, so_p, sz_t, sz_p, rows, P):
     """dO silu(z), [BT, BP] in the dtype of dO. `do` and `z` have 64-bit offsets to the corner."""
     b_dy = load_tile(do, o_t, o_p, so_t, so_p, rows, P)
@@ -159,9 +165,21 @@ def ssd_scan_bwd_kernel(
 
 @triton.jit
 def through_states(
-    B, C, h, dh, sB, sC, rows, inner, cols,
-    N: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    B,
+    C,
+    h,
+    dh,
+    sB,
+    sC,
+    rows,
+    inner,
+    cols,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BI: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(B dS'^T, C S^T, both [BT, BP], and the sum of S * dS'), zero for what there is no state of."""
     o_t, o_p, o_i = tl.arange(0, BT), tl.arange(0, BP), tl.arange(0, BI)
     b_end, b_start = tl.zeros([BT, BP], tl.float32), tl.zeros([BT, BP], tl.float32)
@@ -275,11 +293,9 @@ def ssd_heads_bwd_kernel(
             tl.store(dx + o_out, (b_end + b_skip * b_dy.to(tl.float32)).to(dtype), mask=mask)
         if dz is not None:
             b_start = tl.dot(b_p, b_x, b_start, input_precision=PRECISION) + b_skip * b_x.to(tl.float32)
-            b_z = load_tile(p_z, o_t, o_p, sz[1], sz[3], rows, P).to(tl.float32)
-            b_sigmoid = tl.sigmoid(b_z)
+            b_slope = silu_slope(load_tile(p_z, o_t, o_p, sz[1], sz[3], rows, P).to(tl.float32))
             b_do = load_tile(p_do, o_t, o_p, so[1], so[3], rows, P).to(tl.float32)
-            b_dz = b_do * b_start * b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
-            tl.store(dz + o_out, b_dz.to(dtype), mask=mask)
+            tl.store(dz + o_out, (b_do * b_start * b_slope).to(dtype), mask=mask)
 
     b_skips = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_k, 0.0))
     b_k *= b_decay
@@ -289,11 +305,8 @@ def ssd_heads_bwd_kernel(
     if DECAYS:
         # the policy makes this another load than the one above, so that C B^T is not kept in registers
         b_k *= tl.load(p_cb, eviction_policy="evict_first").to(tl.float32)
-        b_da = tl.cumsum(b_starts, axis=0, reverse=True) + b_carried * tl.load(
-            gates + at * ROWS * BT + START * BT + BT - 1
-        )
-        b_written = b_ends * tl.load(p_gates + WRITE * BT)
-        b_da += decay_matrix_grad(b_k * b_dt[None, :], BT) + tl.cumsum(b_written, axis=0) - b_written
+        b_da = decay_grad(b_k * b_dt[None, :], b_starts, b_ends * tl.load(p_gates + WRITE * BT), BT)
+        b_da += b_carried * tl.load(gates + at * ROWS * BT + START * BT + BT - 1)
         b_rates = tl.sum(b_da * b_dt)
         b_ddt = b_a * b_da + tl.sum(b_k, axis=0) + b_ends * tl.load(p_gates + END * BT)
         b_raw = load_raw_dt(dt + i_b * sdt[0] + i_t * sdt[1] + i_h * sdt[2], sdt[1], dt_bias, i_h * sbias, rows, BT)
@@ -302,6 +315,13 @@ def ssd_heads_bwd_kernel(
         if ddt is not None:
             tl.store(ddt + (i_b * T + i_t + o_t) * H + i_h, b_ddt.to(ddt.dtype.element_ty), mask=o_t < rows)
     store_sums(dA, dD, dbias, at, b_rates, b_skips, b_biases)
+
+
+@triton.jit
+def decay_grad(b_pairs, b_starts, b_ends, BT: tl.constexpr):
+    """da from the gradients of the sums of a: of those in D [BT, BT], in G and in E [BT]."""
+    b_da = decay_matrix_grad(b_pairs, BT) + tl.cumsum(b_starts, axis=0, reverse=True)
+    return b_da + tl.cumsum(b_ends, axis=0) - b_ends
 
 
 @triton.jit
@@ -352,20 +372,38 @@ def sum_slots(x, out, slots, H, BS: tl.constexpr):
 
 @triton.jit
 def group_grad(
-    v, z, gates, states, pairs, other, sv_t, sv_p, sz_t, sz_p, so_t, so_n, sv_h, sz_h, rows, R, inner, cols,
-    GATE: tl.constexpr, TRANSPOSE: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sum over R heads of diag(gate) v states + pairs other, [BT, BN]; all pointers at the first head, pairs transposed
-    on demand."""
+    v,
+    z,
+    gates,
+    states,
+    pairs,
+    other,
+    sv,
+    sz,
+    so,
+    rows,
+    R,
+    inner,
+    cols,
+    GATE: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sum over R heads of diag(gate) v silu(z) states + pairs other, [BT, BN]. All pointers are at the first head; z is
+    None or [.., P] like v, and pairs are transposed on demand."""
     o_t, o_p, o_n = tl.arange(0, BT), tl.arange(0, BP), tl.arange(0, BN)
     tiles = tl.cdiv(inner, BP)
     b_sum = tl.zeros([BT, BN], tl.float32)
     for i in tl.range(R * tiles, disable_licm=True):
         i_r, i_p = i // tiles, i % tiles * BP
-        p_v = v + i_r * sv_h + i_p * sv_p
-        p_z = z if z is None else z + i_r * sz_h + i_p * sz_p
-        b_v = load_dy(p_v, p_z, o_t, o_p, sv_t, sv_p, sz_t, sz_p, rows, inner - i_p)
+        p_v = v + i_r * sv[2] + i_p * sv[3]
+        p_z = z if z is None else z + i_r * sz[2] + i_p * sz[3]
+        b_v = load_dy(p_v, p_z, o_t, o_p, sv[1], sv[3], sz[1], sz[3], rows, inner - i_p)
         b_gate = tl.load(gates + i_r * ROWS * BT + GATE * BT + o_t)
         b_states = load_tile(states + (i_r * P + i_p) * N, o_p, o_n, N, 1, inner - i_p, cols)
         b_v = (b_v.to(tl.float32) * b_gate[:, None]).to(b_v.dtype)
@@ -374,7 +412,7 @@ def group_grad(
     for i_r in tl.range(R, disable_licm=True):
         b_pairs += tl.load(pairs + i_r * BT * BT + o_t[:, None] * BT + o_t[None, :]).to(tl.float32)
     b_pairs = (tl.trans(b_pairs) if TRANSPOSE else b_pairs).to(other.dtype.element_ty)
-    b_other = load_tile(other, o_t, o_n, so_t, so_n, rows, cols)
+    b_other = load_tile(other, o_t, o_n, so[1], so[3], rows, cols)
     return tl.dot(b_pairs, b_other, b_sum, input_precision=PRECISION)
 
 
@@ -429,15 +467,13 @@ def ssd_groups_bwd_kernel(
         p_B = at_token(B, sB, i_b, i_t, i_g) + i_n * sB[3]
         b_dC = group_grad(
             *(at_token(do, so, i_b, i_t, i_h), at_token(z, sz, i_b, i_t, i_h), p_gates, h + at * P * N + i_n, p_pairs),
-            *(p_B, so[1], so[3], sz[1], sz[3], sB[1], sB[3], so[2], sz[2], rows, R, inner, N - i_n),
-            *(START, False, H, P, N, PRECISION, BT, BP, BN),
+            *(p_B, so, sz, sB, rows, R, inner, N - i_n, START, False, P, N, PRECISION, BT, BP, BN),
         )
         tl.store(dC + o_out, b_dC.to(dC.dtype.element_ty), mask=mask)
     if dB is not None and i_w == wanted - 1:
         p_C = at_token(C, sC, i_b, i_t, i_g) + i_n * sC[3]
         b_dB = group_grad(
             *(at_token(x, sx, i_b, i_t, i_h), None, p_gates, dh + at * P * N + i_n, p_pairs),
-            *(p_C, sx[1], sx[3], 0, 0, sC[1], sC[3], sx[2], 0, rows, R, inner, N - i_n),
-            *(WRITE, True, H, P, N, PRECISION, BT, BP, BN),
+            *(p_C, sx, sz, sC, rows, R, inner, N - i_n, WRITE, True, P, N, PRECISION, BT, BP, BN),
         )
         tl.store(dB + o_out, b_dB.to(dB.dtype.element_ty), mask=mask)

@@ -32,6 +32,10 @@ def test_sizes(sizes):
     assert_within_budget(ssd_problem(40, B=1, **SMALL | sizes).to(torch.float16, torch.float32))
 
 
+def test_a_state_too_wide_for_the_fused_scan():
+    assert_within_budget(ssd_problem(20, B=1, **SMALL | {"P": 5, "N": 260}).to(torch.float16, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_without_extras_and_with_short_chunks(dtype):
     assert_within_budget(ssd_problem(40, B=1, extras=False, chunk_size=16, **SMALL).to(dtype, torch.float32))

@@ -18,11 +18,12 @@ from s0kernels.backends.triton.mamba_step import ssd_step_kernel
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
-#: By stage and bytes of the dtype, for compute capabilities from 8.0, 9.0 and 10.0: the tile (of P, or of what a loop
-#: sums over), warps, pipeline stages.
+#: By stage and bytes of the dtype, from which compute capability on: the tile (of P, or of what a loop sums over),
+#: warps, pipeline stages. What each takes of a chip: `python -m s0kernels aot`. Chips of 8.6, 8.9 and 12.0 have less
+#: shared memory than those before them.
 TILES = {
     ("prepare", 2): {80: Tiles(64, 8, 2)},
-    ("scan", 2): {80: Tiles(64, 8, 2)},
+    ("scan", 2): {80: Tiles(64, 8, 2), 86: Tiles(32, 8, 2), 90: Tiles(64, 8, 2), 120: Tiles(32, 8, 2)},
     ("states", 2): {80: Tiles(64, 4, 2)},
     ("output", 2): {80: Tiles(64, 4, 2)},
     ("heads", 2): {80: Tiles(64, 8, 2)},
@@ -36,7 +37,8 @@ TILES = {
     ("groups", 4): {80: Tiles(32, 8, 1)},
     ("step", 4): {80: Tiles(16, 4, 1)},
 }
-
+#: the widest N that a program of the fused scan has at once
+WIDEST = 256
 #: inputs without tokens, whose gradients are sums over all chunks
 _SCALARS = ("A", "D", "dt_bias")
 
@@ -131,8 +133,10 @@ class _Call:
         return self.sequences * self.H * triton.cdiv(self.P, BP) * triton.cdiv(self.N, BN)
 
     def is_split(self) -> bool:
-        """Whether a kernel of its own makes the output, for all chunks at once: where walks are long and so few that
-        most of the chip would watch."""
+        """Whether a kernel of its own makes the output, for all chunks at once: where a tile of P with all of N has no
+        room in the registers, or walks are long and so few that most of the chip would watch."""
+        if self.N > WIDEST:
+            return True
         forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
         if forced:
             return forced == "split"

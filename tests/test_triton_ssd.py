@@ -8,6 +8,7 @@ from test_triton import PACKED, assert_within_budget, launched, pytestmark, sche
 
 SMALL = {"H": 2, "P": 24, "G": 1, "N": 16}
 HEADS = {"H": 4, "P": 24, "G": 2, "N": 16}
+SIZES = [{"P": 80, "N": 5}, {"P": 5, "N": 72}, {"H": 6, "G": 2}, {"H": 3, "G": 3}, {"H": 4}]
 TOKENS = ("x", "dt", "B", "C", "z")
 
 
@@ -17,19 +18,25 @@ def test_lengths(T, dtype):
     assert_within_budget(ssd_problem(T, B=1, **HEADS).to(dtype, torch.float32))
 
 
-@pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
 def test_every_form_of_state(kind, lengths):
     assert_within_budget(ssd_problem(30, B=3, state=kind, lengths=lengths, **SMALL).to(torch.float32))
 
 
-@pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize(
-    "sizes", [{"P": 80, "N": 5}, {"P": 5, "N": 72}, {"H": 6, "G": 2}, {"H": 3, "G": 3}, {"H": 4}], ids=str
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes):
     assert_within_budget(ssd_problem(40, B=1, **SMALL | sizes).to(torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize("changes", [{}, {"state": "bank", "lengths": PACKED}, {"state": None}, *SIZES], ids=str)
+def test_both_schedules_of_the_forward(changes, monkeypatch):
+    problem = ssd_problem(**{"T": 40, "B": 1} | SMALL | changes).to(torch.float32)
+    truth = problem.to(torch.float64).run("reference")
+    for form in ("fused", "split"):
+        monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", form)
+        for found, exact in zip(problem.run("triton"), truth, strict=True):
+            assert error(found, exact) < 1e-6
 
 
 def test_a_state_too_wide_for_the_fused_scan():
@@ -60,7 +67,7 @@ def test_softplus_does_not_round_to_zero():
 
 
 def test_only_asked_gradients_and_the_state_only_backward():
-    problem = ssd_problem(state="bank", lengths=[40, 6], **SMALL).to(torch.float32)
+    problem = ssd_problem(state="bank", lengths=[40, 6], **SMALL | {"H": 1}).to(torch.float32)
     weights = problem.weights()
     together = problem.gradients("triton", weights)
     for name in problem.tensors:
@@ -134,15 +141,15 @@ def test_no_tokens(kind):
 
 def test_sequences_do_not_meet():
     for lengths in (None, [10, 10, 10]):
-        problem = ssd_problem(10, B=3, lengths=lengths, **SMALL).to(torch.float32)
+        problem = ssd_problem(10, B=3, lengths=lengths, **SMALL | {"H": 1}).to(torch.float32)
         weights = problem.weights()
         clean = problem.gradients("triton", weights)
-        problem.tensors["x"].view(3, 10, 2, 24)[1] = float("nan")
+        problem.tensors["x"].view(3, 10, 1, 24)[1] = float("nan")
         found = problem.gradients("triton", weights)
         for name in ("output", *(f"d{name}" for name in TOKENS)):
             a, b = (x[name].reshape(3, 10, *x[name].shape[2:]) for x in (clean, found))
             assert torch.equal(a[[0, 2]], b[[0, 2]]), name
-        assert found["output"].view(3, 10, 2, 24)[1].isnan().any()
+        assert found["output"].view(3, 10, 1, 24)[1].isnan().any()
         assert torch.equal(clean["dinitial_state"], found["dinitial_state"])
 
 
@@ -170,18 +177,20 @@ def test_a_bad_index_gives_nan_for_its_sequence():
     assert leaves["initial_state"].grad[2:].abs().max() == 0
 
 
-@pytest.mark.usefixtures("unchecked", "schedule")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3], [-4, 10], [0, 2**31 - 1, 10]], ids=str
 )
-def test_bad_boundaries_give_nan_and_nothing_else(ends):
+def test_bad_boundaries_give_nan_and_nothing_else(ends, monkeypatch):
     problem = ssd_problem(10, B=1, **SMALL).to(torch.float32)
     leaves = {n: x.clone().requires_grad_() for n, x in problem.tensors.items()}
     problem.options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
-    output, final = type(problem)(problem.op, leaves, problem.options).run("triton")
-    assert output.isnan().all()
-    assert final.isnan().all()
-    assert final.shape[0] == len(ends) - 1
+    for form in ("split", "fused"):
+        monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", form)
+        output, final = type(problem)(problem.op, leaves, problem.options).run("triton")
+        assert output.isnan().all()
+        assert final.isnan().all()
+        assert final.shape[0] == len(ends) - 1
     (output.sum() + final.sum()).backward()
     for name in ("x", "B", "C", "initial_state"):
         assert leaves[name].grad.isnan().all(), name

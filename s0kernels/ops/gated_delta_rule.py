@@ -56,8 +56,8 @@ def gated_delta_rule(
         use_qk_l2norm: replace q and k by x * rsqrt(sum(x^2) + 1e-6).
         output_final_state: return the state after each sequence's last token. True by default, unlike FLA.
         chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
-        backend: "torch" (chunked, any device) or "reference" (token by token); None takes the fastest that supports
-            the call, in that order.
+        backend: "triton" (GPUs), "cpu" (compiled), "torch" (chunked, any device) or "reference" (token by token); None
+            takes the first of these that supports the call.
 
     Returns:
         ScanOutput(output [B, T, HV, V] in q's dtype, final_state [NSEQ, HV, K, V] fp32 or fp64, or None).

@@ -63,8 +63,8 @@ def ssd(
             None means one sequence per row, NSEQ = B.
         output_final_state: return the state after each sequence's last token. True by default, unlike mamba_ssm.
         chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
-        backend: "torch" (chunked, any device) or "reference" (token by token); None takes the fastest that supports
-            the call, in that order.
+        backend: "triton" (GPUs), "cpu" (compiled), "torch" (chunked, any device) or "reference" (token by token); None
+            takes the first of these that supports the call.
 
     Returns:
         ScanOutput(output [B, T, H, P] in x's dtype, final_state [NSEQ, H, P, N] fp32 or fp64, or None).

@@ -9,7 +9,7 @@ from s0kernels.ops import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 #: heads, channels, groups, state of Falcon-H1-7B and 34B, of its 0.5B and Bamba, of Nemotron-H; with fewer heads
-SHAPES = {"7B": (3, 128, 1, 256), "34B": (4, 128, 2, 256), "0.5B": (3, 64, 1, 128), "Nemotron-H": (8, 64, 4, 128)}
+SHAPES = {"7B": (4, 128, 1, 256), "34B": (4, 128, 2, 256), "0.5B": (4, 64, 1, 128), "Nemotron-H": (8, 64, 4, 128)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -237,3 +237,16 @@ def test_a_state_adds_no_launch(kind, schedule):
     assert len(tuned) - forward <= 5
     assert tuned[: len(without)] == without
     assert len(kernels(kind, ["initial_state"])) - forward <= 3
+
+
+def test_a_state_of_one_sequence_is_not_summed():
+    for lengths in (None, [40]):
+        problem = delta_problem(40, B=1, lengths=lengths, **SMALL).to(torch.float32)
+        assert "state_grad_kernel" not in launched(problem, ["initial_state"])
+        assert_within_budget(problem, ["initial_state"])
+
+
+def test_a_schedule_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", "fusd")
+    with pytest.raises(ValueError, match="S0KERNELS_TRITON_SCHEDULE must be fused or split, got 'fusd'"):
+        delta_problem(4, **SMALL).to(torch.float32).run("triton")

@@ -67,6 +67,8 @@ class _Call:
         """Whether a kernel of its own makes the output, for all chunks at once: where walks are long and so few that
         most of the chip would watch."""
         forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
+        if forced not in (None, "fused", "split"):
+            raise ValueError(f"S0KERNELS_TRITON_SCHEDULE must be fused or split, got {forced!r}")
         if forced:
             return forced == "split"
         return 4 * self.walks <= target_of(self.q.device).processors and self.B * self.T >= 1024 * self.N

@@ -1,7 +1,5 @@
 """The gated delta rule: which kernels run, with which sizes, on which memory."""
 
-import os
-
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +16,15 @@ from s0kernels.backends.triton.delta_forward import (
     gated_delta_rule_scan_fwd_kernel,
 )
 from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
-from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_of_two, strides, target_of
+from s0kernels.backends.triton.launch import (
+    Tiles,
+    choose_tiles,
+    forced_schedule,
+    launch,
+    power_of_two,
+    strides,
+    target_of,
+)
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
 
@@ -66,10 +72,7 @@ class _Call:
     def _split(self) -> bool:
         """Whether a kernel of its own makes the output, for all chunks at once: where walks are long and so few that
         most of the chip would watch."""
-        forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
-        if forced not in (None, "fused", "split"):
-            raise ValueError(f"S0KERNELS_TRITON_SCHEDULE must be fused or split, got {forced!r}")
-        if forced:
+        if forced := forced_schedule():
             return forced == "split"
         return 4 * self.walks <= target_of(self.q.device).processors and self.B * self.T >= 1024 * self.N
 

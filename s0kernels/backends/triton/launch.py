@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,6 +59,14 @@ def choose_tiles(table: dict[int, Tiles], device: torch.device) -> Tiles:
     """The entry of the highest capability that the device has."""
     capability = target_of(device).capability
     return table[max(least for least in table if least <= capability)]
+
+
+def forced_schedule() -> str | None:
+    """The schedule of forwards that the environment asks for: fused, split, or None for the better one."""
+    forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
+    if forced not in (None, "fused", "split"):
+        raise ValueError(f"S0KERNELS_TRITON_SCHEDULE must be fused or split, got {forced!r}")
+    return forced
 
 
 def launch(kernel, programs: int, *arguments, tiles: Tiles, **constants) -> None:

@@ -1,12 +1,18 @@
 """Mamba-2 SSD: which kernels run, with which sizes, on which memory."""
 
-import os
-
 import torch
 import triton
 from torch import Tensor
 
-from s0kernels.backends.triton.launch import Tiles, choose_tiles, launch, power_of_two, strides, target_of
+from s0kernels.backends.triton.launch import (
+    Tiles,
+    choose_tiles,
+    forced_schedule,
+    launch,
+    power_of_two,
+    strides,
+    target_of,
+)
 from s0kernels.backends.triton.mamba_backward import (
     ssd_groups_bwd_kernel,
     ssd_heads_bwd_kernel,
@@ -137,8 +143,7 @@ class _Call:
         room in the registers, or walks are long and so few that most of the chip would watch."""
         if self.N > WIDEST:
             return True
-        forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
-        if forced:
+        if forced := forced_schedule():
             return forced == "split"
         long = 1024 * self.sequences <= self.B * self.T
         return long and 2 * self._walks(*self._walk_tiles(True)[1:]) <= target_of(self.C.device).processors

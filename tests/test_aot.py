@@ -14,6 +14,7 @@ SPILLS = {
     ("delta rule 128/128 fp32", 90): 488,
     (FALCON, 80): 280,
 }
+#: bytes of shared memory that one program can have
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 

@@ -18,8 +18,6 @@ from s0kernels.backends.triton.launch import Launch, Target, recording
 
 #: Multiprocessors of an A100, an H100 or H200, and a B200.
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
-#: Shared memory that one program can have, in bytes.
-SHARED = {80: 166912, 90: 232448, 100: 232448}
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -58,19 +58,7 @@ def reduce_state_grad(dh: Tensor, shape: tuple[int, ...], indices: Tensor | None
     dh0 = dh.new_empty(shape)
     rows = shape[0] if indices is not None else 1
     if rows and dh0.numel():
-        block = 1024
-        size = dh0.numel() // rows
-        tiles = triton.cdiv(size, block)
-        launch(
-            state_grad_kernel,
-            tiles * rows,
-            dh,
-            indices,
-            dh0,
-            dh.shape[0],
-            size,
-            tiles,
-            BD=block,
-            tiles=Tiles(1024, 4, 2),
-        )
+        size, block = dh0.numel() // rows, Tiles(1024, 4, 2)
+        tiles = triton.cdiv(size, block.tile)
+        launch(state_grad_kernel, tiles * rows, dh, indices, dh0, dh.shape[0], size, tiles, BD=block.tile, tiles=block)
     return dh0

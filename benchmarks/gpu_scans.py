@@ -3,31 +3,26 @@
     python benchmarks/gpu_scans.py [--rounds 15] [--cases 1x8192,8x1024]     (from the source tree, nothing installed)
     TRITON_INTERPRET=1 python benchmarks/gpu_scans.py --smoke                (tiny, on a CPU: does the script work?)
 
-bf16, heads of Qwen3.5-4B (16 of keys, 32 of values, 128 x 128) and of Falcon-H1-7B (24, P 128, N 256, one group).
-Everything that is compared runs in turn, round by round; figures are medians in milliseconds. A library is timed only
-after its error against fp64 is within the budget on the same kind of inputs; one that is missing or out of it is listed
-with the reason. "S0" is one state for all sequences: the other libraries copy it for each, which is part of their time.
-Writes benchmarks/results/<gpu>.json.
+What `python -m s0kernels bench` does not have: packed sequences, both layouts of the inputs, steps by batch. bf16,
+heads of Qwen3.5-4B and of Falcon-H1-7B. Everything that is compared runs in turn, round by round; figures are medians
+in milliseconds. A library is timed only after its error is within the budget on the same kind of inputs; one that is
+missing or out of it is listed with the reason. Writes benchmarks/results/<gpu>-scans.json.
 """
 
 import argparse
-import hashlib
-import importlib.metadata
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from gpu_cases import OPS, Op, Scan, Values  # noqa: E402
+from s0kernels import bench, measure  # noqa: E402
+from s0kernels.rivals import MODELS, OPS, OUR_BUDGET, THEIR_BUDGET, Op, Scan, Values, state_for_each  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
 CASES = {
@@ -38,151 +33,73 @@ CASES = {
     "48 ragged": RAGGED,
     "1x32768": (1, 32768),
 }
+HEADS = {"gated_delta_rule": MODELS["qwen3.5-4b"][1], "ssd": MODELS["falcon-h1-7b"][1]}
 SMOKE = {"2x20": (2, 20), "3 ragged": [9, 0, 7]}
-#: relative errors (root mean square) that a library may have in bf16: twice what bf16 operands of products give
-BUDGET = 0.016
+SMOKE_HEADS = {"gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16}, "ssd": {"H": 2, "P": 16, "G": 1, "N": 16}}
 
 
-def leaves_of(op: Op, values: Values, wanted: list[str]) -> Values:
-    return {n: x.detach().requires_grad_(n in wanted) if n in (*op.inputs, "s0") else x for n, x in values.items()}
-
-
-def gradients(op: Op, run: Scan, values: Values, weight: Tensor) -> dict[str, Tensor]:
-    wanted = [*op.inputs, "s0"]
-    leaves = leaves_of(op, values, wanted)
-    output, final = run(leaves, True)
-    loss = (output.float() * weight).sum() + final.float().square().sum()
-    grads = torch.autograd.grad(loss, [leaves[n] for n in wanted])
-    return {"output": output.detach(), "final_state": final.detach()} | dict(zip(wanted, grads, strict=True))
-
-
-def errors(op: Op, run: Scan, values: Values) -> dict[str, float]:
-    """Relative to fp64, of the output and every gradient."""
-    exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in values.items()}
-    with torch.no_grad():
-        weight = torch.randn_like(op.reference(values, True)[0], dtype=torch.float32)
-    truth, found = gradients(op, op.reference, exact, weight), gradients(op, run, values, weight)
-    return {
-        n: float((found[n].double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for n, x in truth.items()
-    }
-
-
-def load(op: Op, values: Values) -> tuple[dict[str, Scan], dict, dict]:
-    """(implementations that may be timed, their errors, why the others may not)."""
-    runs, found, missing = {}, {}, {}
-    for name, loader in {"s0kernels": lambda: op.ours, **op.rivals}.items():
+def load(op: Op, values: Values) -> tuple[dict[str, Scan], dict[str, str]]:
+    """(implementations that may be timed, why the others may not)."""
+    runs, missing = {}, {}
+    device = values["s0"].device
+    for name in (bench.OURS, *op.rivals):
+        reason = None if name == bench.OURS else op.rivals[name].unusable(str(device))
         try:
-            run = loader()
-            found[name] = errors(op, run, values)
+            run = None if reason else bench.scan(op, name, "triton")
+            budget = OUR_BUDGET if name == bench.OURS else THEIR_BUDGET
+            reason = reason or op.out_of_budget(run, values, budget)
         except Exception as error:  # whatever a library does here must not end the others' measurement
-            missing[name] = reason(error)
-            continue
-        worst = max(found[name], key=found[name].get)
-        if found[name][worst] <= BUDGET:
+            reason = bench.brief(error)
+        if reason is None:
             runs[name] = run
         else:
-            missing[name] = f"error of {worst}: {found[name][worst]:.1e}"
-    return runs, found, missing
+            missing[name] = reason
+    return runs, missing
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def medians(cases: dict[str, measure.Case], rounds: int, device: str) -> dict[str, float]:
+    times = measure.interleaved(cases, rounds=rounds, device=device)
+    return {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
 
 
-class Clock:
-    """Milliseconds of a call, by events on a GPU."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-
-    def __call__(self, function: Callable[[], object], repeats: int) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            return 1e3 * (time.perf_counter() - begin) / repeats
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / repeats
+def peak(case: measure.Case, device: str) -> float | None:
+    """MiB that it needs beyond the inputs."""
+    return measure.peak_memory(lambda: case, device=device) / 2**20 if device == "cuda" else None
 
 
-def in_turn(clock: Clock, cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Medians of cases that run one after the other, again and again. The first rounds compile and choose repeats."""
-    repeats = {}
-    for name, case in cases.items():
-        clock(case, 1)
-        repeats[name] = max(1, min(100, int(5.0 / max(clock(case, 1), 1e-3)))) if clock.cuda else 1
-    times = {name: [clock(case, repeats[name]) for _ in range(1)] for name, case in cases.items()}
-    for _ in range(rounds):
-        for name, case in cases.items():
-            times[name].append(clock(case, repeats[name]))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def backward_of(op: Op, run: Scan, values: Values, wanted: list[str]) -> Callable[[], object]:
-    leaves = leaves_of(op, values, wanted)
-    output, _ = run(leaves, True)
-    weight, inputs = torch.randn_like(output), [leaves[n] for n in wanted]
-    return lambda: torch.autograd.grad(output, inputs, weight, retain_graph=True)
-
-
-def peak(op: Op, run: Scan, values: Values) -> float:
-    """MiB that a forward and a backward need beyond the inputs."""
-    if not torch.cuda.is_available():
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    backward_of(op, run, values, [*op.inputs, "s0"])()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def measure(op: Op, runs: dict[str, Scan], values: Values, clock: Clock, rounds: int) -> dict:
-    forward, backward, refused = {}, {}, {}
+def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int, device: str) -> dict:
+    forward, backward, memory, refused = {}, {}, {}, {}
     for name, run in runs.items():
         try:
-            backward[f"{name} backward"] = backward_of(op, run, values, [*op.inputs, "s0"])
+            training = bench.case(op, run, values, "training")
+            memory[name] = peak(training, device)
+            training()
         except Exception as error:  # a case that a library does not know
-            refused[name] = reason(error)
+            refused[name] = bench.brief(error)
             continue
-        forward[f"{name} forward, zero"] = partial(run, values, False)
-        forward[f"{name} forward, S0"] = partial(run, values, True)
-    if "s0kernels" in runs:
-        forward["s0kernels forward, S0 again"] = partial(op.ours, values, True)
-        backward["s0kernels state-only backward"] = backward_of(op, op.ours, values, ["s0"])
-    with torch.no_grad():
-        times = in_turn(clock, forward, rounds)
-    times |= in_turn(clock, backward, rounds)
-    memory = {name: peak(op, run, values) for name, run in runs.items() if name not in refused}
+        forward[f"{name} forward, zero"] = bench.case(op, run, values, "forward", state=False)
+        forward[f"{name} forward, S0"] = bench.case(op, run, values, "forward")
+        backward[f"{name} backward"] = bench.case(op, run, values, "backward")
+    if bench.OURS in runs:
+        forward["s0kernels forward, S0 again"] = bench.case(op, runs[bench.OURS], values, "forward")
+        backward["s0kernels state-only backward"] = bench.case(op, runs[bench.OURS], values, "state")
+    times = medians(forward, rounds, device) | medians(backward, rounds, device)
     return {"ms": times, "peak MiB": memory, "refused": refused}
 
 
-def steps(op: Op, heads: dict, clock: Clock, device: str, dtype: torch.dtype, batches: list[int], rounds: int) -> list:
+def steps(op: Op, heads: dict, device: str, dtype: torch.dtype, batches: list[int], rounds: int) -> list:
     found = []
     for batch in batches:
         values = op.make((batch, 1), heads, device, dtype)
-        pool = values["s0"].expand(batch, -1, -1, -1).contiguous()
+        pool = state_for_each(values, batch).clone()
         rows = torch.arange(batch, device=device, dtype=torch.int32)
         cases = {
-            "step": op.step(values, pool),
-            "step by index": op.step(values, pool, state_indices=rows),
+            "step": op.step(values, pool, backend="triton"),
+            "step by index": op.step(values, pool, backend="triton", state_indices=rows),
             "copy of the states": partial(pool.clone().copy_, pool),
         }
         with torch.no_grad():
-            found.append({"batch": batch, "ms": in_turn(clock, cases, rounds)})
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in ("torch", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang", "mamba-ssm"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found.append({"batch": batch, "ms": medians(cases, rounds, device)})
     return found
 
 
@@ -201,33 +118,24 @@ def main() -> None:
             sys.exit("there is no CUDA device (--smoke tries the script without one)")
         device, dtype, batches, lengths = "cuda", torch.bfloat16, [1, 8, 32, 256], (2, 200)
         cases = {name: CASES[name] for name in options.cases.split(",")}
-    sources = sorted((HERE.parent / "s0kernels" / "backends" / "triton").glob("*.py"))
-    results = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
-        "versions": versions(),
-        "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16],
-        "dtype": str(dtype)[6:],
-    }
-    clock = Clock(device)
+    results = {"machine": measure.machine(device), "dtype": str(dtype)[6:]}
     for name in options.ops.split(","):
-        op = OPS[name]
-        heads = op.small if options.smoke else op.heads
-        runs, found, missing = load(op, op.make(lengths, heads, device, dtype))
+        op, heads = OPS[name], (SMOKE_HEADS if options.smoke else HEADS)[name]
+        runs, missing = load(op, op.make(lengths, heads, device, dtype))
         for library, why in missing.items():
             print(f"{name}, not timed: {library}: {why}")
-        entry = results[name] = {"heads": heads, "errors": found, "not timed": missing, "scans": []}
+        entry = results[name] = {"heads": heads, "not timed": missing, "scans": []}
         for case, sizes in cases.items():
             for channel_first in (False, True):
                 values = op.make(sizes, heads, device, dtype, channel_first)
                 row = {"case": case, "layout": "channel-first" if channel_first else "token-major"}
-                entry["scans"].append(row | measure(op, runs, values, clock, options.rounds))
+                entry["scans"].append(row | measured(op, runs, values, options.rounds, device))
                 print(json.dumps(entry["scans"][-1]), flush=True)
-        if "s0kernels" in runs:
-            entry["steps"] = steps(op, heads, clock, device, dtype, batches, options.rounds)
+        if bench.OURS in runs:
+            entry["steps"] = steps(op, heads, device, dtype, batches, options.rounds)
         print(f"\n{name}\n{table(op, entry)}\n", flush=True)
-    out = options.out or HERE / "results" / f"{results['device'].lower().replace(' ', '-')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    out = options.out or HERE / "results" / f"{measure.machine_name(results['machine'])}-scans.json"
+    measure.write_json(out, results)
 
 
 def table(op: Op, results: dict) -> str:

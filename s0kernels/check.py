@@ -62,7 +62,8 @@ def _results(op: str, tensors: dict[str, Tensor], backend: str, weights: list[Te
     return found | dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
-def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Root mean square of the difference over that of the truth, which is fp64 on the CPU."""
     return {
         name: float((found[name].cpu().double() - x).square().mean().sqrt() / x.square().mean().sqrt())
         for name, x in truth.items()
@@ -81,15 +82,15 @@ def rows() -> Iterator[Row]:
         for dtype in DTYPES:
             tensors = {name: x.to(torch.float32 if name in _FP32 else dtype) for name, x in exact.items()}
             truth = _results(op, {name: x.double() for name, x in tensors.items()}, "reference", weights)
-            plain = _errors(_results(op, tensors, "reference", weights), truth)
+            plain = errors(_results(op, tensors, "reference", weights), truth)
             budgets = {name: 2 * error + torch.finfo(dtype).eps for name, error in plain.items()}
             for device in devices:
                 here = {name: x.to(device) for name, x in tensors.items()}
                 for backend in _dispatch.ORDER:
                     if backend == "reference" or _dispatch.unusable(backend, op, device, dtype):
                         continue
-                    errors = _errors(_results(op, here, backend, weights), truth)
-                    ratio = {n: errors[n] / budgets[n] for n in truth}
+                    found = errors(_results(op, here, backend, weights), truth)
+                    ratio = {n: found[n] / budgets[n] for n in truth}
                     worst = max(ratio, key=lambda n, r=ratio: torch.inf if r[n] != r[n] else r[n])
                     kind = str(dtype).removeprefix("torch.")
-                    yield Row(str(device), op, backend, kind, errors[worst], budgets[worst], worst)
+                    yield Row(str(device), op, backend, kind, found[worst], budgets[worst], worst)

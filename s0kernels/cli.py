@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     aot.add_argument("--json", action="store_true", help="print a JSON list of rows")
     aot.set_defaults(run=_aot)
 
+    bench = commands.add_parser("bench", help="times, memory and roofline of the scans, beside the libraries installed")
+    bench.set_defaults(run=_bench)
+    if "bench" in (sys.argv[1:2] if arguments is None else arguments[:1]):  # its choices come from what needs torch
+        from s0kernels.bench import add_arguments
+
+        add_arguments(bench)
+
     demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
     demo.add_argument("rest", nargs=argparse.REMAINDER, help="options of examples/tiny/demo.py")
     demo.set_defaults(run=_demo)
@@ -81,6 +88,12 @@ def _check(_: argparse.Namespace) -> int:
     ]
     _table(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table)
     return int(not all(row.passed for row in found))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from s0kernels import bench
+
+    bench.run(options)
 
 
 def _aot(options: argparse.Namespace) -> None:

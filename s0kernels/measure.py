@@ -6,6 +6,8 @@ interval. The control is a case that stands in the list twice. What cannot be no
 bytes allocated and bytes copied.
 """
 
+import contextlib
+import ctypes
 import datetime
 import gc
 import hashlib
@@ -225,12 +227,24 @@ def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float
 # Memory and work
 
 
-def peak_memory(make: Callable[..., Case], *arguments, warm_up: tuple = (), device: str = "cpu") -> int:
+def memory_process() -> ProcessPoolExecutor:
+    """A process for several calls of `peak_memory`, which has to import everything once then."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_give_back_memory, initargs=(torch.get_num_threads(),))
+
+
+def peak_memory(
+    make: Callable[..., Case],
+    *arguments,
+    warm_up: tuple = (),
+    device: str = "cpu",
+    process: ProcessPoolExecutor | None = None,
+) -> int:
     """Bytes that the call of `make(*arguments)` holds at its peak beyond what was held before it.
 
-    On a CPU that is resident memory of a process of its own, so `make` and its arguments must pickle, and
-    `make(*warm_up)`, if given, is called first: something small, for imports and pools. On a CUDA device it is what
-    torch's allocator counts.
+    On a CPU that is resident memory of another process (one of its own, or `process`), so `make` and its arguments must
+    pickle, and `make(*warm_up)`, if given, is called first: something small, for imports and pools. On a CUDA device it
+    is what torch's allocator counts.
     """
     if torch.device(device).type == "cuda":
         case = make(*arguments)
@@ -239,12 +253,19 @@ def peak_memory(make: Callable[..., Case], *arguments, warm_up: tuple = (), devi
         before = torch.cuda.memory_allocated(device)
         case()
         return torch.cuda.max_memory_allocated(device) - before
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_resident_peak, make, arguments, warm_up, torch.get_num_threads()).result()
+    with contextlib.nullcontext(process) if process else memory_process() as pool:
+        return pool.submit(_resident_peak, make, arguments, warm_up).result()
 
 
-def _resident_peak(make: Callable[..., Case], arguments: tuple, warm_up: tuple, threads: int) -> int:
+def _give_back_memory(threads: int) -> None:
+    """Large blocks return to the system when they are freed, so that the next case has to ask for them anew."""
     torch.set_num_threads(threads)
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        M_MMAP_THRESHOLD = -3
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
+def _resident_peak(make: Callable[..., Case], arguments: tuple, warm_up: tuple) -> int:
     if warm_up:
         make(*warm_up)()
     case = make(*arguments)

@@ -95,6 +95,10 @@ def allocating(megabytes: int):
 def test_peak_memory():
     found = measure.peak_memory(allocating, 40, warm_up=(1,))
     assert 79 * 2**20 < found < 88 * 2**20  # what is added to, and the sum
+    with measure.memory_process() as process:
+        for megabytes in (20, 40, 20, 40):  # freed memory is not found again
+            found = measure.peak_memory(allocating, megabytes, warm_up=(1,), process=process)
+            assert 2 * megabytes - 1 < found / 2**20 < 2 * megabytes + 8
 
 
 def failing(_):

@@ -1,0 +1,118 @@
+"""The command that measures, its table and its JSON; what it compares."""
+
+import json
+
+import pytest
+import torch
+
+from s0kernels import bench, measure, rivals
+from s0kernels.cli import main
+
+SMALL = ("bench", "--rounds", "3", "--seconds", "0")
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """Heads that take no time, under the names of the real ones."""
+    monkeypatch.setitem(rivals.MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
+    monkeypatch.setitem(rivals.MODELS, "falcon-h1-7b", ("ssd", {"H": 2, "P": 16, "G": 1, "N": 24}))
+    found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0}}
+    monkeypatch.setattr(measure, "roofline", lambda *_: found)
+
+
+def test_json_of_both_scans(small_models, tmp_path, capfd):
+    out = tmp_path / "x.json"
+    assert main([*SMALL, "--no-memory", "--device", "cpu", "--json", str(out)]) == 0
+    assert capfd.readouterr().out == ""
+    found = json.loads(out.read_text())
+    assert found["machine"]["kernels"] == measure.kernel_hashes()
+    assert [(row["op"], row["pass"]) for row in found["rows"]] == [
+        (op, what) for op in ("gated_delta_rule", "ssd") for what in bench.PASSES
+    ]
+    for row in found["rows"]:
+        assert row["ms"]["s0kernels"] > 0
+        assert row["rounds"] == 3
+        assert row["ratio"]["transformers"][1] <= row["ratio"]["transformers"][0] <= row["ratio"]["transformers"][2]
+        assert ("s0_over_zero" in row) == (row["pass"] in ("forward", "training"))
+        assert row["of_roofline"] > 0
+    missing = {name for reasons in found["not timed"].values() for name in reasons}
+    assert missing == {"fla", "flash-qla", "mamba-ssm-128", "mamba-ssm-256", "fla-simple-gla"}
+    assert all("needs a GPU" in reason for reasons in found["not timed"].values() for reason in reasons.values())
+
+
+def test_table_of_one_pass(small_models, capsys):
+    assert main([*SMALL, "--shape", "falcon-h1-7b:2x70", "--pass", "forward", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    head, row = out.splitlines()[:2]
+    assert head.split()[:3] == ["shape", "pass", "ms"]
+    assert "transformers / ours" in head
+    assert row.startswith("falcon-h1-7b:2x70")
+    assert "mamba-ssm-128: needs a GPU" in out
+    assert "causal-conv1d: a convolution" in out
+
+
+def test_json_to_standard_output(small_models, capsys):
+    options = ["--op", "ssd", "--pass", "step", "--against", "none", "--json", "-", "--device", "cpu"]
+    assert main([*SMALL, *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["op"] == "ssd"
+    assert row["ratio"] == {}
+    assert row["gflops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "llama"), "--shape must be MODEL"),
+        (("--shape", "qwen3.5-4b:8"), "--shape must be MODEL"),
+        (("--shape", "qwen3.5-4b:0x8"), "--shape must be MODEL"),
+        (("--shape", "qwen3.5-4b", "--op", "ssd"), "--op ssd"),
+        (("--against", "llama"), "--against must be none or among transformers"),
+        (("--rounds", "2"), "--rounds must be at least 3, got 2"),
+        (("--threads", "0"), "--threads must be at least 1"),
+        (("--device", "nowhere"), "--device cannot be used"),
+    ],
+)
+def test_errors_name_the_argument(options, message, capsys):
+    assert main(["bench", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_results_have_no_speed(small_models, monkeypatch, capsys):
+    """Of another library: it is listed with the error. Of ours: nothing is reported."""
+
+    def half(run):
+        return lambda values, state: tuple(x / 2 for x in run(values, state))
+
+    op = rivals.OPS["ssd"]
+    right = op.rivals["transformers"]
+    wrong = rivals.Rival("torch", lambda: half(right.scan()), on_cpu=True)
+    monkeypatch.setitem(op.rivals, "transformers", wrong)
+    options = ["--op", "ssd", "--pass", "forward", "--no-memory", "--device", "cpu"]
+    assert main([*SMALL, *options, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][0]["ratio"] == {}
+    assert found["not timed"]["ssd"]["transformers"].startswith("error of output: 5.0e-01")
+    monkeypatch.setattr(bench, "scan", lambda op, name, backend: half(lambda v, s: op.scan(v, s, backend)))
+    assert main([*SMALL, *options]) == 1
+    assert "our own results are wrong" in capsys.readouterr().err
+
+
+def test_libraries_are_not_imported_to_find_out():
+    """flash-linear-attention, for one, does not survive it on a CPU."""
+    needs_gpu = rivals.Rival("torch", lambda: pytest.fail("loaded"))
+    assert needs_gpu.unusable("cpu") == f"needs a GPU (torch {torch.__version__} is installed)"
+    assert needs_gpu.unusable("cuda") is None
+    assert rivals.Rival("no-such", lambda: None).unusable("cuda") == "no-such is not installed"
+
+
+def test_operations_and_traffic():
+    """Of a shape where they can be counted by hand: one token of one head."""
+    step = bench.operations(bench.Shape("falcon-h1-7b", 1, 1), "step")
+    assert step == 24 * 4 * 128 * 256
+    shape = bench.Shape("falcon-h1-7b", 2, 1)
+    values, state = shape.values("cpu", torch.float32), 24 * 128 * 256 * 4
+    tokens = 4 * (2 * 24 * 128 + 2 * 24 + 24 + 2 * 2 * 256)
+    assert bench.traffic(shape.op, values, "step", 2) == tokens + 4 * 2 * 24 * 128 + 4 * state
+    assert bench.traffic(shape.op, values, "forward", 2) == tokens + 4 * 2 * 24 * 128 + 3 * state
+    assert bench.operations(shape, "training") > 3 * bench.operations(shape, "forward")

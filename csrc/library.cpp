@@ -162,6 +162,13 @@ void run(int64_t units, int64_t grain, int64_t bytes, const Work& work) {
   });
 }
 
+// Smaller blocks of heads until every thread has two units. Only where nothing is summed over a block: the result keeps
+// its bits.
+void spread(Scan& s) {
+  const int64_t threads = torch::stable::get_num_threads();
+  while (s.block > 1 && units(s) < 2 * threads) s.block /= 2;
+}
+
 void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Optional skip, Optional state,
                   Optional indices, Optional boundaries, Tensor output, Optional final, bool delta, bool normalise,
                   double scale, int64_t chunk, int64_t block) {
@@ -169,6 +176,7 @@ void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Opt
                    chunk, block);
   s.v = rows_of(v);
   s.skip = plain(skip, decay.scalar_type());
+  spread(s);
   STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
   const Forward f{output.mutable_data_ptr(), kind_of(output), states_of(final, !delta, decay.scalar_type(), true)};
   const bool wide = decay.scalar_type() == ScalarType::Double;
@@ -194,6 +202,7 @@ void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Option
   b.dv = target(dv, type);
   b.ddecay = target(ddecay, type);
   b.dweight = target(dweight, type);
+  if (b.dq == nullptr) spread(s);
   const bool wide = type == ScalarType::Double;
   run(units(s), 1, entries().backward_bytes(s, b, wide),
       [&](int64_t unit, void* memory) { entries().backward(s, b, wide, unit, memory); });

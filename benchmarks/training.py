@@ -16,9 +16,9 @@ The same examples in the same order, the same tokenizer, fp32 weights, S0 from z
 run is a process of its own, the ways take turns, figures are medians over rounds. Memory is how far resident memory
 rises above the loaded model. The losses of all steps are compared with those of `batched`.
 
-Prints a table and writes benchmarks/results/training-<machine>.json: `machine`, `settings` and a list of `runs`: `model`,
-`way`, `versions`; medians over `rounds` of `seconds` (wall) and `processor_seconds` of the whole run and of `peak_mib`;
-`losses` by step; or `missing`, why there is none.
+Prints a table and writes benchmarks/results/training-<machine>.json: `machine`, `settings`, and a list of `runs`:
+`model`, `way`, `versions`; medians over `rounds` of `seconds` (wall) and `processor_seconds` of the whole run and of
+`peak_mib`; `losses` by step; or `missing`, why there is none.
 """
 
 import argparse

@@ -246,7 +246,7 @@ def spread(size: int, device: str) -> torch.Tensor:
 
 def bank_in_a_model(family: str, model_settings: dict, settings: Settings, banks: tuple) -> dict:
     plain, shared = twins(family, model_settings, settings.device)
-    ids = torch.arange(2, 2 + ROWS * 32, device=settings.device).view(ROWS, 32)
+    ids = torch.arange(ROWS * 32, device=settings.device).view(ROWS, 32) % plain.config.vocab_size
     models = {"zero": plain, "one state for all": shared}
     for size in banks:
         model = models[f"bank of {size}"] = twins(family, model_settings, settings.device)[0]
@@ -274,7 +274,7 @@ def untouched_level(settings: Settings, models: dict = WIDE, length: int | None 
         untouched.load_state_dict(tuned.state_dict(), assign=True)
         check_same_logits(untouched, tuned, settings.device)
         pair = {"untouched": untouched, "swapped, S0": tuned}
-        ids = torch.arange(length, device=settings.device)[None] % 1000
+        ids = torch.arange(length, device=settings.device)[None] % tuned.config.vocab_size
 
         @torch.no_grad()
         def prefill(model, ids=ids) -> None:
@@ -296,7 +296,7 @@ def untouched_level(settings: Settings, models: dict = WIDE, length: int | None 
 
 def check_same_logits(untouched, tuned, device: str) -> None:
     """No speed without the same result: with nothing attached the two models agree."""
-    ids = torch.arange(2, 66, device=device)[None]
+    ids = torch.arange(64, device=device)[None] % tuned.config.vocab_size
     with torch.no_grad():
         expected = untouched(ids).logits.float()
         model_states = tuned_states(tuned)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Shape(NamedTuple):
     length: int
 
     @classmethod
-    def parse(cls, text: str, default: str) -> "Shape":
+    def parse(cls, text: str, default: str = "") -> "Shape":
         model, _, sizes = text.lower().partition(":")
         found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", sizes or default)
         if model not in MODELS or not found:
@@ -251,7 +252,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=tuple(OPS), help="one scan only")
     parser.add_argument("--shape", action="append", metavar="SHAPE", help=f"{shape} (default: one model for each scan)")
     parser.add_argument("--pass", dest="passes", action="append", choices=tuple(PASSES), help="default: all of them")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU")
+    dtype = {"action": "append", "choices": tuple(DTYPES), "metavar": "DTYPE"}
+    parser.add_argument("--dtype", **dtype, help=f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--backend", choices=_dispatch.ORDER[:-1], help="ours to measure (default: the default one)")
     parser.add_argument("--against", action="append", metavar="NAME", help="a rival, or none (default: all there are)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -267,12 +269,13 @@ def run(options: argparse.Namespace) -> None:
     shapes = _settle(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    clock, dtype = "processor" if options.processor_time else "wall", DTYPES[options.dtype]
+    clock = "processor" if options.processor_time else "wall"
+    dtypes = [DTYPES[name] for name in options.dtype]
     bench = Bench(options.device, options.backend, options.against, clock, options.rounds, options.seconds)
     rows, passes = [], options.passes or list(PASSES)
-    with _progress(len(shapes) * len(passes)) as advance:
-        bench.roofline = measure.roofline(options.device, tuple({torch.float32, dtype}), clock)
-        for shape in shapes:
+    with _progress(len(shapes) * len(dtypes) * len(passes)) as advance:
+        bench.roofline = measure.roofline(options.device, tuple(dict.fromkeys([torch.float32, *dtypes])), clock)
+        for shape, dtype in product(shapes, dtypes):
             for row in bench.rows(shape, dtype, passes, memory=not options.no_memory):
                 rows.append(row)
                 advance()
@@ -294,7 +297,7 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device cannot be used: {brief(error)}") from error
     cuda = torch.device(options.device).type == "cuda"
-    options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
+    options.dtype = options.dtype or ["bfloat16" if cuda else "float32"]
     default = "1x8192" if cuda else "1x1024"
     shapes = [Shape.parse(text, default) for text in options.shape or ("qwen3.5-4b", "falcon-h1-7b")]
     shapes = [shape for shape in shapes if options.op in (None, MODELS[shape.model][0])]
@@ -309,8 +312,8 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    for shape in shapes:
-        chosen = (MODELS[shape.model][0], options.backend, torch.device(options.device), DTYPES[options.dtype])
+    for shape, dtype in product(shapes, options.dtype):
+        chosen = (MODELS[shape.model][0], options.backend, torch.device(options.device), DTYPES[dtype])
         _dispatch.choose(*chosen)  # or an error that says why not
     return shapes
 
@@ -336,11 +339,11 @@ def report(results: dict) -> str:
     """The table that a person reads; a ratio is the time it takes over ours, with its 95 % interval."""
     rows, roofline, machine = results["rows"], results["roofline"], results["machine"]
     rivals = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
-    head = ["shape", "pass", "ms", "GFLOP/s", "GB/s", "of roofline", "peak MiB", "S0 / zero", "S0 / S0"]
+    head = ["shape", "dtype", "pass", "ms", "GFLOP/s", "GB/s", "of roofline", "peak MiB", "S0 / zero", "S0 / S0"]
     lines = [[*head, *(f"{name} / ours" for name in rivals)]]
     for row in rows:
         peak = row.get("peak_mib", {}).get(OURS)
-        cells = [row["shape"], PASSES[row["pass"]], f"{row['ms'][OURS]:.3g}"]
+        cells = [row["shape"], row["dtype"], PASSES[row["pass"]], f"{row['ms'][OURS]:.3g}"]
         cells += ["-" if row["gflops"] is None else f"{row['gflops']:.0f}", f"{row['gbs']:.1f}"]
         cells += [f"{100 * row['of_roofline']:.0f} %", "-" if peak is None else f"{peak:.0f}"]
         cells += [interval(row[name]) if name in row else "-" for name in ("s0_over_zero", "s0_over_s0")]
@@ -349,7 +352,7 @@ def report(results: dict) -> str:
     lines = ["  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     name = machine.get("gpu") or f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads"
     rates = ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in roofline["matmul_gflops"].items())
-    notes = [f"{name}; {machine['clock']} time, {rows[0]['dtype']}"]
+    notes = [f"{name}; {machine['clock']} time"]
     notes += [f"roofline, measured: copy {roofline['copy_gbs']:.1f} GB/s, matrix product {rates}"]
     notes += [
         f"not timed, {op}: {name}: {why}" for op, found in results["not timed"].items() for name, why in found.items()

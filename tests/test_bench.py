@@ -16,7 +16,7 @@ def small_models(monkeypatch):
     """Heads that take no time, under the names of the real ones."""
     monkeypatch.setitem(rivals.MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
     monkeypatch.setitem(rivals.MODELS, "falcon-h1-7b", ("ssd", {"H": 2, "P": 16, "G": 1, "N": 24}))
-    found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0}}
+    found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0, "bfloat16": 40.0}}
     monkeypatch.setattr(measure, "roofline", lambda *_: found)
 
 
@@ -44,7 +44,7 @@ def test_table_of_one_pass(small_models, capsys):
     assert main([*SMALL, "--shape", "falcon-h1-7b:2x70", "--pass", "forward", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     head, row = out.splitlines()[:2]
-    assert head.split()[:3] == ["shape", "pass", "ms"]
+    assert head.split()[:4] == ["shape", "dtype", "pass", "ms"]
     assert "transformers / ours" in head
     assert row.startswith("falcon-h1-7b:2x70")
     assert "mamba-ssm-128: needs a GPU" in out
@@ -53,8 +53,10 @@ def test_table_of_one_pass(small_models, capsys):
 
 def test_json_to_standard_output(small_models, capsys):
     options = ["--op", "ssd", "--pass", "step", "--against", "none", "--json", "-", "--device", "cpu"]
+    options += ["--dtype", "float32", "--dtype", "bfloat16"]
     assert main([*SMALL, *options]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    row, other = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["dtype"], other["dtype"]) == ("float32", "bfloat16")
     assert row["op"] == "ssd"
     assert row["ratio"] == {}
     assert row["gflops"] > 0

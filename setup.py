@@ -20,7 +20,7 @@ from setuptools.errors import CompileError
 
 WANTED = os.environ.get("S0KERNELS_BUILD")
 COMPILER = os.environ.get("CXX", "g++")
-SOURCES = ["csrc/library.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/portable.cpp"]
+SOURCES = ["csrc/library.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/portable.cpp", "csrc/cuda/emulated.cpp"]
 #: -O2: at -O3 gcc 12 vectorises the loops around the explicit vectors, which makes them three times slower
 FLAGS = [
     "-O2",

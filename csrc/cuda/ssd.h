@@ -122,7 +122,7 @@ S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t in
         const float* from = states + p * s.state.first + n * s.state.second;
         kept[part] = there && n < N ? load<kFast, Block>(from, s.state.second, N - n) : Four{};
       }
-      float sum = 0.0f;
+      Four sum{};
       S0_UNROLL
       for (int part = 0; part < kParts; ++part) {
         const int n = (part * kAcross + x) * kWide;
@@ -131,12 +131,14 @@ S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t in
         for (int c = 0; c < kWide; ++c) {
           const bool inside = kFast || n + c < N;
           kept[part].v[c] = gate[t].decay * kept[part].v[c] + (inside ? written * shared.B[n + c] : 0.0f);
-          sum += inside ? kept[part].v[c] * shared.C[n + c] : 0.0f;
+          sum.v[c] += inside ? kept[part].v[c] * shared.C[n + c] : 0.0f;
         }
         if (there)
           store<kFast, Block>(states + p * s.state.first + n * s.state.second, s.state.second, N - n, kept[part]);
       }
-      sums[t] = sum;
+      sums[t] = 0.0f;
+      S0_UNROLL
+      for (int c = 0; c < kWide; ++c) sums[t] += sum.v[c];
     });
     block.add_lanes(sums, 1, kAcross);
     block.each([&, row_of](int t) {

@@ -1,5 +1,7 @@
-"""One token through the operators of `csrc/cuda/operators.h`, which the compiled libraries for a CPU and for GPUs share:
-`library` is `torch.ops.s0kernels_cpu` or `torch.ops.s0kernels_cuda`."""
+"""One token through the operators of `csrc/cuda/operators.h`, which the libraries for a CPU and for GPUs share.
+
+`library` is `torch.ops.s0kernels_cpu` or `torch.ops.s0kernels_cuda`.
+"""
 
 import torch
 from torch import Tensor
@@ -72,7 +74,15 @@ def ssd_mixer_step(
     output = torch.empty(x.shape, dtype=mixed.dtype, device=mixed.device)
     library.ssd_step(
         *(x, dt, A_log, B.unflatten(1, (-1, N)), C.unflatten(1, (-1, N)), D, dt_bias, conv_weight, conv_bias, window),
-        *(gate, norm, eps, gate_first, state, _contiguous(state_indices), _tickets(tickets, rows * (group // N), mixed)),
+        *(
+            gate,
+            norm,
+            eps,
+            gate_first,
+            state,
+            _contiguous(state_indices),
+            _tickets(tickets, rows * (group // N), mixed),
+        ),
         *(output, True, True, *dt_limit, emulated),
     )
     return output

@@ -10,14 +10,7 @@ from torch import Tensor
 from s0kernels.backends import _tokens
 from s0kernels.backends._tokens import too_large
 
-__all__ = [
-    "gated_delta_mixer_step",
-    "gated_delta_rule_step",
-    "ssd_mixer_step",
-    "ssd_step",
-    "supports",
-    "too_large",
-]
+__all__ = ["gated_delta_mixer_step", "gated_delta_rule_step", "ssd_mixer_step", "ssd_step", "supports", "too_large"]
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -11,14 +11,7 @@ from types import ModuleType
 
 import torch
 
-OPS = (
-    "gated_delta_rule",
-    "ssd",
-    "gated_delta_rule_step",
-    "ssd_step",
-    "gated_delta_mixer_step",
-    "ssd_mixer_step",
-)
+OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step", "gated_delta_mixer_step", "ssd_mixer_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
 _MODULES = {
@@ -33,11 +26,9 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def unusable(
-    name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0
-) -> str | None:
-    """None where backend `name` can run `op`, else the reason why not. `size` is the largest dimension of a head, `width`
-    that of a convolution."""
+def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0) -> str | None:
+    """None where backend `name` can run `op`, else the reason why not. `size` is the largest dimension of a head, `width` a
+    convolution's."""
     if name == "reference":
         return None
     try:

@@ -27,8 +27,10 @@ def load(name: str) -> ModuleType:
 
 
 def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0) -> str | None:
-    """None where backend `name` can run `op`, else the reason why not. `size` is the largest dimension of a head, `width` a
-    convolution's."""
+    """None where backend `name` can run `op`, else the reason why not.
+
+    `size` is the largest dimension of a head, `width` that of a convolution, where they matter.
+    """
     if name == "reference":
         return None
     try:

@@ -87,9 +87,14 @@ class S0Mixer(nn.Module):
             return None
         if mixed.device.type == "cpu" and mixed.dtype == torch.float32 and mixed.shape[0] > _FEW_ROWS:
             return None
-        if cache.recording or cache.state.dtype != torch.float32 or not _is_plain(self.conv1d, "Conv1d"):
-            return None
         size, width = int(max(cache.state.shape[2:])), cache.window.shape[2]
+        if cache.recording or width != self.conv_kernel_size or type(self.conv1d) is not nn.Conv1d:
+            return None
+        given = [x for x in (*tensors, cache.window, cache.state) if x is not None]
+        if any(x.dtype == torch.float64 or x.device != mixed.device for x in given):
+            return None
+        if cache.state.dtype != torch.float32 or not _is_plain(self.conv1d):
+            return None
         name = _dispatch.choose(op, None, mixed.device, mixed.dtype, size, width)
         return None if name == "reference" else name
 
@@ -197,13 +202,13 @@ class MixerCache:
 def norm_eps(norm: nn.Module) -> float | None:
     """The eps of a gated RMS norm that a fused step can compute in its place, else None."""
     name = type(norm).__name__
-    return getattr(norm, _NORMS[name]) if name in _NORMS and _is_plain(norm, name) else None
+    return getattr(norm, _NORMS[name]) if name in _NORMS and _is_plain(norm) else None
 
 
-def _is_plain(module: nn.Module, name: str) -> bool:
-    """Whether nothing has been put around or into a module of that class, so that its parameters say all."""
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing has been put around a module's call or weight, so that its class and parameters say all."""
     hooked = module._forward_pre_hooks or module._forward_hooks or getattr(module, "_hf_hook", None) is not None
-    return type(module).__name__ == name and not hooked and type(module.weight) in (nn.Parameter, Tensor)
+    return not hooked and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def as_scalar(parameter: Tensor, x: Tensor) -> Tensor:

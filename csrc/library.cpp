@@ -231,7 +231,7 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
       [&](int64_t unit, void* memory) { entries().step(s, step, wide, unit, memory); });
 }
 
-// A mixer's token. Emulated (1, or 2 with the warps last to first), it runs in the blocks that a GPU would run it in.
+// A mixer's token. Emulated (1, or 2 with the warps last to first), it runs in the blocks that a GPU would run.
 void run_delta(Delta& d, const steps::Site& site, const Tensor&, const Optional& tickets, int64_t emulated) {
   emulated ? plan(d) : plan_whole(d, d.V, d.V);
   hand_out(d, site, tickets);

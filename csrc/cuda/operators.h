@@ -69,7 +69,7 @@ inline void fill(Token& t, const Site& site, const Optional& conv_weight, const 
   t.indices = nullptr;
   if (indices.has_value()) {
     site.here(*indices);
-    STD_TORCH_CHECK(indices->is_contiguous() && indices->numel() == t.rows, "s0kernels: an index for each row expected");
+    STD_TORCH_CHECK(indices->is_contiguous() && indices->numel() == t.rows, "s0kernels: an index for each row");
     t.indices = indices->const_data_ptr();
     t.wide = indices->scalar_type() == ScalarType::Long;
     STD_TORCH_CHECK(t.wide || indices->scalar_type() == ScalarType::Int, "s0kernels: int32 or int64 indices expected");

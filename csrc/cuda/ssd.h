@@ -82,86 +82,112 @@ S0_CALL void finish_group(Block& block, SsdShared& shared, const Ssd& s, int64_t
   block.finish();
 }
 
+// What of a call is one block's.
+struct SsdPart {
+  int64_t row;
+  int head, group, begin, end;
+  float* states;
+  Place place;
+  bool alone;  // then B and C are nobody else's
+};
+
+S0_CALL SsdPart part_of(const Ssd& s, int64_t index) {
+  SsdPart p;
+  p.row = index / s.tiles / s.heads;
+  p.head = static_cast<int>(index / s.tiles % s.heads);
+  p.group = p.head / (s.heads / s.groups);
+  p.begin = static_cast<int>(index % s.tiles) * s.tile;
+  p.end = p.begin + s.tile < s.P ? p.begin + s.tile : s.P;
+  p.place = place_of(s, p.row);
+  p.states = s.state.data + p.place.row * s.state.row + p.head * s.state.head;
+  p.alone = s.tickets == nullptr;
+  return p;
+}
+
+template <class Block>
+constexpr int kAcross = Block::kLanes == 1 ? 1 : 8;  // lanes of a row
+
+// A row of S, p, in the lanes that share it, `lane` of them this one: its part of S C.
+template <bool kFast, class Block>
+S0_CALL float advance(const SsdShared& shared, const Ssd& s, const SsdPart& part, const SsdGates& gate, int p,
+                      int lane) {
+  using Four = Wide<Block>;
+  constexpr int kWide = Block::kWide, kParts = kLargest / (kAcross<Block> * kWide);
+  const bool there = part.place.stored && p < part.end;
+  const float written = p < part.end ? gate.dt * shared.x[p] : 0.0f;
+  const int64_t step = kAcross<Block> * kWide * s.state.second;
+  float* at = part.states + p * s.state.first + lane * kWide * s.state.second;
+  Four kept[kParts], sums{};
+  S0_UNROLL
+  for (int i = 0; i < kParts; ++i, at += step) {
+    const int n = (i * kAcross<Block> + lane) * kWide;
+    kept[i] = there && n < s.N ? load<kFast, Block>(at, s.state.second, s.N - n) : Four{};
+  }
+  at -= kParts * step;
+  S0_UNROLL
+  for (int i = 0; i < kParts; ++i, at += step) {
+    const int n = (i * kAcross<Block> + lane) * kWide;
+    if (n >= s.N) continue;
+    S0_UNROLL
+    for (int c = 0; c < kWide; ++c) {
+      const bool inside = kFast || n + c < s.N;
+      kept[i].v[c] = gate.decay * kept[i].v[c] + (inside ? written * shared.B[n + c] : 0.0f);
+      sums.v[c] += inside ? kept[i].v[c] * shared.C[n + c] : 0.0f;
+    }
+    if (there) store<kFast, Block>(at, s.state.second, s.N - n, kept[i]);
+  }
+  float sum = 0.0f;
+  S0_UNROLL
+  for (int c = 0; c < kWide; ++c) sum += sums.v[c];
+  return sum;
+}
+
 template <bool kFast, class Block>
 S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t index) {
-  using Four = Wide<Block>;
-  constexpr int kLanes = Block::kLanes, kWide = Block::kWide, kAcross = kLanes == 1 ? 1 : 8;
-  constexpr int kParts = kLargest / (kAcross * kWide);
-  const int P = s.P, N = s.N, head = static_cast<int>(index / s.tiles % s.heads), group = head / (s.heads / s.groups);
-  const int64_t row = index / s.tiles / s.heads;
-  const int begin = static_cast<int>(index % s.tiles) * s.tile, end = begin + s.tile < P ? begin + s.tile : P;
-  const Place place = place_of(s, row);
-  const bool alone = s.tickets == nullptr;
-
+  constexpr int kLanesOfRow = kAcross<Block>;
+  const SsdPart part = part_of(s, index);
+  const int64_t first_channel = static_cast<int64_t>(part.head) * s.P;
   block.each([&](int t) {
-    for (int i = t; i < 2 * N + end - begin; i += block.threads()) {
-      if (i < 2 * N) {
-        (i < N ? shared.B[i] : shared.C[i - N]) = group_input(s, row, group, i, place, alone);
+    for (int i = t; i < 2 * s.N + part.end - part.begin; i += block.threads()) {
+      if (i < 2 * s.N) {
+        (i < s.N ? shared.B[i] : shared.C[i - s.N]) = group_input(s, part.row, part.group, i, part.place, part.alone);
       } else {
-        const int p = begin + i - 2 * N;
-        shared.x[p] = input(s, s.x, row, head, p, static_cast<int64_t>(head) * P + p, place, true);
+        const int p = part.begin + i - 2 * s.N;
+        shared.x[p] = input(s, s.x, part.row, part.head, p, first_channel + p, part.place, true);
       }
     }
   });
   block.sync();
 
-  float* const states = s.state.data + place.row * s.state.row + head * s.state.head;
   typename Block::template Local<SsdGates> gate;
   typename Block::template Local<float> sums;
-  block.each([&](int t) { gate[t] = gates(s, row, head); });
-  for (int first = begin; first < end; first += s.warps * (kLanes / kAcross)) {
-    const auto row_of = [=](int t) { return first + t / kAcross; };
-    block.each([&, row_of](int t) {
-      const int p = row_of(t), x = t % kAcross;
-      const bool there = place.stored && p < end;
-      const float written = p < end ? gate[t].dt * shared.x[p] : 0.0f;
-      Four kept[kParts];
-      S0_UNROLL
-      for (int part = 0; part < kParts; ++part) {
-        const int n = (part * kAcross + x) * kWide;
-        const float* from = states + p * s.state.first + n * s.state.second;
-        kept[part] = there && n < N ? load<kFast, Block>(from, s.state.second, N - n) : Four{};
-      }
-      Four sum{};
-      S0_UNROLL
-      for (int part = 0; part < kParts; ++part) {
-        const int n = (part * kAcross + x) * kWide;
-        if (n >= N) continue;
-        S0_UNROLL
-        for (int c = 0; c < kWide; ++c) {
-          const bool inside = kFast || n + c < N;
-          kept[part].v[c] = gate[t].decay * kept[part].v[c] + (inside ? written * shared.B[n + c] : 0.0f);
-          sum.v[c] += inside ? kept[part].v[c] * shared.C[n + c] : 0.0f;
-        }
-        if (there)
-          store<kFast, Block>(states + p * s.state.first + n * s.state.second, s.state.second, N - n, kept[part]);
-      }
-      sums[t] = 0.0f;
-      S0_UNROLL
-      for (int c = 0; c < kWide; ++c) sums[t] += sum.v[c];
+  block.each([&](int t) { gate[t] = gates(s, part.row, part.head); });
+  for (int first = part.begin; first < part.end; first += s.warps * (Block::kLanes / kLanesOfRow)) {
+    block.each([&, first](int t) {
+      sums[t] = advance<kFast, Block>(shared, s, part, gate[t], first + t / kLanesOfRow, t % kLanesOfRow);
     });
-    block.add_lanes(sums, 1, kAcross);
-    block.each([&, row_of](int t) {
-      const int p = row_of(t);
-      if (t % kAcross != 0 || p >= end) return;
-      float y = place.bad ? not_a_number() : sums[t];
-      if (s.D.data != nullptr) y += read(s.D, 0, head, 0) * shared.x[p];
-      if (s.z.data != nullptr && s.norm.data == nullptr) y *= silu(read(s.z, row, head, p));
-      write(s.output, s.kind, (row * s.heads + head) * P + p, y);
+    block.add_lanes(sums, 1, kLanesOfRow);
+    block.each([&, first](int t) {
+      const int p = first + t / kLanesOfRow;
+      if (t % kLanesOfRow != 0 || p >= part.end) return;
+      float y = part.place.bad ? not_a_number() : sums[t];
+      if (s.D.data != nullptr) y += read(s.D, 0, part.head, 0) * shared.x[p];
+      if (s.z.data != nullptr && s.norm.data == nullptr) y *= silu(read(s.z, part.row, part.head, p));
+      write(s.output, s.kind, (part.row * s.heads + part.head) * s.P + p, y);
     });
   }
-  if (!alone) {
+  if (!part.alone) {
     block.sync();
     block.each([&](int t) {
-      if (t == 0) shared.last = Block::arrive(s.tickets + row * s.groups + group, s.members);
+      if (t == 0) shared.last = Block::arrive(s.tickets + part.row * s.groups + part.group, s.members);
     });
   }
   block.sync();
-  if (!alone && !shared.last) return;
-  if (s.norm.data != nullptr) finish_group(block, shared, s, row, group);
-  if (!alone && s.convolution.window != nullptr)
+  if (!part.alone && !shared.last) return;
+  if (s.norm.data != nullptr) finish_group(block, shared, s, part.row, part.group);
+  if (!part.alone && s.convolution.window != nullptr)
     block.each([&](int t) {
-      for (int i = t; i < 2 * N; i += block.threads()) group_input(s, row, group, i, place, true);
+      for (int i = t; i < 2 * s.N; i += block.threads()) group_input(s, part.row, part.group, i, part.place, true);
     });
   block.finish();
 }

@@ -93,15 +93,16 @@ class Build(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, f"-I{torch / 'include'}", *os.environ.get("CXXFLAGS", "").split()]
         outputs = [objects / (Path(source).stem + ".o") for source in extension.sources]
-        compilers = {".cpp": [COMPILER, *flags], ".cu": [NVCC, "-ccbin", COMPILER, *nvcc_flags()]}
-        commands = [
-            [*compilers[Path(source).suffix], "-c", source, "-o", str(output)]
-            for source, output in zip(extension.sources, outputs, strict=True)
-        ]
+        compilers = {".cpp": [COMPILER, *flags]}
         link = [COMPILER, *os.environ.get("LDFLAGS", "").split()]
         libraries = ["-ltorch_cpu"]
         if extension.sources == CUDA_SOURCES:
             link, libraries = [NVCC, "-ccbin", COMPILER], ["-ltorch_cpu", "-ltorch_cuda"]
+            compilers[".cu"] = [*link, *nvcc_flags()]
+        commands = [
+            [*compilers[Path(source).suffix], "-c", source, "-o", str(output)]
+            for source, output in zip(extension.sources, outputs, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, commands))
         run([*link, "-shared", *map(str, outputs), f"-L{torch / 'lib'}", *libraries, "-o", str(target)])

@@ -3,6 +3,7 @@ VENV := .venv
 FLA := .deps/fla
 OLDER := .deps/transformers-5.17
 METHOD := .deps/s0-tuning
+ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -105,6 +106,14 @@ $(METHOD)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(METHOD)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(METHOD) s0-tuning==0.1.2
+	touch $@
+
+# The newest transformers in which that package can still train, for benchmarks/training.py.
+$(ITS_TRANSFORMERS)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(ITS_TRANSFORMERS)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(ITS_TRANSFORMERS) transformers==5.14.1 \
+		tokenizers==0.22.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
 	touch $@
 
 # One test reads its data sets, another library's hundreds of megabytes.

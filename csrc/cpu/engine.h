@@ -10,6 +10,8 @@
 // Decays are products of exp(decay), never quotients, so a decay of zero is a clean reset.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/tiles.h"
 
 namespace s0::S0_ISA {
@@ -86,9 +88,9 @@ class Engine {
     if (absent || broken) return;
     const T* p = static_cast<const T*>(from.data) + which * from.sequence + head * from.head;
     if (from.key == 1)
-      transpose(to, Vl_, p, from.value, V_, K_);
+      transpose_far(to, Vl_, p, from.value, V_, K_);
     else
-      copy_strided(to, Vl_, 1, p, from.key, from.value);
+      copy_state(to, Vl_, 1, p, from.key, from.value);
   }
 
   void write_state(const T* from, const States& to, const Unit& u, int64_t head) {
@@ -96,12 +98,16 @@ class Engine {
     if (to.key == 1)
       transpose(p, to.value, from, Vl_, K_, V_);
     else
-      copy_strided(p, to.key, to.value, from, Vl_, 1);
+      copy_state(p, to.key, to.value, from, Vl_, 1);
   }
 
-  void copy_strided(T* to, int64_t to_key, int64_t to_value, const T* from, int64_t key, int64_t value) {
-    for (int i = 0; i < K_; ++i)
-      for (int j = 0; j < V_; ++j) to[i * to_key + j * to_value] = from[i * key + j * value];
+  void copy_state(T* to, int64_t to_key, int64_t to_value, const T* from, int64_t key, int64_t value) {
+    for (int i = 0; i < K_; ++i, to += to_key, from += key) {
+      if (to_value == 1 && value == 1)
+        std::memcpy(to, from, V_ * sizeof(T));
+      else
+        for (int j = 0; j < V_; ++j) to[j * to_value] = from[j * value];
+    }
   }
 
   // Queries over keys in qk_, the keys transposed, and the products that all heads of the group share.

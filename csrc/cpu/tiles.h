@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "cpu/scan.h"
 #include "cpu/simd.h"
@@ -95,31 +96,36 @@ void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int 
   }
 }
 
-// A square of vectors turned over its diagonal: in stage s, lanes that differ in bit s change places.
+// Lanes of a and b that change places in one stage: those that differ in bit S. The masks have to be constants.
+template <class T, int S, int... L>
+S0_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(S0_VECTOR_BYTES)));
+  constexpr int lanes = sizeof...(L);
+  const Vec<T> low = __builtin_shuffle(a, b, Mask{((L & S) != 0 ? lanes + L - S : L)...});
+  b = __builtin_shuffle(a, b, Mask{((L & S) != 0 ? lanes + L : L + S)...});
+  a = low;
+}
+
+template <class T, int S = 1>
+S0_INLINE void exchange_all(Vec<T>* x) {
+  constexpr int lanes = kLanes<T>;
+  if constexpr (S < lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if ((i & S) == 0) exchange<T, S>(x[i], x[i + S], std::make_integer_sequence<int, lanes>());
+    exchange_all<T, 2 * S>(x);
+  }
+}
+
+// A square of vectors turned over its diagonal, bit by bit of row and lane.
 template <class T>
 S0_INLINE void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
   constexpr int lanes = kLanes<T>;
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask __attribute__((vector_size(S0_VECTOR_BYTES)));
   Vec<T> x[lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) x[i] = load_loose(from + i * ld);
-#pragma GCC unroll 4
-  for (int s = 1; s < lanes; s *= 2) {
-    Mask low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) {
-      low[l] = (l & s) != 0 ? lanes + l - s : l;
-      high[l] = (l & s) != 0 ? lanes + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if ((i & s) != 0) continue;
-      const Vec<T> a = x[i], b = x[i + s];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + s] = __builtin_shuffle(a, b, high);
-    }
-  }
+  exchange_all<T>(x);
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) store_loose(to + i * ld_to, x[i]);
 }
@@ -135,7 +141,18 @@ void transpose(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int co
     for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * ld_to + i] = from[i * ld + j];
 }
 
-// The same, the rows of `to` filled up with zeros to whole vectors.
+// The same from memory that no cache holds: row after row of `from`, while the next ones are on their way.
+template <class T>
+void transpose_far(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
+  constexpr int lanes = kLanes<T>, line = 64 / sizeof(T);
+  for (int i = 0; i < rows; i += lanes) {
+    for (int next = i + lanes; next < rows && next < i + 2 * lanes; ++next)
+      for (int j = 0; j < columns; j += line) __builtin_prefetch(from + next * ld + j);
+    transpose(to + i, ld_to, from + i * ld, ld, rows - i < lanes ? rows - i : lanes, columns);
+  }
+}
+
+// `transpose`, the rows of `to` filled up with zeros to whole vectors.
 template <class T>
 void transpose_padded(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
   transpose(to, ld_to, from, ld, rows, columns);

@@ -64,8 +64,8 @@ def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, sh
     index = state_indices.long()
     trailing = (-1,) + (1,) * (len(shape) - 1)
     rows = initial_state.new_zeros(shape) if size == 0 else initial_state.index_select(0, index.clamp(0, size - 1))
-    rows = rows.masked_fill((index == -1).view(trailing), 0.0)
-    return rows.masked_fill(((index < -1) | (index >= size)).view(trailing), float("nan"))
+    rows.masked_fill_((index == -1).view(trailing), 0.0)  # in place: these rows are nobody else's
+    return rows.masked_fill_(((index < -1) | (index >= size)).view(trailing), float("nan"))
 
 
 def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> None:

@@ -89,8 +89,7 @@ def gated_delta_rule_forward(
 
 
 def _delta_states(chunks: Chunks, q: Tensor, v: Tensor, initial_state, state_indices) -> Tensor:
-    shape = (chunks.sequences, v.shape[2], q.shape[3], v.shape[3])
-    return chunks.sort(gather_states(initial_state, state_indices, shape, chunks.like))
+    return chunks.starting_states(initial_state, state_indices, (v.shape[2], q.shape[3], v.shape[3]))
 
 
 def gated_delta_rule_backward(
@@ -267,8 +266,7 @@ def _as_matrix(states: Tensor, groups: int) -> Tensor:
 
 
 def _ssd_states(chunks: Chunks, x: Tensor, B: Tensor, initial_state, state_indices) -> Tensor:
-    shape = (chunks.sequences, *x.shape[2:], B.shape[3])
-    return chunks.sort(gather_states(initial_state, state_indices, shape, chunks.like))
+    return chunks.starting_states(initial_state, state_indices, (*x.shape[2:], B.shape[3]))
 
 
 def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:

@@ -51,6 +51,9 @@ class S0Mamba2Mixer(S0Mixer):
         conv, cache, eps, norm = self.conv1d, rows.cache, 0.0, None
         if self.mamba_rms_norm:
             eps, norm = norm_eps(self.norm), getattr(self.norm, "weight", None)
+            size = getattr(self.norm, "group_size", self.intermediate_size // getattr(self.norm, "n_groups", 1))
+            if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm know no groups
+                return None
         parameters = (conv.weight, conv.bias, self.A_log, self.D, self.dt_bias, norm)
         backend = self._fused_backend("ssd_mixer_step", rows, mixed, gate, dt, *parameters)
         if backend is None or eps is None:

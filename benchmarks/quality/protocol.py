@@ -29,13 +29,13 @@ SOLUTIONS = 48
 
 @dataclass
 class Base:
-    """A frozen model and the problems it is tuned and tested on."""
+    """A model, whose weights get no gradient, and the problems it is tuned and tested on."""
 
     name: str
     trainer: S0Trainer
     task: Task
-    tune: list[Item]
-    heldout: list[Item]
+    tune: Sequence[Item]
+    heldout: Sequence[Item]
     rows: int = 256  # sequences generated at a time
 
     @property
@@ -73,9 +73,8 @@ def complete(base: Base, model: nn.Module, items: Sequence[Item], label: str, pa
             pad_token_id=pad,
             **options,
         )
-        # a model that is given embeddings returns the new tokens alone
-        new = made[:, width:] if made.shape[1] > width and torch.equal(made[:, :width].cpu(), ids.repeat_interleave(each, 0)) else made
-        texts = [cut(text, base.task.stop) for text in base.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        texts = base.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        texts = [cut(text, base.task.stop) for text in texts]
         for place, i in enumerate(batch):
             found[i] = texts[place * each : (place + 1) * each]
     return found
@@ -112,10 +111,10 @@ def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, in
     return [(p + c + tokenizer.eos_token, len(tokenizer(p)["input_ids"])) for p, c in pairs]
 
 
-def evaluate(base: Base, model: nn.Module, label: str, padded: bool = True) -> dict:
-    """Greedy completions of the held-out problems, and which of them are right."""
-    texts = complete(base, model, base.heldout, label, padded, do_sample=False)
-    passed = [row[0] for row in judge(base, base.heldout, texts)]
+def evaluate(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool = True) -> dict:
+    """Greedy completions of the problems, and which of them are right."""
+    texts = complete(base, model, items, label, padded, do_sample=False)
+    passed = [row[0] for row in judge(base, items, texts)]
     return {
         "pass@1": sum(passed) / len(passed),
         "passed": "".join("01"[ok] for ok in passed),

@@ -1,0 +1,243 @@
+"""The experiments: what is varied, and what is kept of each run.
+
+Most are a table of variants by seeds, all going through the protocol; a cell holds the greedy answers to the held-out
+problems. The others look at how S0 acts: pass@k, and how far its influence reaches along the prompt.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
+from protocol import SAMPLES, SAMPLING, SOLUTIONS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
+from torch import nn
+from tqdm import tqdm
+
+LEARNING_RATES = (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+ALPHAS = {
+    "gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0),
+    "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table: a method, and how many solutions it learns from."""
+
+    label: str
+    method: object
+    solutions: int = SOLUTIONS
+
+
+@dataclass
+class Run:
+    """What an experiment works with: the base, its seeds, the verified solutions of each, and the file of results."""
+
+    base: Base
+    seeds: Sequence[int]
+    results: Results
+    found: Results  # the solutions, shared by all experiments
+    folder: Path  # for what can be thrown away
+
+    def solutions(self, seed: int) -> list[tuple[str, str]]:
+        make = lambda: {"pairs": solutions(self.base, seed)}  # noqa: E731
+        return [tuple(pair) for pair in self.found.get(str(seed), make)["pairs"]]
+
+    @property
+    def s0(self) -> S0:
+        return S0(folder=self.folder / "runs")
+
+
+def grid(run: Run, variants: Sequence[Variant]) -> None:
+    """Every variant with every seed; what is in the results already is not done again."""
+    total = len(variants) * len(run.seeds)
+    with tqdm(total=total, desc=f"{run.results.file.stem}", unit="run") as bar:
+        for variant in variants:
+            missing = [seed for seed in run.seeds if f"{variant.label}/{seed}" not in run.results.cells]
+            bar.update(len(run.seeds) - len(missing))
+            if not missing:
+                continue
+            data = {seed: run.solutions(seed)[: variant.solutions] for seed in missing}
+            for seed, model in variant.method.tune(run.base, data):
+                label = f"{variant.label}, seed {seed}"
+                cell = evaluate(run.base, model, run.base.heldout, label, variant.method.padded)
+                run.results.put(f"{variant.label}/{seed}", {**cell, "solutions": len(data[seed])})
+                bar.update()
+
+
+def best_rate(run: Run, label: str, method) -> float:
+    """The learning rate with the most right answers on the tuning problems that were not learned from, first seed.
+
+    The paper's rates are for models a thousand times larger; a baseline is given the best of several instead.
+    """
+    seed = run.seeds[0]
+    pairs = run.solutions(seed)[:SOLUTIONS]
+    learned = {prompt for prompt, _ in pairs}
+    unused = [item for item in run.base.tune if item.prompt not in learned]
+
+    def make() -> dict:
+        shares = {}
+        for rate in tqdm(LEARNING_RATES, desc=f"{label}: learning rate", leave=False):
+            for _, model in replace(method, lr=rate).tune(run.base, {seed: pairs}):
+                shares[str(rate)] = evaluate(run.base, model, unused, f"{label}, {rate}", method.padded)["pass@1"]
+        return {"shares": shares, "problems": len(unused)}
+
+    shares = run.results.get(f"rate/{label}", make)["shares"]
+    return float(max(shares, key=shares.get))
+
+
+def matched_rank(base: Base) -> int:
+    """The rank at which LoRA has as many parameters as S0."""
+    return max(1, round(S0().parameters(base) / LoRA(rank=1).parameters(base)))
+
+
+def _lora(run: Run) -> list[Variant]:
+    small, matched = LoRA(), LoRA(rank=matched_rank(run.base), steps=20)
+    named = {f"LoRA r{small.rank}, 50 steps": small, f"LoRA r{matched.rank} (parameters, steps as S0)": matched}
+    tuned = [Variant(f"{label}, best rate", replace(m, lr=best_rate(run, label, m))) for label, m in named.items()]
+    return [Variant(f"{label}, paper's rate", method) for label, method in named.items()] + tuned
+
+
+def main(run: Run) -> None:
+    prompt = Prompt()
+    rate = best_rate(run, f"prompt tuning, {prompt.tokens} tokens", prompt)
+    grid(
+        run,
+        [
+            Variant("no tuning", Nothing()),
+            Variant("S0", run.s0),
+            *_lora(run),
+            Variant(f"prompt tuning, {prompt.tokens} tokens, best rate", replace(prompt, lr=rate)),
+        ],
+    )
+    run.results.content["parameters"] = {
+        "S0": S0().parameters(run.base),
+        "LoRA, per rank": LoRA(rank=1).parameters(run.base),
+        "prompt": prompt.parameters(run.base),
+    }
+    run.results.save()
+
+
+def alpha(run: Run) -> None:
+    alphas = ALPHAS[run.base.arch]
+    grid(run, [Variant("0", Nothing()), *(Variant(f"{a:g}", replace(run.s0, alpha=a)) for a in alphas)])
+
+
+def count(run: Run) -> None:
+    grid(run, [Variant("0", Nothing()), *(Variant(str(n), run.s0, n) for n in (10, 25, 50))])
+
+
+def layers(run: Run) -> None:
+    parts = ("early", "middle", "late", "all")
+    grid(run, [Variant("no tuning", Nothing()), *(Variant(part, replace(run.s0, layers=part)) for part in parts)])
+
+
+def size(run: Run) -> None:
+    grid(run, [Variant("no tuning", Nothing()), Variant("S0", run.s0)])
+    run.results.content["weights"] = sum(p.numel() for p in run.base.model.parameters())
+    run.results.save()
+
+
+def variants(run: Run) -> None:
+    """Other ways to learn and to use a state, and what reading an offset at every step costs."""
+    grid(
+        run,
+        [
+            Variant("no tuning", Nothing()),
+            Variant("S0, learned raw", run.s0),
+            Variant("S0, learned at its scale", replace(run.s0, at_alpha=True)),
+            Variant("state offset, read at every step", StateOffset()),
+        ],
+    )
+    run.results.get("cost", lambda: offset_cost(run.base))
+
+
+def offset_cost(base: Base, rounds: int = 300) -> dict:
+    """Milliseconds per generated token at batch 1, with the state alone and with an offset, taken in turns."""
+    prompt = base.tokenizer(base.heldout[0].prompt, return_tensors="pt").to(base.trainer.device)
+
+    def decode() -> Callable[[], float]:
+        cache = base.model(**prompt, use_cache=True).past_key_values
+        token = prompt["input_ids"][:, -1:]
+
+        def step() -> float:
+            begin = time.perf_counter()
+            base.model(input_ids=token, past_key_values=cache, use_cache=True)
+            return 1e3 * (time.perf_counter() - begin)
+
+        return step
+
+    times: dict[str, list[float]] = {"state": [], "state, again": [], "offset": []}
+    with torch.no_grad():
+        steps = {name: decode() for name in times}
+        for _ in range(rounds):
+            for name in ("state", "state, again"):
+                times[name].append(steps[name]())
+            with offset(base.model):
+                times["offset"].append(steps["offset"]())
+    medians = {name: sorted(values)[rounds // 2] for name, values in times.items()}
+    extra = sum(4 * x.numel() for x in _offsets(base))
+    return {"ms per token": medians, "rounds": rounds, "bytes read more per token": extra}
+
+
+def _offsets(base: Base) -> list:
+    with offset(base.model) as offsets:
+        return list(offsets)
+
+
+def boundary(run: Run) -> None:
+    """Problems of kinds that the base has never seen, learned from written solutions: there are no right ones to
+    steer towards."""
+    for seed in run.seeds:
+        run.found.get(str(seed), lambda: {"pairs": [(item.prompt, item.reference) for item in run.base.tune]})
+    grid(run, [Variant("no tuning", Nothing()), Variant("S0", run.s0)])
+
+
+def passk(run: Run, samples: int = 20) -> None:
+    label = f"LoRA r{LoRA().rank}, 50 steps"
+    methods = {"no tuning": Nothing(), "S0": run.s0, f"{label}, best rate": replace(LoRA(), lr=best_rate(run, label, LoRA()))}
+    for name, method in methods.items():
+        missing = [seed for seed in run.seeds if f"{name}/{seed}" not in run.results.cells]
+        for seed, model in method.tune(run.base, {s: run.solutions(s)[:SOLUTIONS] for s in missing}):
+            torch.manual_seed(seed)
+            label = f"{name}, seed {seed}: {samples} samples"
+            texts = complete(run.base, model, run.base.heldout, label, num_return_sequences=samples, **SAMPLING)
+            right = [sum(row) for row in judge(run.base, run.base.heldout, texts)]
+            shares = {f"pass@{k}": sum(pass_at_k(samples, n, k) for n in right) / len(right) for k in (1, 5, 10)}
+            run.results.put(f"{name}/{seed}", {**shares, "samples": samples, "right": right})
+
+
+@torch.no_grad()
+def persistence(run: Run) -> None:
+    """The divergence KL(with S0 || without) of the next token, along the prompts of the held-out problems."""
+    missing = [seed for seed in run.seeds if f"S0/{seed}" not in run.results.cells]
+    if not missing:
+        return
+    before = [_log_probabilities(run.base, item.prompt) for item in tqdm(run.base.heldout, desc="no tuning", leave=False)]
+    with torch.enable_grad():
+        tuned = run.s0.tune(run.base, {seed: run.solutions(seed)[:SOLUTIONS] for seed in missing})
+        for seed, _ in tuned:
+            with torch.no_grad():
+                run.results.put(f"S0/{seed}", _divergence(run.base, before))
+
+
+def _divergence(base: Base, before: list[torch.Tensor]) -> dict:
+    tenths: list[list[float]] = [[] for _ in range(10)]
+    first, last = [], []
+    for item, old in zip(base.heldout, before, strict=True):
+        new = _log_probabilities(base, item.prompt)
+        kl = F.kl_div(old, new, log_target=True, reduction="none").sum(-1).clamp(min=0).tolist()
+        for place, value in enumerate(kl):
+            tenths[10 * place // len(kl)].append(value)
+        first.append(kl[0])
+        last.append(kl[-1])
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return {"tenths": [mean(values) for values in tenths], "first token": mean(first), "last token": mean(last)}
+
+
+def _log_probabilities(base: Base, prompt: str) -> torch.Tensor:
+    ids = torch.tensor([base.tokenizer(prompt)["input_ids"]], device=base.trainer.device)
+    return base.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

@@ -1,0 +1,298 @@
+"""Measuring, for `python -m s0kernels bench` and for everything in `benchmarks/`.
+
+Cases that are compared take turns in one process, round by round and in a new order each round, so that what else the
+machine does meets all of them alike; a ratio is the median over rounds of the ratio within a round, with a bootstrap
+interval. The control is a case that stands in the list twice. What cannot be noisy is counted: operators, launches,
+bytes allocated and bytes copied.
+"""
+
+import datetime
+import gc
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from s0kernels import __version__
+from s0kernels._files import replace_file
+from s0kernels.ops import _dispatch
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the second: of all threads together
+PACKAGES = ("torch", "numpy", "transformers", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang")
+PACKAGES += ("mamba-ssm", "causal-conv1d")
+_PACKAGE = Path(__file__).resolve().parent
+_INSTRUCTIONS = {512: "avx512", 256: "avx2", 128: "portable"}
+Case = Callable[[], object]
+
+# Where it was measured
+
+
+def machine(device: str = "cpu", clock: str = "wall") -> dict:
+    """What a file of results says about its machine, as JSON takes it. On a CUDA device the clock is the device's."""
+    found = {
+        "device": device,
+        "cpu": _cpu_model(),
+        "instructions": instructions(),
+        "threads": torch.get_num_threads(),
+        "clock": "CUDA events" if torch.device(device).type == "cuda" else clock,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {"s0kernels": __version__, "python": platform.python_version(), **_versions()},
+        "commit": commit(),
+        "kernels": kernel_hashes(),
+    }
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def machine_name(found: dict) -> str:
+    """For the names of files: `cpu-avx2`, `nvidia-h200`."""
+    return found["gpu"].lower().replace(" ", "-") if "gpu" in found else f"cpu-{found['instructions']}"
+
+
+def instructions() -> str:
+    """Which instructions the compiled kernels use here, or what torch's own do where there are none."""
+    if _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32):
+        return torch.backends.cpu.get_cpu_capability().lower()
+    return _INSTRUCTIONS[torch.ops.s0kernels_cpu.instructions()]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def commit() -> str | None:
+    """Of the source tree that the package lies in, with a + if it has been changed; None in an installation."""
+    if not (_PACKAGE.parent / "csrc").is_dir():
+        return None
+    ask = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def kernel_hashes() -> dict[str, str]:
+    """A hash of each backend's sources. An installation has no C++ sources: the library stands for them there."""
+    backends, csrc = _PACKAGE / "backends", _PACKAGE.parent / "csrc"
+    hashes = {}
+    for name, module in _dispatch._MODULES.items():
+        home = backends / module.rpartition(".")[2]
+        files = [*home.glob("*.py"), home.with_suffix(".py"), *backends.glob("_*.py")]
+        compiled = [*csrc.glob("*.*"), *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []
+        files += compiled or [_PACKAGE / f"_{name}.so"]
+        content = hashlib.sha256()
+        for file in sorted(filter(Path.is_file, files)):
+            content.update(file.name.encode() + b"\0" + file.read_bytes())
+        hashes[name] = content.hexdigest()[:16]
+    return hashes
+
+
+def write_json(file: Path, results: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, (json.dumps(results, indent=1) + "\n").encode())
+
+
+# Time
+
+
+def interleaved(
+    cases: dict[str, Case],
+    *,
+    rounds: int = 15,
+    clock: str = "wall",
+    device: str | torch.device = "cpu",
+    least: float = 0.005,
+    budget: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Seconds per call, a sample per round, of cases that take turns.
+
+    A sample is as many calls as take `least` seconds. Once `budget` seconds are over no round after the third begins.
+    On a CUDA device a call is timed by events after the L2 cache was flushed, which also hides the time to launch it.
+    """
+    sample = _cuda_sample(torch.device(device)) if torch.device(device).type == "cuda" else _cpu_sample(CLOCKS[clock])
+    repeats = {}
+    for name, case in cases.items():
+        case()  # compiles, imports, fills pools
+        repeats[name] = max(1, min(1000, round(least / max(sample(case, 1), 1e-6))))
+    order, shuffle = list(cases), random.Random(0).shuffle
+    samples, end = {name: [] for name in cases}, time.perf_counter() + budget
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() > end:
+                break
+            shuffle(order)
+            gc.collect()
+            for name in order:
+                samples[name].append(sample(cases[name], repeats[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _cpu_sample(now: Callable[[], float]) -> Callable[[Case, int], float]:
+    def sample(case: Case, repeats: int) -> float:
+        begin = now()
+        for _ in range(repeats):
+            case()
+        return (now() - begin) / repeats
+
+    return sample
+
+
+def _cuda_sample(device: torch.device) -> Callable[[Case, int], float]:
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+
+    def sample(case: Case, repeats: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, stop in events:
+            cache.zero_()
+            start.record()
+            case()
+            stop.record()
+        torch.cuda.synchronize(device)
+        return sum(start.elapsed_time(stop) for start, stop in events) / 1e3 / repeats
+
+    return sample
+
+
+class Ratio(NamedTuple):
+    median: float
+    low: float
+    high: float
+
+
+def ratio(over: list[float], under: list[float], *, confidence: float = 0.95, resamples: int = 4000) -> Ratio:
+    """Median over rounds of over / under, with a bootstrap interval: rounds are drawn anew, pairs stay together."""
+    pairs = np.asarray(over) / np.asarray(under)
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.median(pairs[drawn], axis=1), [tail, 1 - tail])
+    return Ratio(float(np.median(pairs)), float(low), float(high))
+
+
+# The roofline
+
+
+def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,), clock: str = "wall") -> dict:
+    """What the machine does now: GB/s of a copy (read and written) that no cache holds, GFLOP/s of matrix products."""
+    cuda = torch.device(device).type == "cuda"
+    megabytes = 1024 if cuda else 128
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    cases, sizes = {"copy": lambda: target.copy_(source)}, {}
+    for dtype in dtypes:
+        size = 8192 if cuda else 1024 if dtype == torch.float32 else 256  # where half precision may be a loop
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
+        cases[name], sizes[name] = lambda a=a: a @ a, size
+    with torch.no_grad():
+        times = interleaved(cases, rounds=7, clock=clock, device=device, budget=5.0)
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
+    bandwidth = 2 * 4 * source.numel() / seconds.pop("copy") / 1e9
+    return {"copy_gbs": bandwidth, "matmul_gflops": {name: 2e-9 * sizes[name] ** 3 / seconds[name] for name in seconds}}
+
+
+# Memory and work
+
+
+def peak_memory(make: Callable[..., Case], *arguments, warm_up: tuple = (), device: str = "cpu") -> int:
+    """Bytes that the call of `make(*arguments)` holds at its peak beyond what was held before it.
+
+    On a CPU that is resident memory of a process of its own, so `make` and its arguments must pickle, and
+    `make(*warm_up)`, if given, is called first: something small, for imports and pools. On a CUDA device it is what
+    torch's allocator counts.
+    """
+    if torch.device(device).type == "cuda":
+        case = make(*arguments)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        case()
+        return torch.cuda.max_memory_allocated(device) - before
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident_peak, make, arguments, warm_up, torch.get_num_threads()).result()
+
+
+def _resident_peak(make: Callable[..., Case], arguments: tuple, warm_up: tuple, threads: int) -> int:
+    torch.set_num_threads(threads)
+    if warm_up:
+        make(*warm_up)()
+    case = make(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmHWM")
+    case()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+class Work(NamedTuple):
+    """Of one call: how often each operator ran (those inside others too), kernels launched on a GPU, bytes newly
+    allocated by torch, and bytes written by `copy_`, which every copy and conversion ends in."""
+
+    operators: Counter[str]
+    launches: int
+    allocated: int
+    copied: int
+
+
+_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
+
+
+def work(case: Case) -> Work:
+    """What a call does, by torch's profiler; the call before it, which may compile, is not looked at."""
+    case()
+    activities = torch.profiler.supported_activities() & {
+        torch.profiler.ProfilerActivity.CPU,
+        torch.profiler.ProfilerActivity.CUDA,
+    }
+    options = {"profile_memory": True, "record_shapes": True, "acc_events": True}
+    with torch.profiler.profile(activities=activities, **options) as profile:
+        case()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    operators, launches, allocated, copied = Counter(), 0, 0, 0
+    for event in profile.profiler.kineto_results.events():
+        name = event.name()
+        if name == "[memory]":
+            allocated += max(event.nbytes(), 0)
+        elif event.device_type() == torch.autograd.DeviceType.CUDA:
+            launches += 1
+        elif "::" in name:
+            operators[name] += 1
+        if name == "aten::copy_":
+            copied += int(np.prod(event.shapes()[0])) * _SIZES.get(event.dtypes()[0], 1)
+    return Work(operators, launches, allocated, copied)

@@ -12,15 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
-from protocol import SAMPLES, SAMPLING, SOLUTIONS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
-from torch import nn
+from protocol import SAMPLING, SEEDS, SOLUTIONS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
 from tqdm import tqdm
 
 LEARNING_RATES = (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
-ALPHAS = {
-    "gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0),
-    "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0),
-}
+ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,7 @@ class Variant:
     label: str
     method: object
     solutions: int = SOLUTIONS
+    texts: bool = False  # keep the answers themselves
 
 
 @dataclass
@@ -39,7 +36,7 @@ class Run:
     base: Base
     seeds: Sequence[int]
     results: Results
-    found: Results  # the solutions, shared by all experiments
+    found: Results  # the solutions and the chosen settings, shared by all experiments
     folder: Path  # for what can be thrown away
 
     def solutions(self, seed: int) -> list[tuple[str, str]]:
@@ -61,32 +58,36 @@ def grid(run: Run, variants: Sequence[Variant]) -> None:
             if not missing:
                 continue
             data = {seed: run.solutions(seed)[: variant.solutions] for seed in missing}
+            known = None  # greedy answers of the base are the same for every seed
             for seed, model in variant.method.tune(run.base, data):
                 label = f"{variant.label}, seed {seed}"
-                cell = evaluate(run.base, model, run.base.heldout, label, variant.method.padded)
-                run.results.put(f"{variant.label}/{seed}", {**cell, "solutions": len(data[seed])})
+                cell = known or evaluate(run.base, model, run.base.heldout, label, variant.method.padded)
+                known = cell if isinstance(variant.method, Nothing) else None
+                kept = cell if variant.texts else {name: x for name, x in cell.items() if name != "completions"}
+                run.results.put(f"{variant.label}/{seed}", {**kept, "solutions": len(data[seed])})
                 bar.update()
 
 
-def best_rate(run: Run, label: str, method) -> float:
-    """The learning rate with the most right answers on the tuning problems that were not learned from, first seed.
+def best(run: Run, label: str, method, setting: str, values: Sequence[float]):
+    """`method` with the value of a setting that gave the most right answers on tuning problems that were not learned
+    from, with the first seed.
 
-    The paper's rates are for models a thousand times larger; a baseline is given the best of several instead.
+    The paper's settings are for models a thousand times larger; here each method also gets the best of several.
     """
-    seed = run.seeds[0]
+    seed = SEEDS[0]
     pairs = run.solutions(seed)[:SOLUTIONS]
     learned = {prompt for prompt, _ in pairs}
     unused = [item for item in run.base.tune if item.prompt not in learned]
 
     def make() -> dict:
         shares = {}
-        for rate in tqdm(LEARNING_RATES, desc=f"{label}: learning rate", leave=False):
-            for _, model in replace(method, lr=rate).tune(run.base, {seed: pairs}):
-                shares[str(rate)] = evaluate(run.base, model, unused, f"{label}, {rate}", method.padded)["pass@1"]
+        for value in tqdm(values, desc=f"{label}: best {setting}", leave=False):
+            for _, model in replace(method, **{setting: value}).tune(run.base, {seed: pairs}):
+                shares[str(value)] = evaluate(run.base, model, unused, f"{label}, {value}", method.padded)["pass@1"]
         return {"shares": shares, "problems": len(unused)}
 
-    shares = run.results.get(f"rate/{label}", make)["shares"]
-    return float(max(shares, key=shares.get))
+    shares = run.found.get(f"{setting} of {label}", make)["shares"]
+    return replace(method, **{setting: float(max(shares, key=shares.get))})
 
 
 def matched_rank(base: Base) -> int:
@@ -94,30 +95,27 @@ def matched_rank(base: Base) -> int:
     return max(1, round(S0().parameters(base) / LoRA(rank=1).parameters(base)))
 
 
-def _lora(run: Run) -> list[Variant]:
-    small, matched = LoRA(), LoRA(rank=matched_rank(run.base), steps=20)
-    named = {f"LoRA r{small.rank}, 50 steps": small, f"LoRA r{matched.rank} (parameters, steps as S0)": matched}
-    tuned = [Variant(f"{label}, best rate", replace(m, lr=best_rate(run, label, m))) for label, m in named.items()]
-    return [Variant(f"{label}, paper's rate", method) for label, method in named.items()] + tuned
-
-
 def main(run: Run) -> None:
-    prompt = Prompt()
-    rate = best_rate(run, f"prompt tuning, {prompt.tokens} tokens", prompt)
+    small, matched, prompt = LoRA(), LoRA(rank=matched_rank(run.base), steps=20), Prompt()
+    loras = {f"LoRA r{small.rank}, 50 steps": small, f"LoRA r{matched.rank}, 20 steps": matched}
+    prompt_label = f"prompt of {prompt.tokens} tokens, 50 steps"
     grid(
         run,
         [
-            Variant("no tuning", Nothing()),
-            Variant("S0", run.s0),
-            *_lora(run),
-            Variant(f"prompt tuning, {prompt.tokens} tokens, best rate", replace(prompt, lr=rate)),
+            Variant("no tuning", Nothing(), texts=True),
+            Variant("S0", run.s0, texts=True),
+            *(Variant(label, method) for label, method in loras.items()),
+            Variant("S0, best scale", best(run, "S0", run.s0, "alpha", ALPHAS[run.base.arch])),
+            *(Variant(f"{label}, best rate", best(run, label, m, "lr", LEARNING_RATES)) for label, m in loras.items()),
+            Variant(f"{prompt_label}, best rate", best(run, prompt_label, prompt, "lr", LEARNING_RATES)),
         ],
     )
     run.results.content["parameters"] = {
-        "S0": S0().parameters(run.base),
-        "LoRA, per rank": LoRA(rank=1).parameters(run.base),
+        "S0": run.s0.parameters(run.base),
+        "LoRA, of a rank": LoRA(rank=1).parameters(run.base),
         "prompt": prompt.parameters(run.base),
     }
+    run.results.content["chosen"] = {name: cell["shares"] for name, cell in run.found.cells.items() if " of " in name}
     run.results.save()
 
 
@@ -198,7 +196,8 @@ def boundary(run: Run) -> None:
 
 def passk(run: Run, samples: int = 20) -> None:
     label = f"LoRA r{LoRA().rank}, 50 steps"
-    methods = {"no tuning": Nothing(), "S0": run.s0, f"{label}, best rate": replace(LoRA(), lr=best_rate(run, label, LoRA()))}
+    tuned = best(run, label, LoRA(), "lr", LEARNING_RATES)
+    methods = {"no tuning": Nothing(), "S0": run.s0, label: LoRA(), f"{label}, best rate": tuned}
     for name, method in methods.items():
         missing = [seed for seed in run.seeds if f"{name}/{seed}" not in run.results.cells]
         for seed, model in method.tune(run.base, {s: run.solutions(s)[:SOLUTIONS] for s in missing}):
@@ -216,7 +215,9 @@ def persistence(run: Run) -> None:
     missing = [seed for seed in run.seeds if f"S0/{seed}" not in run.results.cells]
     if not missing:
         return
-    before = [_log_probabilities(run.base, item.prompt) for item in tqdm(run.base.heldout, desc="no tuning", leave=False)]
+    before = [
+        _log_probabilities(run.base, item.prompt) for item in tqdm(run.base.heldout, desc="no tuning", leave=False)
+    ]
     with torch.enable_grad():
         tuned = run.s0.tune(run.base, {seed: run.solutions(seed)[:SOLUTIONS] for seed in missing})
         for seed, _ in tuned:
@@ -241,3 +242,16 @@ def _divergence(base: Base, before: list[torch.Tensor]) -> dict:
 def _log_probabilities(base: Base, prompt: str) -> torch.Tensor:
     ids = torch.tensor([base.tokenizer(prompt)["input_ids"]], device=base.trainer.device)
     return base.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+
+ALL: dict[str, Callable[[Run], None]] = {
+    "main": main,
+    "alpha": alpha,
+    "count": count,
+    "layers": layers,
+    "size": size,
+    "variants": variants,
+    "boundary": boundary,
+    "passk": passk,
+    "persistence": persistence,
+}

@@ -108,7 +108,7 @@ class LoRA:
     def config(self, base: Base):
         from peft import LoraConfig
 
-        targets = ["q_proj", "k_proj", "v_proj", *(["in_proj"] if _is_mamba(base) else ["o_proj"])]
+        targets = ["q_proj", "k_proj", "v_proj", *(["in_proj"] if base.arch == "mamba2" else ["o_proj"])]
         return LoraConfig(
             task_type="CAUSAL_LM", r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0, target_modules=targets
         )
@@ -118,7 +118,7 @@ class LoRA:
             return _count(model)
 
     def tune(self, base: Base, data: Data) -> Tuned:
-        lr = self.lr or (1e-4 if _is_mamba(base) else 5e-4)
+        lr = self.lr or (1e-4 if base.arch == "mamba2" else 5e-4)
         for seed, pairs in data.items():
             with _adapted(base, self.config(base), seed) as model:
                 fit(base, model, _trainable(model), pairs, self.steps, lr, f"LoRA r{self.rank}, seed {seed}")
@@ -264,7 +264,3 @@ def _trainable(model: nn.Module) -> list[Tensor]:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in _trainable(model))
-
-
-def _is_mamba(base: Base) -> bool:
-    return S0States.for_model(base.model).arch == "mamba2"

@@ -18,8 +18,8 @@ from tasks import Item, Task
 from torch import nn
 from tqdm import tqdm
 
-from s0kernels import S0Trainer
-from s0kernels._files import replace_file
+from s0kernels import S0States, S0Trainer
+from s0kernels.measure import write_json
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
@@ -37,6 +37,10 @@ class Base:
     tune: Sequence[Item]
     heldout: Sequence[Item]
     rows: int = 256  # sequences generated at a time
+
+    @property
+    def arch(self) -> str:
+        return S0States.for_model(self.model).arch
 
     @property
     def model(self) -> nn.Module:
@@ -183,8 +187,16 @@ class Results:
 
     def put(self, key: str, value: dict) -> None:
         self.cells[key] = value
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.file, (json.dumps(self.content, indent=1) + "\n").encode())
+        self.save()
+
+    def spent(self, seconds: float) -> None:
+        """Adds to the time that the cells took, over all starts."""
+        self.content["seconds"] = self.content.get("seconds", 0.0) + seconds
+        if self.cells:
+            self.save()
+
+    def save(self) -> None:
+        write_json(self.file, self.content)
 
     def get(self, key: str, make: Callable[[], dict]) -> dict:
         if key not in self.cells:

@@ -1,0 +1,10 @@
+def table(*a):
+    return ""
+
+
+def plot(*a):
+    pass
+
+
+def write(*a):
+    pass

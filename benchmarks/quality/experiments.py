@@ -200,6 +200,8 @@ def passk(run: Run, samples: int = 20) -> None:
     methods = {"no tuning": Nothing(), "S0": run.s0, label: LoRA(), f"{label}, best rate": tuned}
     for name, method in methods.items():
         missing = [seed for seed in run.seeds if f"{name}/{seed}" not in run.results.cells]
+        if not missing:
+            continue
         for seed, model in method.tune(run.base, {s: run.solutions(s)[:SOLUTIONS] for s in missing}):
             torch.manual_seed(seed)
             label = f"{name}, seed {seed}: {samples} samples"
@@ -244,6 +246,27 @@ def _log_probabilities(base: Base, prompt: str) -> torch.Tensor:
     return base.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
 
 
+def first(run: Run) -> None:
+    """Of the problems that S0 fixes, at which token of the answer it first differs from the base's: from `main`."""
+    cells = Results(
+        run.results.file.with_name(run.results.file.name.replace("first", "main", 1)),
+        run.results.content["settings"],
+        {},
+    ).cells
+    if not cells:
+        raise ValueError("first reads the answers of the experiment main, which has to run before it")
+    tokens = lambda text: run.base.tokenizer(text)["input_ids"]  # noqa: E731
+    for seed in run.seeds:
+        old, new = cells[f"no tuning/{SEEDS[0]}"], cells[f"S0/{seed}"]
+        fixed = [i for i, (a, b) in enumerate(zip(old["passed"], new["passed"], strict=True)) if (a, b) == ("0", "1")]
+        pairs = [(tokens(old["completions"][i]), tokens(new["completions"][i])) for i in fixed]
+        places = [
+            next((n for n, (a, b) in enumerate(zip(*p, strict=False)) if a != b), min(map(len, p))) for p in pairs
+        ]
+        lost = sum((a, b) == ("1", "0") for a, b in zip(old["passed"], new["passed"], strict=True))
+        run.results.put(f"S0/{seed}", {"fixed": places, "lost": lost})
+
+
 ALL: dict[str, Callable[[Run], None]] = {
     "main": main,
     "alpha": alpha,
@@ -254,4 +277,5 @@ ALL: dict[str, Callable[[Run], None]] = {
     "boundary": boundary,
     "passk": passk,
     "persistence": persistence,
+    "first": first,
 }

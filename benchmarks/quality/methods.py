@@ -5,6 +5,7 @@ other; a model is as tuned until the next is asked for, and afterwards the base 
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,12 +218,16 @@ def _adapted(base: Base, config, seed: int) -> Iterator[nn.Module]:
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    model = get_peft_model(base.model, config)
-    try:
-        yield model
-    finally:
-        if not config.is_prompt_learning:
-            model.unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)  # there are no pads
+        model = get_peft_model(base.model, config)
+        try:
+            yield model
+        finally:
+            if not config.is_prompt_learning:
+                model.unload()
+                del base.model.peft_config
 
 
 def fit(

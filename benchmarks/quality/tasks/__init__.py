@@ -9,6 +9,7 @@ __all__ = ["TASKS", "Item", "Task", "get_task"]
 # The class of each task, imported when it is asked for: their evaluators are optional.
 TASKS = {
     "tiny": "tiny.Tiny",
+    "boundary": "boundary.Boundary",
     "humaneval": "humaneval.HumanEval",
     "math500": "math.Math500",
     "gsm8k": "math.GSM8K",

@@ -227,7 +227,6 @@ def _adapted(base: Base, config, seed: int) -> Iterator[nn.Module]:
         finally:
             if not config.is_prompt_learning:
                 model.unload()
-                del base.model.peft_config
 
 
 def fit(

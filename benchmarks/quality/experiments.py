@@ -15,7 +15,7 @@ from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
 from protocol import SAMPLING, SEEDS, SOLUTIONS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
 from tqdm import tqdm
 
-LEARNING_RATES = (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+LEARNING_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0)}
 
 

@@ -8,6 +8,7 @@ method's paper (arXiv 2604.01168); a seed decides what is sampled, and with it e
 import hashlib
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,15 +100,18 @@ def judge(base: Base, items: Sequence[Item], completions: Sequence[Sequence[str]
 
 
 def solutions(base: Base, seed: int, samples: int = SAMPLES) -> list[tuple[str, str]]:
-    """(prompt, completion) of at most one verified solution per tuning problem: the first sample that passed."""
+    """(prompt, completion) of at most one verified solution per tuning problem, the first sample that passed, in an
+    order that the seed decides: what a run takes is the beginning."""
     torch.manual_seed(seed)
     texts = complete(base, base.model, base.tune, f"sample, seed {seed}", num_return_sequences=samples, **SAMPLING)
     passed = judge(base, base.tune, texts)
-    return [
+    pairs = [
         (item.prompt, found[good.index(True)])
         for item, found, good in zip(base.tune, texts, passed, strict=True)
         if any(good)
     ]
+    random.Random(seed).shuffle(pairs)
+    return pairs
 
 
 def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:

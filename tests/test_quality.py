@@ -25,6 +25,7 @@ from tasks.boundary import make_problems  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
 
+
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
     for samples, right, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (7, 3, 7)):
         draws = list(itertools.combinations([True] * right + [False] * (samples - right), k))

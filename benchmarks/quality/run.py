@@ -79,12 +79,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     chosen = list(experiments.ALL) if options.experiment == "all" else [options.experiment]
     for experiment in [] if options.experiment == "report" else chosen:
-        tiny = (
-            [f"qwen3_5-{width}" for width in WIDTHS[:-1]] + ["qwen3_5"]
-            if experiment == "size"
-            else ["qwen3_5", "falcon_h1"]
-        )
-        for name in options.models or tiny:
+        for name in options.models or (SIZES if experiment == "size" else TINY_MODELS):
             run = prepare(experiment, name, options)
             began = time.perf_counter()
             try:

@@ -22,17 +22,24 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def describe_run(
-    examples: Sequence[Example], tasks: Sequence[str] | None, config: S0Config, states: S0States
+    examples: Sequence[Example], tasks: Sequence[str] | None, config: S0Config, states: S0States, scale: float
 ) -> dict[str, Any]:
     """What has to be the same for a run to be continued, and in every process of a run."""
     text = json.dumps([tuple(example) for example in examples])
+    learning = _learning(states)
     return {
         "examples": f"{len(examples)}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "tasks": None if tasks is None else list(tasks),
         "config": {name: getattr(config, name) for name in _SETTINGS},
         "states": {str(layer): list(states[layer].shape) for layer in states},
         "weights": None if states.base_model is None else states.base_model["weights"],
+        **({} if scale == 1 else {"scale": scale}),
+        **({} if learning == list(states) else {"layers": learning}),
     }
+
+
+def _learning(states: S0States) -> list[int]:
+    return [layer for layer in states if states[layer].requires_grad]
 
 
 class Checkpoint:
@@ -51,7 +58,7 @@ class Checkpoint:
     def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping], ended: bool) -> None:
         """`ended`: a callback wants no more steps."""
         tensors: dict[str, Tensor] = {}
-        for layer in states:
+        for layer in _learning(states):
             tensors[f"{layer}.state"] = states[layer].detach()
             for moment in _MOMENTS:
                 tensors[f"{layer}.{moment}"] = optimizer.state[states[layer]][moment]
@@ -72,14 +79,15 @@ class Checkpoint:
         run, history = content.get("run"), content.get("history")
         if not isinstance(run, dict) or not _is_history(history):
             raise ValueError(f"{self._file} is not a checkpoint of a training run")
-        differing = {key: (run.get(key), value) for key, value in self._run.items() if run.get(key) != value}
+        both = {key: (run.get(key), self._run.get(key)) for key in {**self._run, **run}}
+        differing = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
         if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
             del differing["weights"]
         if differing:
             text = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing.items())
             raise ValueError(f"{self._file} is the checkpoint of another run ({text}); name another file or remove it")
         with torch.no_grad():
-            for layer in states:
+            for layer in _learning(states):
                 parameter = states[layer]
                 found = [tensors.get(f"{layer}.{name}") for name in ("state", *_MOMENTS)]
                 for tensor in found:

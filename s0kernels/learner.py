@@ -22,14 +22,17 @@ Callback = Callable[[dict, S0States], "bool | None"]
 
 
 class Learner:
-    """The states that learn, the batches they learn from, and this process's share of them."""
+    """The states that learn, the batches they learn from, and this process's share of them. States that do not
+    require grad stay as they are; `scale` is what all are attached at."""
 
-    def __init__(self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch]):
+    def __init__(self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch], scale: float):
         self._model, self._config, self._states, self._batches = model, config, states, batches
+        self._scale = scale
         owners = torch.tensor([task for batch in batches for task in batch.tasks])
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = processes()
-        self._optimizer = torch.optim.Adam(states.parameters(), lr=config.lr)
+        self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
 
     def resume(self, file: Checkpoint | None) -> tuple[list[dict[str, Any]], bool]:
         """The history so far, with the states as they were then, and whether a callback has ended it."""
@@ -65,7 +68,7 @@ class Learner:
         while len(history) < self._config.n_steps and not ended:
             entry = self._step(len(history))
             history.append(entry)
-            with self._states.attached(self._model):
+            with self._states.attached(self._model, self._scale):
                 answers = [callback(entry, self._states) for callback in callbacks]
             ended = any(isinstance(answer, (bool, numpy.bool_)) and bool(answer) for answer in answers)
             ended = bool(self._sum(torch.tensor(float(ended))) > 0)
@@ -76,7 +79,7 @@ class Learner:
             bar.update()
 
     def _step(self, number: int) -> dict[str, Any]:
-        config, parameters = self._config, list(self._states.parameters())
+        config, parameters = self._config, self._parameters
         share = self._batches[self._processes.process_index :: self._processes.num_processes]
         # summed in fp64, the result does not depend on the order, and so not on which process has which batch
         sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
@@ -112,7 +115,7 @@ class Learner:
 
     def _losses(self, batch: Batch) -> Tensor:
         several = self._states.tasks > 1
-        with self._states.attached(self._model, tasks=batch.tasks if several else 0):
+        with self._states.attached(self._model, self._scale, batch.tasks if several else 0):
             return batch.losses(self._model, self._states.tasks)
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -135,13 +138,13 @@ class Learner:
     def check_effect(self, example: Example) -> None:
         """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
         batch = make_batches([example], 1, False, self._model, 0, self._batches[0].device)[0]
-        with self._states.attached(self._model):
+        with self._states.attached(self._model, self._scale):
             before = batch.logits(self._model)
             generator = torch.Generator().manual_seed(0)
-            for state in self._states.parameters():
+            for state in self._parameters:
                 state.copy_(torch.randn(state.shape[1:], generator=generator).expand(state.shape))
             after = batch.logits(self._model)
-        for state in self._states.parameters():
+        for state in self._parameters:
             state.zero_()
         if torch.equal(before, after):
             raise RuntimeError(

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import numbers
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -109,6 +111,8 @@ class S0Trainer:
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 1,
         progress: bool = True,
+        scale: float = 1.0,
+        layers: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Learn S0 from zero.
 
@@ -123,34 +127,42 @@ class S0Trainer:
             packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash
                 attention.
             callbacks: each is called after every step with the step's entry of `history`, to which it may add, and
-                the states, which are attached at scale 1 so that `evaluate` sees them; `save` saves them. True ends
+                the states, which are attached at `scale` so that `evaluate` sees them; `save` saves them. True ends
                 the training. In several processes each calls them.
             checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
                 from there, with the bits it would have had without the interruption (on the same number of processes);
                 a longer `n_steps` prolongs a run, unless a callback has ended it.
             progress: show a progress bar.
+            scale: what the states are multiplied by while they learn. 1 learns them raw, as the `s0-tuning` package
+                does, and only their use is scaled; `trainer.alpha` is Algorithm 1 of the method's paper, in which
+                training sees what use will see, and a state has to grow further for the same effect.
+            layers: the recurrent layers whose states learn; the others stay zero. None: all of them.
 
         Where states are active, the new ones take their place if they have the tasks that are active.
 
         Returns:
-            `final_loss`, the loss of the last step before its update, and `avg_state_norm`, the mean norm of a
-            layer's state. The losses of all steps are in `history`.
+            `final_loss`, the loss of the last step before its update, and `avg_state_norm`, the mean norm of the
+            state of a layer that learns. The losses of all steps are in `history`.
 
         Raises:
             TypeError, ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is
-                of another run.
+                of another run; `scale` is zero; `layers` names a layer that has no state.
             RuntimeError: a perturbed S0 leaves the logits as they are, or the loss or its gradient is not finite.
         """
         self._refuse_while_training("train")
         callbacks = _check_callbacks(callbacks)
         every = _check_positive("checkpoint_every", checkpoint_every)
+        scale = _check_scale(scale)
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
         with torch.inference_mode(False), torch.enable_grad():
             batches = self._batches(examples, tokens_per_batch, packed, at_least=processes().num_processes)
             states = S0States.for_model(self.model, tasks or 1)
-            run = describe_run(examples, tasks, self.config, states)
+            learning = _check_layers(layers, states)
+            for layer in states:
+                states[layer].requires_grad_(layer in learning)
+            run = describe_run(examples, tasks, self.config, states, scale)
             file = None if checkpoint is None else Checkpoint(checkpoint, run)
-            learner = Learner(self.model, self.config, states, batches)
+            learner = Learner(self.model, self.config, states, batches, scale)
             history, ended = learner.resume(file)
             learner.compare(run, every, history)
             with self._in_training(states, history), Frozen(self.model):
@@ -162,7 +174,7 @@ class S0Trainer:
                     if not ended:
                         learner.learn(history, callbacks, file, every, bar)
                 final_loss = history[-1]["loss"] if history else learner.loss()
-        norms = torch.stack([norm.cpu() for norm in states.norms().values()])
+        norms = torch.stack([norm.cpu() for layer, norm in states.norms().items() if layer in learning])
         return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
 
     @contextlib.contextmanager
@@ -179,6 +191,7 @@ class S0Trainer:
             raise
         finally:
             self._training = False
+            states.requires_grad_(True)
             if was_active:
                 self._reactivate(selection)
 
@@ -398,6 +411,23 @@ def _check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"S0Trainer: {name} must be a positive int, got {value!r}")
     return number
+
+
+def _check_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"S0Trainer: scale must be a finite number other than 0, got {scale!r}")
+    return float(scale)
+
+
+def _check_layers(layers: Sequence[int] | None, states: S0States) -> list[int]:
+    if layers is None:
+        return list(states)
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
+        raise TypeError(f"S0Trainer: layers must be a list of layer numbers, or None for all, got {layers!r}")
+    unknown = [layer for layer in layers if isinstance(layer, bool) or layer not in list(states)]
+    if unknown:
+        raise ValueError(f"S0Trainer: layers: {unknown[0]!r} has no state; the layers that do are {list(states)}")
+    return sorted(set(layers))
 
 
 def _check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:

@@ -191,3 +191,23 @@ def test_a_killed_process_is_resumed_with_the_same_bits(name, tmp_path):
     whole = trainer(name, n_steps=30)
     whole.train(PAIRS, progress=False)
     assert same_states(S0States.load(tmp_path / "resumed"), whole.states)
+
+
+def test_a_run_at_a_scale_and_of_some_layers_goes_on_and_is_no_other(tmp_path):
+    file, model = tmp_path / "run", MODELS["qwen"]()
+    layers = list(S0States.for_model(trainer(model=model).model))
+    options = {"scale": 0.5, "layers": layers[:1]}
+    whole = trainer(n_steps=5)
+    whole.train(PAIRS, progress=False, **options)
+    interrupted(trainer(n_steps=5), file, 2, **options)
+    again = trainer(n_steps=5)
+    again.train(PAIRS, checkpoint=file, progress=False, **options)
+    assert again.history == whole.history
+    assert same_states(again.states, whole.states)
+    for other, text in (
+        ({"layers": layers[:1]}, r"scale: 0.5 there, None here"),
+        ({"scale": 0.5}, rf"layers: \[{layers[0]}\] there, None here"),
+        ({"scale": 0.5, "layers": layers[1:]}, rf"layers: \[{layers[0]}\] there"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            trainer(n_steps=5).train(PAIRS, checkpoint=file, progress=False, **other)

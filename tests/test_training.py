@@ -347,3 +347,54 @@ def test_gradient_checkpointing_does_not_switch_dropout_on(name):
         assert not tuned.model.training
     for layer in plain.states:
         assert close(checkpointed.states[layer], plain.states[layer], 1e-4)
+
+
+# At a scale, and some of the layers
+
+
+@every_family
+def test_training_at_a_scale_sees_what_use_will_see(name):
+    scaled, raw = trainer(name), trainer(name)
+    scale = scaled.alpha
+    scaled.train(PAIRS, progress=False, scale=scale, callbacks=[lambda e, _: e.update(now=scaled.evaluate(PAIRS))])
+    raw.train(PAIRS, progress=False)
+    first, theirs = scaled.history[0], raw.history[0]
+    assert first["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(scale * theirs["grad_norm"], rel=1e-3)
+    scaled.activate()
+    assert scaled.evaluate(PAIRS) == pytest.approx(scaled.history[-1]["now"], rel=1e-5)
+    for before, after in zip(scaled.history, scaled.history[1:], strict=False):
+        assert before["now"] == pytest.approx(after["loss"], rel=1e-5)
+
+
+@every_family
+def test_some_layers_learn_and_the_others_stay_zero(name, tmp_path):
+    tuned = trainer(name)
+    layers = list(S0States.for_model(tuned.model))
+    result = tuned.train(PAIRS, progress=False, layers=layers[-1:])
+    norms = {layer: float(norm) for layer, norm in tuned.states.norms().items()}
+    assert [layer for layer in layers if norms[layer] > 0] == layers[-1:]
+    assert result["avg_state_norm"] == pytest.approx(norms[layers[-1]])
+    assert all(state.requires_grad for state in tuned.states.parameters())
+    tuned.save(tmp_path)
+    again = trainer(name)
+    again.load(tmp_path)
+    assert same_states(again.states, tuned.states)
+    everything = trainer(name)
+    everything.train(PAIRS, progress=False, layers=layers)
+    whole = trainer(name)
+    whole.train(PAIRS, progress=False)
+    assert same_states(everything.states, whole.states)
+
+
+def test_refusals_about_scale_and_layers():
+    tuned = trainer()
+    for scale in (0, math.inf, "1", True):
+        with pytest.raises(ValueError, match="scale must be a finite number other than 0"):
+            tuned.train(PAIRS, scale=scale)
+    with pytest.raises(ValueError, match="layers: 99 has no state; the layers that do are"):
+        tuned.train(PAIRS, layers=[99])
+    for layers in ([], "0", 3):
+        with pytest.raises(TypeError, match="layers must be a list of layer numbers"):
+            tuned.train(PAIRS, layers=layers)
+    assert tuned.states is None

@@ -284,7 +284,7 @@ def make_problems(split: str, seed: int = DEFAULT_SEED) -> list[Problem]:
     """The problems of a split ("tune" or "heldout"): PER_FAMILY of every family, in a fixed order."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    return [_with_tests(task) for task in _reserved_tasks(seed)[split]]
+    return [with_tests(task) for task in _reserved_tasks(seed)[split]]
 
 
 @lru_cache(maxsize=4)
@@ -306,7 +306,7 @@ def _reserved_tasks(seed: int) -> dict[str, tuple[Task, ...]]:
     return splits
 
 
-def _with_tests(task: Task) -> Problem:
+def with_tests(task: Task) -> Problem:
     inputs = _inputs(task)
     expected = tuple(task.kind.reference(*args, *task.constants) for args in inputs)
     return Problem(task.family, task.key, task.name, task.prompt, inputs, expected, task.bodies())

@@ -74,15 +74,15 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A model of about a million parameters; grouped heads, and states that are not square."""
+def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast, width: int = 128) -> PreTrainedModel:
+    """A model of about a million parameters at width 128; grouped heads, and states that are not square."""
     shared = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 128,
+        "hidden_size": width,
         "initializer_range": 0.08,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": 2 if width % 64 == 0 else 1,
         "head_dim": 32,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
@@ -94,9 +94,9 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
         model = Qwen3_5ForCausalLM(
             Qwen3_5TextConfig(
                 **shared,
-                intermediate_size=320,
+                intermediate_size=width * 5 // 2,
                 linear_num_key_heads=2,
-                linear_num_value_heads=8,
+                linear_num_value_heads=width // 16,
                 linear_key_head_dim=64,
                 linear_value_head_dim=32,
                 rope_parameters={
@@ -111,9 +111,9 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
         model = FalconH1ForCausalLM(
             FalconH1Config(
                 **shared,
-                intermediate_size=256,
-                mamba_d_ssm=128,
-                mamba_n_heads=8,
+                intermediate_size=2 * width,
+                mamba_d_ssm=width,
+                mamba_n_heads=width // 16,
                 mamba_d_head=16,
                 mamba_n_groups=2,
                 mamba_d_state=64,
@@ -295,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=("qwen3_5", "falcon_h1"))
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: beside this script)")
+    parser.add_argument("--width", type=int, choices=(64, 96, 128), default=128, help="hidden size; others need --out")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--examples", type=int, default=60_000, help="size of the corpus")
@@ -302,6 +303,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.width != 128 and args.out is None:
+        parser.error("--width other than 128 needs --out, or it would replace the checkpoint beside this script")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -310,7 +313,7 @@ def main() -> None:
     tokenizer = build_tokenizer([prompt + body for prompt, body in pairs])
     examples = encode_corpus(tokenizer, pairs)
     longest = max(len(ids) for ids, _ in examples)
-    model = build_model(args.architecture, tokenizer)
+    model = build_model(args.architecture, tokenizer, args.width)
     size = sum(parameter.numel() for parameter in model.parameters())
     tokens = sum(len(ids) for ids, _ in examples)
     print(f"{args.architecture}: {size:,} parameters; {len(examples):,} examples, {tokens:,} tokens, longest {longest}")

@@ -1,0 +1,95 @@
+"""S0 tuning, its baselines and its statistics, by the protocol of the method's paper.
+
+    python benchmarks/quality/run.py main                    on the two tiny models, offline, ten seeds
+    python benchmarks/quality/run.py all                     every experiment
+    python benchmarks/quality/run.py main --models Qwen/Qwen3.5-4B --task humaneval --rows 64
+
+Each experiment writes one JSON file per model, after every run, and goes on from there when it is started again. At
+the end it prints its table and saves its plot.
+"""
+
+import argparse
+import importlib.metadata
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import experiments
+import report
+import torch
+from protocol import SAMPLES, SEEDS, SOLUTIONS, Base, Results
+from tasks import TASKS, get_task
+
+from s0kernels import S0Trainer, measure
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny"
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+TINY_MODELS = ("qwen3_5", "falcon_h1")
+SIZES = ("qwen3_5-64", "qwen3_5-96", "qwen3_5")
+#: how many of the seeds where not said otherwise; the paper's numbers, but for the sweeps, where it has one
+DEFAULT_SEEDS = {"main": 10, "passk": 3, "size": 5, "variants": 5, "boundary": 5, "persistence": 3}
+
+
+def model_folder(name: str, output: Path) -> str:
+    """A tiny model by its name, one of another width that is trained here first, or what transformers is to load."""
+    if (TINY / name).is_dir():
+        return str(TINY / name)
+    if name not in SIZES:
+        return name
+    architecture, width = name.split("-")
+    folder = output / "work" / "models" / name
+    if not folder.is_dir():
+        command = [sys.executable, TINY / "train.py", architecture, "--width", width, "--threads", "1", "--out", folder]
+        subprocess.run(command, check=True)
+    return str(folder)
+
+
+def prepare(experiment: str, name: str, options: argparse.Namespace) -> experiments.Run:
+    trainer = S0Trainer.from_pretrained(model_folder(name, options.output))
+    trainer.model.requires_grad_(False)
+    task = get_task("boundary" if experiment == "boundary" else options.task)
+    tune, heldout = task.load()
+    short = name.rsplit("/", 1)[-1]
+    base = Base(short, trainer, task, tune, heldout, options.rows)
+    seeds = SEEDS[: options.seeds or DEFAULT_SEEDS.get(experiment, 3)]
+    settings = {"model": name, "task": task.name, "samples": SAMPLES, "solutions": SOLUTIONS}
+    versions = {package: importlib.metadata.version(package) for package in ("peft", "scipy")}
+    about = {"experiment": experiment, "machine": measure.machine(base.trainer.device.type), "more versions": versions}
+    work = options.output / "work"
+    results = Results(options.output / f"{experiment}-{short}-{task.name}.json", settings, about)
+    return experiments.Run(
+        base, seeds, results, Results(work / f"solutions-{short}-{task.name}.json", settings, {}), work
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=[*experiments.ALL, "all", "report"])
+    parser.add_argument("--models", nargs="+", help="tiny models, or names on the hub (default: the tiny models)")
+    parser.add_argument("--task", choices=list(TASKS), default="tiny")
+    parser.add_argument("--seeds", type=int, help=f"how many of {SEEDS}; the default depends on the experiment")
+    parser.add_argument("--rows", type=int, default=256, help="sequences generated at a time")
+    parser.add_argument("--threads", type=int, default=1, help="matrices as small as the tiny models' need no more")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.seeds is not None and not 1 <= options.seeds <= len(SEEDS):
+        parser.error(f"--seeds must be from 1 to {len(SEEDS)}, got {options.seeds}")
+    torch.set_num_threads(options.threads)
+    chosen = list(experiments.ALL) if options.experiment == "all" else [options.experiment]
+    for experiment in [] if options.experiment == "report" else chosen:
+        for name in options.models or (SIZES if experiment == "size" else TINY_MODELS):
+            run = prepare(experiment, name, options)
+            began = time.perf_counter()
+            try:
+                experiments.ALL[experiment](run)
+            finally:
+                run.results.spent(time.perf_counter() - began)
+        print(report.table(experiment, options.output))
+        report.plot(experiment, options.output)
+    report.write(options.output)
+
+
+if __name__ == "__main__":
+    main()

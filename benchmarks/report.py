@@ -1,0 +1,150 @@
+"""README's tables and plots from what `python -m s0kernels bench --json` wrote.
+
+    python benchmarks/report.py
+
+What stands between `<!-- bench: NAME -->` and `<!-- end -->` becomes the table of benchmarks/results/NAME.json, which
+says so where the kernels have changed since; beside that file its plot is written, NAME.svg. A test fails where the
+README is not what this gives.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+from s0kernels import measure  # noqa: E402
+from s0kernels._files import replace_file  # noqa: E402
+from s0kernels.bench import OURS, PASSES, interval  # noqa: E402
+
+NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
+KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_MARKED = re.compile(r"(<!-- bench: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_GREY = "#808080"  # to be read on white and on black
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def length(row: dict) -> int:
+    return int(row["shape"].rpartition("x")[2])
+
+
+def series(results: dict) -> dict[tuple[str, str, str], list[dict]]:
+    """Rows by scan, pass and dtype, short inputs first."""
+    found = {}
+    for row in sorted(results["rows"], key=length):
+        found.setdefault((row["op"], row["pass"], row["dtype"]), []).append(row)
+    return {key: found[key] for key in sorted(found, key=lambda key: (key[0], *map([*PASSES, *KINDS].index, key[1:])))}
+
+
+def changed(machine: dict) -> bool:
+    """Whether the kernels are others now than the ones that were measured there."""
+    backend = "triton" if "gpu" in machine else "cpu"
+    return machine["kernels"][backend] != measure.kernel_hashes()[backend]
+
+
+def table(results: dict) -> str:
+    """Per length: milliseconds, and what each rival takes for one of ours. The other columns are of the longest, and
+    left out where nothing was measured."""
+    lengths = sorted({length(row) for row in results["rows"]})
+    head = ["", "", *(f"T = {T}, ms" for T in lengths)]
+    head += ["of roofline", "peak MiB", "S0 / zero", "S0 / S0"]
+    lines = [head]
+    for (op, what, dtype), rows in series(results).items():
+        by_length = {length(row): row for row in rows}
+        cells = [f"{NAMES[op]}, {PASSES[what]}", KINDS[dtype]]
+        cells += [_cell(by_length[T]) if T in by_length else "" for T in lengths]
+        cells += [f"{100 * rows[-1]['of_roofline']:.0f} %", _memory(rows[-1])]
+        cells += [interval(rows[-1][x]) if x in rows[-1] else "" for x in ("s0_over_zero", "s0_over_s0")]
+        lines.append(cells)
+    columns = [column for column in zip(*lines, strict=True) if not column[0] or any(column[1:])]
+    head, *lines = zip(*columns, strict=True)
+    lines = [head, ["---"] * len(head), *lines]
+    notes = [origin(results)]
+    if changed(results["machine"]):
+        notes.append("**The kernels have changed since these were measured.**")
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", " ".join(notes)])
+
+
+def _cell(row: dict) -> str:
+    rivals = [f"{name} {found[0]:.1f}x" for name, found in row["ratio"].items()]
+    return f"{row['ms'][OURS]:.3g}" + (f" ({', '.join(rivals)})" if rivals else "")
+
+
+def _memory(row: dict) -> str:
+    peaks = dict(row.get("peak_mib", {}))
+    if not peaks:
+        return ""
+    ours = f"{peaks.pop(OURS):.0f}"
+    return ours + (f" ({', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())})" if peaks else "")
+
+
+def origin(results: dict) -> str:
+    machine, roofline = results["machine"], results["roofline"]
+    rounds = [row["rounds"] for row in results["rows"]]
+    where = machine.get("gpu") or f"{machine['cpu']} ({machine['instructions']}, threads: {machine['threads']})"
+    rates = ", ".join(f"{KINDS[kind]} {rate:.0f} GFLOP/s" for kind, rate in roofline["matmul_gflops"].items())
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"{where}, {machine['clock']} time, {min(rounds)} to {max(rounds)} rounds, {machine['date']}, commit "
+        f"{machine['commit']}, {versions}. Roofline: copy {roofline['copy_gbs']:.0f} GB/s, matrix product {rates}."
+    )
+
+
+def filled(text: str) -> str:
+    """The text with every table made anew."""
+    return _MARKED.sub(lambda found: f"{found[1]}{table(load(found[2]))}\n{found[3]}", text)
+
+
+def plot(results: dict, file: Path) -> None:
+    """Time against T, a panel for each scan, in the first dtype that was measured."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    colours = ["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color", "grid.color"]
+    style = dict.fromkeys(colours, _GREY) | {"svg.fonttype": "none", "svg.hashsalt": "s0kernels", "font.size": 9}
+    dtype = results["rows"][0]["dtype"]
+    ops = list(dict.fromkeys(row["op"] for row in results["rows"]))
+    with pyplot.rc_context(style):
+        figure, panels = pyplot.subplots(1, len(ops), figsize=(8, 3.2), layout="constrained", squeeze=False)
+        for panel, op in zip(panels[0], ops, strict=True):
+            rows = {key[1]: found for key, found in series(results).items() if (key[0], key[2]) == (op, dtype)}
+            _panel(panel, rows)
+            panel.set(title=f"{NAMES[op]}, {rows[next(iter(rows))][0]['shape'].partition(':')[0]}, {KINDS[dtype]}")
+        panels[0][0].set(ylabel=f"ms, {results['machine']['clock']} time")
+        figure.savefig(file, transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _panel(panel, series: dict[str, list[dict]]) -> None:
+    """A colour for each implementation, a dash for each pass."""
+    names = list(dict.fromkeys(name for rows in series.values() for row in rows for name in row["ms"]))
+    for (what, rows), dash in zip(series.items(), ("-", "--", ":", "-."), strict=False):
+        for i, name in enumerate(names):
+            points = [(length(row), row["ms"][name]) for row in rows if name in row["ms"]]
+            panel.plot(*zip(*points, strict=True), dash, marker=".", color=f"C{i}", label=f"{name}, {PASSES[what]}")
+    lengths = sorted({length(row) for rows in series.values() for row in rows})
+    panel.set(xscale="log", yscale="log", xlabel="T")
+    panel.set_xticks(lengths, [str(T) for T in lengths])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(framealpha=0, fontsize=7)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    replace_file(readme, filled(text).encode())
+    for name in dict.fromkeys(found[2] for found in _MARKED.finditer(text)):
+        plot(load(name), RESULTS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench gpu sanitize package lint format clean
+.PHONY: demo test bench gpu sanitize sanitize-gpu package lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
@@ -24,10 +24,24 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
-# On a machine with a GPU, with the Python that has torch and triton there; nothing is installed.
-gpu:
+# On a machine with a GPU, with the Python that has torch, triton and setuptools there; nothing is installed, but the
+# compiled kernels are put into this folder where there is an nvcc.
+gpu: gpu-kernels
 	$(PYTHON) -m pytest -m gpu -W default
 	$(PYTHON) benchmarks/gpu_scans.py
+	$(PYTHON) benchmarks/gpu_decode.py
+
+.PHONY: gpu-kernels
+gpu-kernels:
+	-$(PYTHON) -W ignore setup.py --quiet build_ext --build-lib . --build-temp build/temp
+
+# The CUDA kernels under NVIDIA's checks of addresses, and of what threads do to each other's shared memory.
+sanitize-gpu: gpu-kernels
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-regex kns=s0_ \
+			$(PYTHON) -m pytest -m gpu -W default -p no:xdist -k "not captured and not elements" tests/test_gpu_steps.py \
+			|| exit 1; \
+	done
 
 # The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans, on each
 # instruction set that the machine has.
@@ -40,7 +54,7 @@ sanitize: $(VENV)/.installed
 		export S0KERNELS_CPU=$$instructions; \
 		if $(VENV)/bin/python -c "import sys; from s0kernels.backends import cpu; sys.exit(cpu.unusable())"; then \
 			$(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
-				tests/test_cpu.py -k "cpu and not compile" || exit 1; \
+				tests/test_cpu.py tests/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
 
@@ -67,7 +81,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s0kernels needs Python 3.11 or newer")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt

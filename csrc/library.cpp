@@ -13,12 +13,18 @@
 #include <optional>
 
 #include "cpu/scan.h"
+#include "cuda/operators.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 namespace s0 {
+
+namespace emulated {  // cuda/emulated.cpp
+void delta_token(const Delta&, int64_t index, void*, bool backwards);
+void ssd_token(const Ssd&, int64_t index, void*, bool backwards);
+}  // namespace emulated
 
 int64_t units(const Scan& s) {
   const int64_t of_group = s.heads / s.groups;
@@ -62,10 +68,13 @@ struct Entries {
   decltype(&portable::backward) backward;
   decltype(&portable::step_bytes) step_bytes;
   decltype(&portable::step) step;
+  decltype(&portable::delta_token) delta_token;
+  decltype(&portable::ssd_token) ssd_token;
 };
 
 #define S0_TABLE(isa) \
-  Entries{#isa, isa::forward_bytes, isa::backward_bytes, isa::forward, isa::backward, isa::step_bytes, isa::step}
+  Entries{#isa, isa::forward_bytes, isa::backward_bytes, isa::forward, isa::backward, isa::step_bytes, isa::step, \
+          isa::delta_token, isa::ssd_token}
 
 // The widest instructions that this machine has, or those that S0KERNELS_CPU names.
 Entries choose() {
@@ -222,6 +231,23 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
       [&](int64_t unit, void* memory) { entries().step(s, step, wide, unit, memory); });
 }
 
+// A mixer's token. Emulated (1, or 2 with the warps last to first), it runs in the blocks that a GPU would run.
+void run_delta(Delta& d, const steps::Site& site, const Tensor&, const Optional& tickets, int64_t emulated) {
+  emulated ? plan(d) : plan_whole(d, d.V, d.V);
+  hand_out(d, site, tickets);
+  run(blocks(d), 4, kSharedBytes, [&](int64_t index, void* memory) {
+    emulated ? emulated::delta_token(d, index, memory, emulated == 2) : entries().delta_token(d, index, memory);
+  });
+}
+
+void run_ssd(Ssd& s, const steps::Site& site, const Tensor&, const Optional& tickets, int64_t emulated) {
+  emulated ? plan(s) : plan_whole(s, s.P, s.N);
+  hand_out(s, site, tickets);
+  run(blocks(s), 4, kSharedBytes, [&](int64_t index, void* memory) {
+    emulated ? emulated::ssd_token(s, index, memory, emulated == 2) : entries().ssd_token(s, index, memory);
+  });
+}
+
 int64_t instructions() {
   const char* name = entries().name;
   return std::strcmp(name, "avx512") == 0 ? 512 : std::strcmp(name, "avx2") == 0 ? 256 : 128;
@@ -243,6 +269,8 @@ STABLE_TORCH_LIBRARY(s0kernels_cpu, m) {
   m.def(
       "scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? skip, Tensor(a!) state, "
       "Tensor? indices, Tensor(b!) output, bool delta, bool normalise, float scale) -> ()");
+  m.def(S0_DELTA_STEP);
+  m.def(S0_SSD_STEP);
   m.def("instructions() -> int");
 }
 
@@ -250,5 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(s0kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("scan_forward", TORCH_BOX(&s0::scan_forward));
   m.impl("scan_backward", TORCH_BOX(&s0::scan_backward));
   m.impl("scan_step", TORCH_BOX(&s0::scan_step));
+  m.impl("delta_step", TORCH_BOX((&s0::steps::delta_step<s0::run_delta, false>)));
+  m.impl("ssd_step", TORCH_BOX((&s0::steps::ssd_step<s0::run_ssd, false>)));
   m.impl("instructions", TORCH_BOX(&s0::instructions));
 }

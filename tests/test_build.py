@@ -1,10 +1,12 @@
 """Building the package: what is said where the compiled kernels are left out."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from test_surroundings import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests run on an installed package")
@@ -30,6 +32,22 @@ def test_without_compiled_kernels_the_package_is_built_and_says_why(tmp_path, va
     assert (status, kernels) == (0, False)
     assert f"the compiled kernels are left out: {reason}" in said
     assert list(tmp_path.rglob("s0kernels/ops/ssd.py"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-compiler", "there is no compiler 'no-compiler'"), (None, "torch is not one for CUDA")]
+)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is one for CUDA")
+def test_without_the_kernels_for_gpus(tmp_path, compiler, reason):
+    """They are left out, with the reason, or with S0KERNELS_BUILD=cuda an error."""
+    if compiler is None:
+        compiler = shutil.which("true")
+    status, said, _ = build(tmp_path, S0KERNELS_BUILD="cuda", NVCC=compiler)
+    assert status != 0
+    assert f"the kernels for GPUs are left out: {reason}" in said
+    status, said, kernels = build(tmp_path, NVCC=compiler, CXX="false")
+    assert (status, kernels) == (0, False)
+    assert f"the kernels for GPUs are left out: {reason}" in said
 
 
 def test_a_compiler_that_fails_leaves_a_package_without_kernels(tmp_path):

@@ -6,4 +6,5 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/step.h"
+#include "cpu/token.h"
 #endif

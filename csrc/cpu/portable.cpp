@@ -4,3 +4,4 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/step.h"
+#include "cpu/token.h"

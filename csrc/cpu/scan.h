@@ -6,9 +6,10 @@
 
 #include <cstdint>
 
-namespace s0 {
+#include "cuda/arguments.h"
+#include "kind.h"
 
-enum class Kind : int { kFloat, kDouble, kHalf, kBFloat16 };
+namespace s0 {
 
 // [B, T, heads, columns] of any strides, in elements.
 struct Rows {
@@ -71,7 +72,9 @@ void* scratch(int64_t bytes);
   void forward(const Scan&, const Forward&, bool wide, int64_t unit, void*);    \
   void backward(const Scan&, const Backward&, bool wide, int64_t unit, void*);  \
   int64_t step_bytes(const Scan&, bool wide);                                   \
-  void step(const Scan&, const Step&, bool wide, int64_t unit, void*);
+  void step(const Scan&, const Step&, bool wide, int64_t unit, void*);           \
+  void delta_token(const Delta&, int64_t index, void*);                         \
+  void ssd_token(const Ssd&, int64_t index, void*);
 
 namespace avx512 { S0_ENTRIES }
 namespace avx2 { S0_ENTRIES }

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from s0kernels.backends import _tokens
 from s0kernels.backends._states import dt_grad, process_dt, read_boundaries, reduce_state_grad, silu_slope, state_dtype
 
 #: with the delta rule and without: there shorter chunks are more exact and as fast
@@ -26,7 +27,13 @@ _BLOCK = 4
 def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"for tensors on a CPU, not on {device.type}"
+    if dtype == torch.float64 and op in ("gated_delta_mixer_step", "ssd_mixer_step"):
+        return "computes mixers in fp32, not in fp64"
     return unusable()
+
+
+def too_large(op: str, size: int, width: int) -> str | None:
+    return _tokens.too_large(op, size, width) if width else None
 
 
 @functools.cache
@@ -359,3 +366,11 @@ def _step(q, k, v, decay, weight, skip, state, state_indices, kind, delta, norma
     if place is not state:
         state.copy_(place)
     return output
+
+
+def gated_delta_mixer_step(*inputs, **options) -> Tensor:
+    return _tokens.gated_delta_mixer_step(torch.ops.s0kernels_cpu, *inputs, **options)
+
+
+def ssd_mixer_step(*inputs, **options) -> Tensor:
+    return _tokens.ssd_mixer_step(torch.ops.s0kernels_cpu, *inputs, **options)

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s0kernels.backends._states import state_dtype
-from s0kernels.modules.mixer import Rows, S0Mixer
+from s0kernels.modules.mixer import Rows, S0Mixer, norm_eps
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
+from s0kernels.ops.mixer_steps import gated_delta_mixer_step
 
 
 class S0GatedDeltaNet(S0Mixer):
@@ -20,7 +21,14 @@ class S0GatedDeltaNet(S0Mixer):
         rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
         hidden_states = rows.enter(hidden_states)
 
-        mixed, z, b, a = self._project(hidden_states)
+        projected = self._project(hidden_states)
+        output = self._fused_step(*projected, rows)
+        if output is None:
+            output = self._mix(*projected, rows)
+        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim)))
+
+    def _mix(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor:
+        """Convolution, gates, scan and gated norm, one after the other."""
         mixed = self._convolve(mixed, rows)
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for x in (q, k))
@@ -31,8 +39,29 @@ class S0GatedDeltaNet(S0Mixer):
             g, beta = g.masked_fill(rows.padding.pads, 0.0), beta.masked_fill(rows.padding.pads, 0.0)
 
         output = self._scan(q, k, v, g, beta.to(q.dtype), rows)
-        output = self.norm(output.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
-        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim)))
+        return self.norm(output.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
+
+    def _fused_step(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor | None:
+        """`_mix` of one token as one kernel, or None where that cannot be."""
+        conv, norm, cache = self.conv1d, self.norm, rows.cache
+        eps = norm_eps(norm)
+        parameters = (conv.weight, conv.bias, self.A_log, self.dt_bias, norm.weight)
+        backend = self._fused_backend("gated_delta_mixer_step", rows, mixed, z, b, a, *parameters)
+        if backend is None or eps is None:
+            return None
+        return gated_delta_mixer_step(
+            mixed[:, 0],
+            z[:, 0].unflatten(1, (self.num_v_heads, self.head_v_dim)),
+            b[:, 0],
+            a[:, 0],
+            conv.weight[:, 0],
+            *parameters[1:],
+            cache.window,
+            cache.state,
+            eps=eps,
+            tickets=cache.tickets(mixed.shape[0] * self.num_k_heads),
+            backend=backend,
+        )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q|k|v side by side, as they are convolved; z [B, T, value_dim]; b and a [B, T, num_v_heads])."""

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s0kernels.backends._states import state_dtype
-from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar
+from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar, norm_eps
 from s0kernels.modules.padding import Padding
 from s0kernels.ops import ssd, ssd_step
+from s0kernels.ops.mixer_steps import ssd_mixer_step
 
 
 class S0Mamba2Mixer(S0Mixer):
@@ -27,7 +28,14 @@ class S0Mamba2Mixer(S0Mixer):
         hidden_states = rows.enter(hidden_states)
 
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
-        gate, mixed, dt = self._project(hidden_states).split(sizes, dim=-1)
+        projected = self._project(hidden_states).split(sizes, dim=-1)
+        output = self._fused_step(*projected, rows)
+        if output is None:
+            output = self._mix(*projected, rows)
+        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], -1).to(dtype)))
+
+    def _mix(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor:
+        """Convolution, scan, gate and norm, one after the other."""
         mixed = self._convolve(mixed, rows)
         state_size = self.n_groups * self.ssm_state_size
         x, B, C = mixed.split([self.intermediate_size, state_size, state_size], dim=-1)
@@ -36,9 +44,34 @@ class S0Mamba2Mixer(S0Mixer):
         z = None if self.mamba_rms_norm else gate.unflatten(-1, (self.num_heads, self.head_dim)).to(x.dtype)
 
         output = self._scan(x, dt, B, C, z, rows).flatten(2)
+        return self.norm(output, gate) if self.mamba_rms_norm else output
+
+    def _fused_step(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor | None:
+        """`_mix` of one token as one kernel, or None where that cannot be."""
+        conv, cache, eps, norm = self.conv1d, rows.cache, 0.0, None
         if self.mamba_rms_norm:
-            output = self.norm(output, gate)
-        return rows.leave(self.out_proj(output.to(dtype)))
+            eps, norm = norm_eps(self.norm), getattr(self.norm, "weight", None)
+            size = getattr(self.norm, "group_size", self.intermediate_size // getattr(self.norm, "n_groups", 1))
+            if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm know no groups
+                return None
+        parameters = (conv.weight, conv.bias, self.A_log, self.D, self.dt_bias, norm)
+        backend = self._fused_backend("ssd_mixer_step", rows, mixed, gate, dt, *parameters)
+        if backend is None or eps is None:
+            return None
+        return ssd_mixer_step(
+            gate[:, 0],
+            mixed[:, 0],
+            dt[:, 0],
+            conv.weight[:, 0],
+            *parameters[1:],
+            cache.window,
+            cache.state,
+            eps=eps,
+            gate_first=not getattr(self.norm, "norm_before_gate", False),
+            dt_limit=tuple(float(bound) for bound in self.time_step_limit),
+            tickets=cache.tickets(mixed.shape[0] * self.n_groups),
+            backend=backend,
+        )
 
     def _project(self, x: Tensor) -> Tensor:
         """[B, T, intermediate_size + conv_dim + num_heads]: the gate, x|B|C as they are convolved, dt."""

@@ -7,6 +7,7 @@ from s0kernels.backends._states import state_dtype
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import KEYWORD, BoundStates, Site
 from s0kernels.modules.padding import Padding
+from s0kernels.ops import _dispatch
 
 _SHARED = (
     "_parameters",
@@ -22,6 +23,17 @@ _SHARED = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
+#: the norms that a fused step computes, by the name of their class, and the attribute that holds their eps
+_NORMS = {
+    "BambaRMSNormGated": "variance_epsilon",
+    "FalconH1RMSNormGated": "variance_epsilon",
+    "FusedRMSNormGated": "eps",  # flash-linear-attention's, which older versions of transformers take
+    "Qwen3NextRMSNormGated": "variance_epsilon",
+    "Qwen3_5MoeRMSNormGated": "variance_epsilon",
+    "Qwen3_5RMSNormGated": "variance_epsilon",
+}
+#: rows of fp32 up to which a fused step is no slower on a CPU, where each head convolves its group's inputs anew
+_FEW_ROWS = 2
 _NOT_COPIED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
@@ -66,6 +78,25 @@ class S0Mixer(nn.Module):
             output = causal_conv(x, weight, bias, rows.cache.window)
             rows.cache.store_window(x, rows.padding)  # in place, so after its last use
         return output if hook is None else hook.post_forward(self.conv1d, output)
+
+    def _fused_backend(self, op: str, rows: "Rows", mixed: Tensor, *tensors: Tensor | None) -> str | None:
+        """The backend that takes this forward's one token through everything between the projections at once; None
+        where the parts have to run one by one. `tensors` are what else goes in, parameters included."""
+        cache = rows.cache
+        if mixed.shape[1] != 1 or rows.padding is not None or not cache.can_step(mixed, *tensors, cache.window):
+            return None
+        if mixed.device.type == "cpu" and mixed.dtype == torch.float32 and mixed.shape[0] > _FEW_ROWS:
+            return None
+        size, width = int(max(cache.state.shape[2:])), cache.window.shape[2]
+        if cache.recording or width != self.conv_kernel_size or type(self.conv1d) is not nn.Conv1d:
+            return None
+        given = [x for x in (*tensors, cache.window, cache.state) if x is not None]
+        if any(x.dtype == torch.float64 or x.device != mixed.device for x in given):
+            return None
+        if cache.state.dtype != torch.float32 or not _is_plain(self.conv1d):
+            return None
+        name = _dispatch.choose(op, None, mixed.device, mixed.dtype, size, width)
+        return None if name == "reference" else name
 
     def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict:
         """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
@@ -115,10 +146,27 @@ class MixerCache:
         self.window = cache.layers[layer_index].conv_states[0] if self.live else None
         self.state = cache.layers[layer_index].recurrent_states[0] if self.live else None
 
+    @property
+    def recording(self) -> bool:
+        """Whether the cache keeps all inputs of the convolution, to go back by a few tokens."""
+        return getattr(self._cache.layers[self._layer], "record_past", False)
+
+    def tickets(self, count: int) -> Tensor | None:
+        """Zeros for the blocks of a fused step to count themselves. They stay with the state, for two steps that are in
+        flight at once can never share that; a compiled graph has its own."""
+        if torch.compiler.is_compiling():
+            return None
+        layer, device = self._cache.layers[self._layer], self.state.device
+        tickets = getattr(layer, "s0_tickets", None)
+        if tickets is None or tickets.numel() < count or tickets.device != device:
+            with torch.inference_mode(False):  # it may be used outside as well
+                tickets = layer.s0_tickets = torch.zeros(count, dtype=torch.int32, device=device)
+        return tickets
+
     def store_window(self, x: Tensor, padding: Padding | None) -> None:
         if not self.present:
             return
-        if getattr(self._cache.layers[self._layer], "record_past", False):
+        if self.recording:
             self._cache.update_conv_state(x.transpose(1, 2), self._layer, conv_kernel_size=self._width)
             return
         window = next_window(x, self.window, self._width, None if padding is None else padding.lengths)
@@ -149,6 +197,18 @@ class MixerCache:
         output = advance(state)
         self.store_state(state)
         return output
+
+
+def norm_eps(norm: nn.Module) -> float | None:
+    """The eps of a gated RMS norm that a fused step can compute in its place, else None."""
+    name = type(norm).__name__
+    return getattr(norm, _NORMS[name]) if name in _NORMS and _is_plain(norm) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing has been put around a module's call or weight, so that its class and parameters say all."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or getattr(module, "_hf_hook", None) is not None
+    return not hooked and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def as_scalar(parameter: Tensor, x: Tensor) -> Tensor:

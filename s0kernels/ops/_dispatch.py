@@ -2,7 +2,7 @@
 
 `backend=None` takes the first entry of `ORDER` that supports the call. A named backend never falls back: if it cannot
 run the call, the error says why. A backend module offers `supports(op, device, dtype)`, which gives None or the reason
-why not, and one function per op and direction.
+why not, one function per op and direction, and `too_large(op, size, width)` where not every size will do.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ from types import ModuleType
 
 import torch
 
-OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step")
+OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step", "gated_delta_mixer_step", "ssd_mixer_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
-ORDER = ("triton", "cpu", "torch", "reference")
+ORDER = ("cuda", "triton", "cpu", "torch", "reference")
 _MODULES = {
     "cpu": "s0kernels.backends.cpu",
+    "cuda": "s0kernels.backends.cuda",
     "triton": "s0kernels.backends.triton",
     "torch": "s0kernels.backends.torch_chunked",
 }
@@ -25,31 +26,41 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where backend `name` can run `op`, else the reason why not."""
+def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0) -> str | None:
+    """None where backend `name` can run `op`, else the reason why not.
+
+    `size` is the largest dimension of a head, `width` that of a convolution, where they matter.
+    """
     if name == "reference":
         return None
     try:
         module = load(name)
     except ImportError as error:
         return f"cannot be imported: {error}"
-    return module.supports(op, device, dtype)
+    if not hasattr(module, op if op.endswith("_step") else f"{op}_forward"):
+        return f"has no {op}"
+    reason = module.supports(op, device, dtype)
+    if reason is None and hasattr(module, "too_large"):
+        reason = module.too_large(op, size, width)
+    return reason
 
 
 @torch.compiler.assume_constant_result  # nothing in it depends on tensors, and it imports modules
-def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    op: str, backend: str | None, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0
+) -> str:
     if backend is None:
         reasons = {}
         for name in ORDER:
             if name == "triton" and device.type == "cpu":
                 continue  # its interpreter is for tests, which name it
-            reasons[name] = unusable(name, op, device, dtype)
+            reasons[name] = unusable(name, op, device, dtype, size, width)
             if reasons[name] is None:
                 return name
         raise ValueError(f"{op}: no backend can run this call: {reasons}")
     if backend not in ORDER:
         raise ValueError(f"{op}: backend must be one of {', '.join(ORDER)} or None, got {backend!r}")
-    reason = unusable(backend, op, device, dtype)
+    reason = unusable(backend, op, device, dtype, size, width)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot run this call: {reason}")
     return backend

@@ -133,7 +133,7 @@ def gated_delta_rule_step(
             and an input requires one (there is no backward).
     """
     _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices)
-    name = _dispatch.choose(_STEP, backend, q.device, q.dtype)
+    name = _dispatch.choose(_STEP, backend, q.device, q.dtype, int(max(state.shape[-2:])))
     scale = _scale(scale, q)
     return torch.ops.s0kernels.gated_delta_rule_step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, name)
 

@@ -145,7 +145,7 @@ def ssd_step(
             input requires one (there is no backward).
     """
     _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
-    name = _dispatch.choose(_STEP, backend, x.device, x.dtype)
+    name = _dispatch.choose(_STEP, backend, x.device, x.dtype, int(max(state.shape[-2:])))
     return torch.ops.s0kernels.ssd_step(
         *(x, dt, A, B, C, state, D, z, dt_bias, state_indices),
         *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), name),

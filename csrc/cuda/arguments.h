@@ -1,0 +1,76 @@
+// What the one-token kernels are told: plain data, which goes to a GPU by value and to the same code on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "kind.h"
+
+namespace s0 {
+
+constexpr int kLargest = 256;  // K, V, P and N
+constexpr int kWidest = 8;     // window of the convolution
+constexpr int kMostWarps = 8;
+constexpr int kSharedBytes = 8192;  // at least what a block shares
+
+// [rows, heads, columns] of any strides, in elements. What has fewer dimensions leaves strides 0; data null: not given.
+struct Values {
+  const void* data;
+  Kind kind;
+  int64_t row, head, column;
+};
+
+// States [rows, heads, first, second] of any strides: K x V of the delta rule, P x N of SSD.
+struct Pool {
+  float* data;
+  int64_t rows, row, head, first, second;
+};
+
+// The convolution in front of a mixer's recurrence; window null: there is none.
+struct Convolution {
+  void* window;  // [rows, channels, width]: the last inputs, the newest last; moved on by one
+  Kind kind;
+  int64_t row, channel, column;
+  int width;
+  Values weight, bias;  // [channels, width], [channels]: `head` is the stride of channels
+};
+
+struct Token {
+  int64_t rows;
+  int heads, groups;
+  Convolution convolution;
+  Pool state;
+  const void* indices;  // [rows] of the pool, int64 where `wide`, else int32; null: each row its own
+  bool wide;
+  // [rows, groups], zero before and after: counts the blocks of a group, so that the last one does what has to wait for
+  // all of them. Null where every group is one block's.
+  unsigned* tickets;
+  Values z, norm;  // the gate, and the weight of the RMS norm
+  float eps;
+  void* output;  // [rows, heads, V or P], contiguous
+  Kind kind;
+  // a head's columns (V) or rows (P) are cut into `tiles` of `tile`, a block for each, of `warps` warps
+  int tiles, tile, warps;
+  int members;  // blocks of a group
+  bool fast;    // the states can be read 16 bytes at a time
+};
+
+// q and k of a group, v of a head. With A_log, decay and weight are a and b of the mixer, otherwise log decay and beta.
+struct Delta : Token {
+  int K, V;
+  int down;  // lanes of a warp that share a column of S
+  Values q, k, v, decay, weight, A_log, dt_bias;
+  bool normalise;
+  float scale;
+};
+
+// x of a head, B and C of a group.
+struct Ssd : Token {
+  int P, N;
+  Values x, B, C, dt, A, D, dt_bias;
+  bool logarithm;  // A is given as A_log
+  bool softplus;
+  float low, high;
+  bool gate_first;  // through the norm, rather than on its result
+};
+
+}  // namespace s0

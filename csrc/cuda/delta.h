@@ -1,0 +1,211 @@
+// One token of the gated delta rule, and of a mixer around it, in a block for each (row, value head, tile of V):
+//
+//   q, k, v = silu(convolution)     where there is a window, which moves on by one
+//   g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b)     where A_log is given
+//   S' = exp(g) S;  S = S' + beta k (v - S'^T k)^T;  o = scale S^T q
+//   o / rms(o) * norm * silu(z)     where they are given
+//
+// A warp owns columns of S: lanes across them, and `down` lanes for the rows, each of which keeps kRows. Sums over K
+// then stay in registers and shuffles, S is read and written once, and only what goes in and out is shared.
+#pragma once
+
+#include "cuda/block.h"
+
+namespace s0::S0_ISA {
+
+struct DeltaShared {
+  float q[kLargest], k[kLargest], v[kLargest], o[kLargest];
+  float scale;  // of o: that of the call, and what normalises q
+  bool last;
+};
+
+static_assert(sizeof(DeltaShared) <= kSharedBytes);
+
+struct DeltaGates {
+  float decay, beta;
+};
+
+S0_CALL DeltaGates gates(const Delta& d, int64_t row, int head) {
+  const float decay = read(d.decay, row, head, 0), weight = read(d.weight, row, head, 0);
+  if (d.A_log.data == nullptr) return {expf(decay), weight};
+  const float rate = expf(read(d.A_log, 0, head, 0));
+  return {expf(-rate * softplus(decay + read(d.dt_bias, 0, head, 0))), sigmoid(weight)};
+}
+
+// The channels of the convolution are q, k and v side by side.
+S0_CALL int64_t key_channel(const Delta& d, int group, int i) {
+  return i < d.K ? static_cast<int64_t>(group) * d.K + i
+                 : static_cast<int64_t>(d.groups + group) * d.K + i - d.K;
+}
+
+// What of a call is one block's.
+struct DeltaPart {
+  int64_t row, step;  // step: from one of a lane's rows of S to the next
+  int head, group, begin, end;
+  int down, across, rows;  // lanes of a warp for the rows of S and for its columns; rows that a lane keeps at most
+  float* states;
+  Place place;
+  bool alone;  // then q and k are nobody else's
+};
+
+template <class Block>
+S0_CALL DeltaPart part_of(const Delta& d, int64_t index) {
+  DeltaPart p;
+  p.row = index / d.tiles / d.heads;
+  p.head = static_cast<int>(index / d.tiles % d.heads);
+  p.group = p.head / (d.heads / d.groups);
+  p.begin = static_cast<int>(index % d.tiles) * d.tile;
+  p.end = p.begin + d.tile < d.V ? p.begin + d.tile : d.V;
+  p.down = Block::kLanes == 1 ? 1 : d.down;
+  p.across = Block::kLanes / p.down;
+  p.rows = Block::kLanes == 1 ? d.K : Block::kRows;
+  p.step = p.down * d.state.first;
+  p.place = place_of(d, p.row);
+  p.states = d.state.data + p.place.row * d.state.row + p.head * d.state.head;
+  p.alone = d.tickets == nullptr;
+  return p;
+}
+
+S0_CALL float key_input(const Delta& d, const DeltaPart& p, int i, bool move) {
+  const int64_t channel = key_channel(d, p.group, i);
+  return input(d, i < d.K ? d.q : d.k, p.row, p.group, i < d.K ? i : i - d.K, channel, p.place, move);
+}
+
+template <class Block>
+S0_CALL void take_inputs(Block& block, DeltaShared& shared, const Delta& d, const DeltaPart& p) {
+  block.each([&](int t) {
+    for (int i = t; i < 2 * d.K + p.end - p.begin; i += block.threads()) {
+      if (i < 2 * d.K) {
+        (i < d.K ? shared.q[i] : shared.k[i - d.K]) = key_input(d, p, i, p.alone);
+      } else {
+        const int j = p.begin + i - 2 * d.K;
+        const int64_t channel = 2 * static_cast<int64_t>(d.groups) * d.K + static_cast<int64_t>(p.head) * d.V + j;
+        shared.v[j] = input(d, d.v, p.row, p.head, j, channel, p.place, true);
+      }
+    }
+  });
+  block.sync();
+  if (!p.alone)
+    block.each([&](int t) {
+      if (t == 0) shared.last = Block::arrive(d.tickets + p.row * d.groups + p.group, d.members);
+    });
+}
+
+// What a thread keeps of S and of sums over it, and the factors that all threads of a block share.
+template <class Block>
+struct DeltaKept {
+  typename Block::template Local<Wide<Block>[Block::kRows]> rows;
+  typename Block::template Local<Wide<Block>> sums;
+  typename Block::template Local<DeltaGates> gate;  // beta times what normalises k
+  typename Block::template Local<float> factor;    // exp(g) times what normalises k
+};
+
+// S and o in the columns from `first` on that the warps take at once.
+template <bool kFast, class Block>
+S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const DeltaPart& p, DeltaKept<Block>& kept,
+                     int first) {
+  using Four = Wide<Block>;
+  constexpr int kLanes = Block::kLanes, kWide = Block::kWide;
+  const auto column = [first, &p](int t) { return first + (t / kLanes * p.across + t % kLanes % p.across) * kWide; };
+  const auto above = [&p](int t) { return t % kLanes / p.across; };
+  block.each([&, column, above](int t) {
+    const int j = column(t), top = above(t);
+    const int mine = p.place.stored && j < p.end ? (d.K - top + p.down - 1) / p.down : 0;  // rows
+    const float* from = p.states + top * d.state.first + j * d.state.second;
+    kept.sums[t] = Four{};
+    S0_UNROLL
+    for (int r = 0; r < p.rows; ++r, from += p.step)
+      kept.rows[t][r] = r < mine ? load<kFast, Block>(from, d.state.second, p.end - j) : Four{};
+    S0_UNROLL
+    for (int r = 0; r < p.rows; ++r) {
+      const float k = r < mine ? shared.k[top + r * p.down] : 0.0f;
+      S0_UNROLL
+      for (int c = 0; c < kWide; ++c) kept.sums[t].v[c] += k * kept.rows[t][r].v[c];
+    }
+  });
+  block.add_lanes(kept.sums, p.across, kLanes);
+  block.each([&, column, above](int t) {
+    const int j = column(t), top = above(t), mine = (d.K - top + p.down - 1) / p.down;
+    const bool there = p.place.stored && j < p.end;
+    float* to = p.states + top * d.state.first + j * d.state.second;
+    Four written, out{};
+    S0_UNROLL
+    for (int c = 0; c < kWide; ++c) {
+      const float v = j + c < p.end ? shared.v[j + c] : 0.0f;
+      written.v[c] = kept.gate[t].beta * (v - kept.factor[t] * kept.sums[t].v[c]);
+    }
+    S0_UNROLL
+    for (int r = 0; r < p.rows; ++r, to += p.step) {
+      const float k = r < mine ? shared.k[top + r * p.down] : 0.0f, q = r < mine ? shared.q[top + r * p.down] : 0.0f;
+      S0_UNROLL
+      for (int c = 0; c < kWide; ++c) {
+        kept.rows[t][r].v[c] = kept.gate[t].decay * kept.rows[t][r].v[c] + k * written.v[c];
+        out.v[c] += q * kept.rows[t][r].v[c];
+      }
+      if (there && r < mine) store<kFast, Block>(to, d.state.second, p.end - j, kept.rows[t][r]);
+    }
+    kept.sums[t] = out;
+  });
+  block.add_lanes(kept.sums, p.across, kLanes);
+  block.each([&, column, above](int t) {
+    S0_UNROLL
+    for (int c = 0; c < kWide; ++c)
+      if (above(t) == 0 && column(t) + c < p.end) shared.o[column(t) + c] = kept.sums[t].v[c];
+  });
+}
+
+template <bool kFast, class Block>
+S0_CALL void delta_block(Block& block, DeltaShared& shared, const Delta& d, int64_t index) {
+  constexpr int kLanes = Block::kLanes;
+  const DeltaPart p = part_of<Block>(d, index);
+  take_inputs(block, shared, d, p);
+
+  // every warp for itself: the factors that normalise q and k, and later o
+  typename Block::template Local<float> squares;
+  DeltaKept<Block> kept;
+  block.each([&](int t) {
+    squares[t] = kept.factor[t] = 0.0f;
+    for (int i = t % kLanes; i < d.K; i += kLanes) {
+      squares[t] += shared.q[i] * shared.q[i];
+      kept.factor[t] += shared.k[i] * shared.k[i];
+    }
+  });
+  block.add_lanes(squares, 1, kLanes);
+  block.add_lanes(kept.factor, 1, kLanes);
+  block.each([&](int t) {
+    if (t == 0) shared.scale = d.normalise ? d.scale / sqrtf(squares[t] + 1e-6f) : d.scale;
+    const float k_factor = d.normalise ? 1.0f / sqrtf(kept.factor[t] + 1e-6f) : 1.0f;
+    kept.gate[t] = gates(d, p.row, p.head);
+    kept.gate[t].beta *= k_factor;
+    kept.factor[t] = kept.gate[t].decay * k_factor;
+  });
+  for (int first = p.begin; first < p.end; first += d.warps * p.across * Block::kWide)
+    advance<kFast>(block, shared, d, p, kept, first);
+  block.sync();
+
+  block.each([&](int t) {
+    squares[t] = 0.0f;
+    for (int j = t % kLanes; d.norm.data != nullptr && j < d.V; j += kLanes) {
+      const float o = shared.scale * shared.o[j];
+      squares[t] += o * o;
+    }
+  });
+  block.add_lanes(squares, 1, kLanes);
+  block.each([&](int t) {
+    const float factor = 1.0f / sqrtf(squares[t] / d.V + d.eps);
+    for (int j = p.begin + t; j < p.end; j += block.threads()) {
+      float o = p.place.bad ? not_a_number() : shared.scale * shared.o[j];
+      if (d.norm.data != nullptr) o *= factor * read(d.norm, 0, 0, j);
+      if (d.z.data != nullptr) o *= silu(read(d.z, p.row, p.head, j));
+      write(d.output, d.kind, (p.row * d.heads + p.head) * d.V + j, o);
+    }
+  });
+  // all blocks of the group have read its windows
+  if (!p.alone && shared.last && d.convolution.window != nullptr)
+    block.each([&](int t) {
+      for (int i = t; i < 2 * d.K; i += block.threads()) key_input(d, p, i, true);
+    });
+  block.finish();
+}
+
+}  // namespace s0::S0_ISA

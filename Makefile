@@ -8,7 +8,7 @@ DATASETS := .deps/datasets
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test gpu sanitize sanitize-gpu package lint format clean
+.PHONY: demo test bench gpu sanitize sanitize-gpu package lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m s0kernels demo
@@ -19,6 +19,10 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
 		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
 		tests/test_files.py tests/test_against_transformers.py
+
+# Under ten minutes on two cores; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
 # On a machine with a GPU, with the Python that has torch, triton and setuptools there; nothing is installed, but the
 # compiled kernels are put into this folder where there is an nvcc.

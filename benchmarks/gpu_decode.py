@@ -10,26 +10,27 @@ states, read and written once. Writes benchmarks/results/<gpu>-decode.json.
 
 import argparse
 import copy
-import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from gpu_cases import OPS, Values  # noqa: E402
-from gpu_scans import BUDGET, Clock, in_turn, reason, versions  # noqa: E402
+from gpu_scans import HEADS, SMOKE_HEADS, medians  # noqa: E402
 
-from s0kernels import S0States, ops, swap_modules  # noqa: E402
+from s0kernels import S0States, measure, swap_modules  # noqa: E402
+from s0kernels.bench import brief  # noqa: E402
 from s0kernels.modules.families import family_of  # noqa: E402
 from s0kernels.modules.mixer import S0Mixer  # noqa: E402
 from s0kernels.ops import _dispatch  # noqa: E402
+from s0kernels.rivals import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
 QWEN = {
@@ -62,70 +63,31 @@ SMALL |= {"num_key_value_heads": 1}
 
 # Steps
 
-Step = Callable[[Values, Tensor], Tensor]  # the state is updated in place
 
-
-def ours(op: str, backend: str, values: Values, state: Tensor) -> Tensor:
-    options = {"backend": backend} | ({"use_qk_l2norm": True} if op == "gated_delta_rule" else {})
-    step = getattr(ops, f"{op}_step")
-    return step(*(x if n == "A" else x[:, 0] for n, x in arguments(op, values)), state, **options)
-
-
-def arguments(op: str, values: Values) -> list[tuple[str, Tensor]]:
-    return [(name, values[name]) for name in OPS[op].inputs]
-
-
-def fla() -> Step:
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-    def run(values: Values, state: Tensor) -> Tensor:  # it gives a new state instead
-        inputs = {name: values[name] for name in OPS["gated_delta_rule"].inputs}
-        options = {"initial_state": state, "use_qk_l2norm_in_kernel": True, "output_final_state": True}
-        return fused_recurrent_gated_delta_rule(**inputs, **options)[0][:, 0]
-
-    return run
-
-
-def mamba_ssm() -> Step:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-
-    def run(values: Values, state: Tensor) -> Tensor:
-        x, dt, A, B, C = (x if name == "A" else x[:, 0] for name, x in arguments("ssd", values))
-        P, N = state.shape[2:]
-        dt, A = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N)
-        return selective_state_update(state, x, dt, A, B, C)
-
-    return run
-
-
-RIVALS = {"gated_delta_rule": {"FLA": fla}, "ssd": {"mamba_ssm": mamba_ssm}}
-
-
-def steps(name: str, heads: dict, batch: int, clock: Clock, device: str, dtype: torch.dtype, rounds: int) -> dict:
-    values = OPS[name].make((batch, 1), heads, device, dtype)
-    state = values["s0"].expand(batch, -1, -1, -1).contiguous()
-    exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in values.items()}
-    truth = ours(name, "reference", exact, state.double())
+def steps(name: str, heads: dict, batch: int, device: str, dtype: torch.dtype, rounds: int) -> dict:
+    op = OPS[name]
+    values = op.make((batch, 1), heads, device, dtype)
+    state = state_for_each(values, batch).clone()
     cases, missing = {"copy of the states": partial(torch.empty_like(state).copy_, state)}, {}
-    backends = {b: lambda b=b: partial(ours, name, b) for b in _dispatch.ORDER if b not in ("reference", "torch")}
-    for label, loader in (backends | RIVALS[name]).items():
+    backends = [backend for backend in _dispatch.ORDER if backend not in ("reference", "torch")]
+    for label in (*backends, *(rival for rival in op.rivals if op.rivals[rival].step)):
         try:
-            run = loader()
-            found = run(values, state.clone())
-            error = float((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+            if label in backends:
+                step, budget = partial(op.step, backend=label), OUR_BUDGET
+            else:
+                if why_not := op.rivals[label].unusable(device):
+                    raise RuntimeError(why_not)
+                step, budget = op.rivals[label].step(), THEIR_BUDGET
+            if wrong := op.step_out_of_budget(step, values, budget):
+                raise RuntimeError(wrong)
+            cases[label] = step(values, state)
         except Exception as problem:  # whatever a library does here must not end the others' measurement
-            missing[label] = reason(problem)
-            continue
-        if error <= BUDGET:
-            cases[label] = partial(run, values, state)
-        else:
-            missing[label] = f"error {error:.1e}"
-    ms = in_turn(clock, cases, rounds)
-    traffic = 2 * state.numel() * state.element_size()
+            missing[label] = brief(problem)
+    ms, traffic = medians(cases, rounds, device), 2 * state.nbytes
     return {
         "batch": batch,
         "ms": ms,
-        "GB/s": {label: traffic / time / 1e6 for label, time in ms.items()},
+        "GB/s": {label: traffic / took / 1e6 for label, took in ms.items()},
         "not timed": missing,
     }
 
@@ -181,7 +143,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def mixers(name: str, batch: int, clock: Clock, device: str, dtype: torch.dtype, rounds: int, smoke: bool) -> dict:
+def mixers(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, smoke: bool) -> dict:
     """A token through one layer's mixer, projections included: untouched, swapped, swapped part by part."""
     from transformers import DynamicCache
 
@@ -204,13 +166,13 @@ def mixers(name: str, batch: int, clock: Clock, device: str, dtype: torch.dtype,
         try:
             cases[f"{label}, CUDA graph"] = captured(run)
         except Exception as problem:
-            missing[f"{label}, CUDA graph"] = reason(problem)
-    return {"batch": batch, "ms": in_turn(clock, cases, rounds), "not timed": missing}
+            missing[f"{label}, CUDA graph"] = brief(problem)
+    return {"batch": batch, "ms": medians(cases, rounds, device), "not timed": missing}
 
 
 def models(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, smoke: bool) -> dict:
     """Tokens per second of greedy `generate`: untouched, swapped without S0, swapped with S0."""
-    new, clock = 4 if smoke else 128, Clock(device)
+    new = 4 if smoke else 128
     untouched = model_of(name, device, dtype, smoke)
     prompt = torch.randint(2, 1000, (batch, 16), device=device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
@@ -225,9 +187,10 @@ def models(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, 
                 for state in states.parameters():
                     state.data.normal_(std=0.01)
                 states.attach(model)
-            ms = clock(partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **options), 1)
+            begin = time.perf_counter()
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **options).cpu()
             if round_:
-                results.setdefault(label, []).append(batch * new / ms * 1e3)
+                results.setdefault(label, []).append(batch * new / (time.perf_counter() - begin))
         states.detach()
         untouched = restore(model)
     return {"batch": batch, "tokens/s": {label: sorted(x)[len(x) // 2] for label, x in results.items()}}
@@ -237,12 +200,6 @@ def restore(model: nn.Module) -> nn.Module:
     from s0kernels import restore_modules
 
     return restore_modules(model)
-
-
-def sources() -> str:
-    folder = HERE.parent
-    files = [*(folder / "csrc" / "cuda").glob("*"), *(folder / "s0kernels" / "backends" / "triton").glob("*step.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -259,20 +216,18 @@ def main() -> None:
     if options.smoke:
         device, batches, rounds = "cpu", (2,), 1
     results = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": versions(),
-        "sources": sources(),
+        "machine": measure.machine(device),
         "backends": {
             name: _dispatch.unusable(name, "ssd_step", torch.device(device), dtype) for name in _dispatch.ORDER
         },
     }
-    for name, op in OPS.items():
-        heads, entry = op.small if options.smoke else op.heads, {}
+    for name in OPS:
+        heads, entry = (SMOKE_HEADS if options.smoke else HEADS)[name], {}
         for batch in batches:
             if "steps" in options.parts:
-                entry.setdefault("steps", []).append(steps(name, heads, batch, Clock(device), device, dtype, rounds))
+                entry.setdefault("steps", []).append(steps(name, heads, batch, device, dtype, rounds))
             if "mixers" in options.parts:
-                found = mixers(name, batch, Clock(device), device, dtype, rounds, options.smoke)
+                found = mixers(name, batch, device, dtype, rounds, options.smoke)
                 entry.setdefault("mixers", []).append(found)
         if "models" in options.parts:
             entry["models"] = [models(name, 1, device, dtype, min(rounds, 5), options.smoke)]
@@ -280,9 +235,8 @@ def main() -> None:
             for row in rows:
                 print(name, part, json.dumps(row), flush=True)
         results[name] = entry
-    out = options.out or HERE / "results" / f"{results['device'].lower().replace(' ', '-')}-decode.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    out = options.out or HERE / "results" / f"{measure.machine_name(results['machine'])}-decode.json"
+    measure.write_json(out, results)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def _panel(panel, series: dict[str, list[dict]]) -> None:
             panel.plot(*zip(*points, strict=True), dash, marker=".", color=f"C{i}", label=f"{name}, {PASSES[what]}")
     lengths = sorted({length(row) for rows in series.values() for row in rows})
     panel.set(xscale="log", yscale="log", xlabel="T")
+    panel.set_ylim(top=8 * panel.get_ylim()[1])  # room for the legend
     panel.set_xticks(lengths, [str(T) for T in lengths])
     panel.minorticks_off()
     panel.grid(alpha=0.3)

@@ -93,7 +93,7 @@ class Op:
         results = partial(self.results, weights=weights)
         return _beyond(results, plain, run, values, self.inputs[0], times)
 
-    def step_out_of_budget(self, step: Step, values: Values) -> str | None:
+    def step_out_of_budget(self, step: Step, values: Values, times: float = THEIR_BUDGET) -> str | None:
         """The same of the output of one token and of the states it leaves."""
 
         def results(step: Step, values: Values) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class Op:
             output, final = found if isinstance(found, tuple) else (found, pool)
             return {"output": output.flatten(), "state": final}
 
-        return _beyond(results, partial(self.step, backend="reference"), step, values, self.inputs[0], THEIR_BUDGET)
+        return _beyond(results, partial(self.step, backend="reference"), step, values, self.inputs[0], times)
 
 
 def _beyond(results: Callable, plain: Callable, tried: Callable, values: Values, first: str, times: float):

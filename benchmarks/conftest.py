@@ -1,0 +1,39 @@
+"""What `pytest benchmarks` shares. With --benchmark-disable everything runs once on heads that take no time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("tests", "")]
+
+from s0kernels import measure, rivals  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_TINY = {"gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16}, "ssd": {"H": 2, "P": 16, "G": 1, "N": 16}}
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.update(measure.machine(DEVICE))
+
+
+@pytest.fixture(autouse=True)
+def heads(benchmark, monkeypatch):
+    if benchmark.disabled:
+        for name, (op, _) in rivals.MODELS.items():
+            monkeypatch.setitem(rivals.MODELS, name, (op, _TINY[op]))
+
+
+@pytest.fixture
+def timed(benchmark):
+    """Rounds of a case, all the same number, after one that does not count. On a GPU each waits for the device."""
+
+    def run(case: measure.Case, rounds: int = 5) -> None:
+        def waiting():
+            case()
+            torch.cuda.synchronize()
+
+        benchmark.pedantic(waiting if DEVICE == "cuda" else case, rounds=rounds, warmup_rounds=1)
+
+    return run

@@ -1,0 +1,38 @@
+"""Scans and steps, by backend, dtype and heads: forward, forward and backward, the backward of S0 alone, one token."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from s0kernels import bench
+from s0kernels.ops import _dispatch
+from s0kernels.rivals import MODELS
+
+SHAPES = ("1x8192", "8x1024") if DEVICE == "cuda" else ("1x512", "4x128")
+BATCHES = (1, 32, 256) if DEVICE == "cuda" else (1, 8)
+MEASURED = [model for model in MODELS if model != "qwen3.5-9b"]  # whose heads are those of 4b
+BACKENDS = [
+    name for name in ("triton", "cpu", "torch") if not _dispatch.unusable(name, "ssd", torch.device(DEVICE), torch.half)
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_model = pytest.mark.parametrize("model", MEASURED)
+
+
+@every_backend
+@every_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["forward", "training", "state"])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_scan(sizes, what, dtype, model, backend, benchmark, timed):
+    benchmark.group = f"{model} {sizes} {dtype}, {bench.PASSES[what]}"
+    shape = bench.Shape.parse(f"{model}:{sizes}")
+    timed(bench.case(shape.op, bench.scan(shape.op, backend, None), shape.values(DEVICE, bench.DTYPES[dtype]), what))
+
+
+@every_backend
+@every_model
+@pytest.mark.parametrize("batch", BATCHES)
+def test_step(batch, model, backend, benchmark, timed):
+    benchmark.group = f"{model}, one token of {batch}"
+    shape = bench.Shape(model, batch, 1)
+    timed(bench.step_case(shape, backend, None, shape.values(DEVICE, torch.float32)), rounds=20)

@@ -273,13 +273,13 @@ def run(options: argparse.Namespace) -> None:
     dtypes = [DTYPES[name] for name in options.dtype]
     bench = Bench(options.device, options.backend, options.against, clock, options.rounds, options.seconds)
     rows, passes = [], options.passes or list(PASSES)
+    machine = measure.machine(options.device, clock)  # before the work, during which sources may be changed
     with _progress(len(shapes) * len(dtypes) * len(passes)) as advance:
         bench.roofline = measure.roofline(options.device, tuple(dict.fromkeys([torch.float32, *dtypes])), clock)
         for shape, dtype in product(shapes, dtypes):
             for row in bench.rows(shape, dtype, passes, memory=not options.no_memory):
                 rows.append(row)
                 advance()
-    machine = measure.machine(options.device, clock)
     results = {"machine": machine, "roofline": bench.roofline, "rows": rows, "not timed": bench.missing}
     if options.json is None:
         print(report(results))

@@ -1,0 +1,132 @@
+"""Time and peak memory against length, batch, heads and tasks, beside the roofline measured in the same run.
+
+    python benchmarks/scaling.py [--processor-time --threads 1] [--longest 32768] [--axes length batch heads tasks]
+
+fp32 on a CPU, bf16 on a GPU, heads of Qwen3.5-4B and of Falcon-H1-7B. Each axis is walked alone from batch 1, length
+1024 (256 beside more than one sequence), all heads, one task; with tasks, 8 sequences pick theirs from a bank.
+transformers' PyTorch functions go along up to --rivals-longest tokens. Writes benchmarks/results/scaling-<machine>.json
+after every point; started again it measures what is missing, unless the kernels or the machine have changed.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from s0kernels import bench, measure, ops
+from s0kernels.rivals import MODELS, Values
+
+RESULTS = Path(__file__).resolve().parent / "results"
+AXES = ("length", "batch", "heads", "tasks")
+WHAT = ("forward", "training")
+_ROWS = 8  # that pick from a bank
+
+
+def points(model: str, axis: str, longest: int) -> Iterator[dict]:
+    """Shapes along an axis: batch, length, the share of the model's heads, tasks."""
+    start = {"model": model, "batch": 1, "length": 1024, "heads": 1.0, "tasks": 0}
+    if axis == "length":
+        for exponent in range(8, longest.bit_length()):
+            yield start | {"length": 2**exponent}
+    elif axis == "batch":
+        for batch in (1, 2, 4, 8, 16):
+            yield start | {"batch": batch, "length": 256}
+    elif axis == "heads":
+        for share in (0.25, 0.5, 1.0, 2.0):
+            yield start | {"heads": share}
+    else:
+        for tasks in (1, 16, 256, 1024):
+            yield start | {"batch": _ROWS, "length": 256, "tasks": tasks}
+
+
+def make(point: dict, device: str, dtype: torch.dtype) -> Values:
+    op, heads = MODELS[point["model"]]
+    scaled = {n: max(1, int(x * point["heads"])) if n in ("H", "HV") else x for n, x in heads.items()}
+    return bench.OPS[op].make((point["batch"], point["length"]), scaled, device, dtype)
+
+
+def case(point: dict, name: str, what: str, device: str, dtype: torch.dtype) -> measure.Case:
+    op = bench.OPS[MODELS[point["model"]][0]]
+    values = make(point, device, dtype)
+    if not point["tasks"]:
+        return bench.case(op, bench.scan(op, name, None), values, what)
+    values["s0"] = values["s0"].repeat(point["tasks"], 1, 1, 1)
+    rows = torch.arange(_ROWS, device=device) * 37 % point["tasks"]
+
+    def run(values: Values, _: bool):
+        inputs = [values[n] for n in op.inputs]
+        if op is bench.OPS["ssd"]:
+            return ops.ssd(*inputs, initial_state=values["s0"], state_indices=rows)
+        options = {"use_qk_l2norm": True, "initial_state": values["s0"], "state_indices": rows}
+        return ops.gated_delta_rule(*inputs, **options)
+
+    return bench.case(op, run, values, what)
+
+
+def measured(point: dict, what: str, names: list[str], settings: argparse.Namespace, process) -> dict:
+    device, dtype = settings.device, settings.dtype
+    cases = {name: case(point, name, what, device, dtype) for name in names}
+    options = {"clock": settings.clock, "device": device, "rounds": settings.rounds, "budget": settings.seconds}
+    times = measure.interleaved(cases, **options)
+    found = {"pass": what, "rounds": len(times[bench.OURS])}
+    found["ms"] = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
+    found["ratio"] = {name: measure.ratio(times[name], times[bench.OURS]) for name in names if name != bench.OURS}
+    del cases
+    small, memory = {**point, "length": min(64, point["length"])}, {"device": device, "process": process}
+    found["peak_mib"] = {}
+    for name in names:
+        rest = (name, what, device, dtype)
+        peak = measure.peak_memory(case, point, *rest, warm_up=(small, *rest), **memory)
+        found["peak_mib"][name] = peak / 2**20
+    op, heads = bench.OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
+    gflop = point["heads"] * point["batch"] * point["length"] * op.work(heads, what == "training") / 1e9
+    moved = bench.traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
+    return found | {"gflop": gflop, "gb": moved}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--longest", type=int, default=32768)
+    parser.add_argument("--rivals-longest", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processor-time", action="store_true", help="of all threads together, not wall time")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the timing of a point (default: 4)")
+    parser.add_argument("--out", type=Path)
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    settings.clock = "processor" if settings.processor_time else "wall"
+    settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings.dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    machine = measure.machine(settings.device, settings.clock)
+    out = settings.out or RESULTS / f"scaling-{measure.machine_name(machine)}.json"
+    results = json.loads(out.read_text()) if out.is_file() else {}
+    same = ("cpu", "gpu", "instructions", "threads", "clock", "kernels")
+    if any(results.get("machine", {}).get(n) != machine.get(n) for n in same):
+        results = {"machine": machine, "dtype": str(settings.dtype)[6:], "points": []}
+        results["roofline"] = measure.roofline(settings.device, (settings.dtype,), settings.clock)
+    done = {json.dumps([row["axis"], row["point"], row["pass"]]) for row in results["points"]}
+    plan = [
+        (axis, point, what)
+        for model in ("qwen3.5-4b", "falcon-h1-7b")
+        for axis in settings.axes
+        for point in points(model, axis, settings.longest)
+        for what in WHAT
+    ]
+    with measure.memory_process() as process:
+        for axis, point, what in tqdm(plan, unit="point"):
+            if json.dumps([axis, point, what]) in done:
+                continue
+            alone = point["tasks"] or point["batch"] * point["length"] > settings.rivals_longest
+            names = [bench.OURS] if alone else [bench.OURS, "transformers"]
+            results["points"].append({"axis": axis, "point": point, **measured(point, what, names, settings, process)})
+            measure.write_json(out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ def heads(benchmark, monkeypatch):
 def timed(benchmark):
     """Rounds of a case, all the same number, after one that does not count. On a GPU each waits for the device."""
 
-    def run(case: measure.Case, rounds: int = 5) -> None:
+    def run(case: measure.Case, rounds: int = 3) -> None:
         def waiting():
             case()
             torch.cuda.synchronize()

@@ -19,8 +19,8 @@ _CLASSES = {
 }
 _COMMON = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 
-#: Qwen/Qwen3.5-4B, text model: https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/config.json, as repeated in public
-#: tests that run against it (github.com/quantumaikr/quant.cpp issue 94 lists the shapes of its tensors)
+#: Qwen/Qwen3.5-4B, text model, from second hand: the shapes of its tensors as github.com/quantumaikr/quant.cpp issue 94
+#: lists them. Not compared with the hub's https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/config.json.
 QWEN3_5_4B = {
     "vocab_size": 248320,
     "hidden_size": 2560,
@@ -39,8 +39,9 @@ QWEN3_5_4B = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-#: tiiuae/Falcon-H1-7B-Base: https://huggingface.co/tiiuae/Falcon-H1-7B-Base/blob/main/config.json; layers, width and
-#: heads also in transformers' page on FalconH1. Its multipliers scale activations and are left at 1.
+#: tiiuae/Falcon-H1-7B-Base, from second hand: layers, width and heads as in transformers' page on FalconH1. Not
+#: compared with the hub's https://huggingface.co/tiiuae/Falcon-H1-7B-Base/blob/main/config.json. Its multipliers scale
+#: activations and are left at 1.
 FALCON_H1_7B = {
     "vocab_size": 130049,
     "hidden_size": 3072,

@@ -1,10 +1,10 @@
-"""README's tables and plots from what `python -m s0kernels bench --json` wrote.
+"""The tables of README.md and docs/benchmarks.md from the files of results, and the plot of the scans.
 
     python benchmarks/report.py
 
 What stands between `<!-- bench: NAME -->` and `<!-- end -->` becomes the table of benchmarks/results/NAME.json, which
-says so where the kernels have changed since; beside that file its plot is written, NAME.svg. A test fails where the
-README is not what this gives.
+says so where the kernels have changed since; of scans, as `python -m s0kernels bench --json` writes them, a plot is
+written beside that file, NAME.svg. A test fails where a document is not what this gives.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 sys.path.insert(0, str(ROOT))
 
 from s0kernels import measure  # noqa: E402
@@ -65,10 +66,74 @@ def table(results: dict) -> str:
     columns = [column for column in zip(*lines, strict=True) if not column[0] or any(column[1:])]
     head, *lines = zip(*columns, strict=True)
     lines = [head, ["---"] * len(head), *lines]
-    notes = [origin(results)]
-    if changed(results["machine"]):
-        notes.append("**The kernels have changed since these were measured.**")
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", " ".join(notes)])
+    return _with_notes(lines, origin(results), results["machine"])
+
+
+def _with_notes(lines: list[list[str]], note: str, machine: dict) -> str:
+    if changed(machine):
+        note += " **The kernels have changed since these were measured.**"
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", note])
+
+
+def overhead(results: dict) -> str:
+    """What benchmarks/zero_overhead.py wrote: a line for everything that is set against the base of its level."""
+    lines = [["what", "", "ms", "ratio (95 %)", "control", "", "work"], ["---"] * 7]
+    for level in ("op", "mixer", "generate", "bank", "untouched"):
+        for row in results.get(level, []):
+            base = next(iter(row["ms"]))
+            for name, ratio in row["ratio"].items():
+                same = row["work"][name] == row["work"][base]
+                cells = [row["what"], f"{name} / {base}", f"{row['ms'][name]:.3g}", _ratio(ratio)]
+                lines.append([*cells, _ratio(row["control"]), row["verdict"][name], "equal" if same else "not equal"])
+    return _with_notes(lines, _where(results["machine"]), results["machine"])
+
+
+def training(results: dict) -> str:
+    """What benchmarks/training.py wrote: the ways of training one model, against the batches of the trainer."""
+    settings = results["settings"]
+    lines = [["model", "way", "processor s", "of batched", "peak MiB", "last loss"], ["---"] * 6]
+    batched = {run["model"]: run for run in results["runs"] if run["way"] == "batched"}
+    for run in results["runs"]:
+        if "missing" in run:
+            lines.append([run["model"], run["way"], run["missing"], "", "", ""])
+            continue
+        seconds = run["processor_seconds"]
+        times = f"{seconds / batched[run['model']]['processor_seconds']:.1f}x"
+        cells = [run["model"], run["way"], f"{seconds:.1f}", times, f"{run['peak_mib']:.0f}"]
+        lines.append([*cells, f"{run['losses'][-1]:.7f}"])
+    note = f"{settings['examples']} examples, {settings['steps']} steps; {settings['note']}. "
+    return _with_notes(lines, note + _where(results["machine"]), results["machine"])
+
+
+def headline(results: dict) -> str:
+    """What benchmarks/headline.py wrote: sizes of whole models, and runs of what fits on the machine."""
+    lines = [["part", "found"], ["---"] * 2]
+    for name, part in results["parts"].items():
+        if "states_bytes" in part:
+            weights, size = part["parameters"] / 1e9, part["states_bytes"] / 2**20
+            found = f"{weights:.2f} G parameters; S0 {size:.3f} MiB in {part['recurrent_layers']} layers"
+        elif "seconds" in part:
+            peak = part["peak_above_weights_bytes"] / 2**20
+            found = f"{part['examples']} examples, {part['tokens']} tokens, {part['steps']} steps: "
+            found += f"{part['seconds']:.1f} s, {peak:.0f} MiB above the weights"
+        else:
+            found = "; ".join(
+                f"{row['what'].rpartition(', ')[2]} {row['ms']['S0']:.3g} ms, S0 / zero {_ratio(row['ratio']['S0'])}, "
+                f"control {_ratio(row['control'])}"
+                for row in part["lines"]
+            )
+        lines.append([name, found])
+    return _with_notes(lines, _where(results["machine"]), results["machine"])
+
+
+def _ratio(values: list[float]) -> str:
+    return "{:.3f} ({:.3f}-{:.3f})".format(*values)
+
+
+def _where(machine: dict) -> str:
+    name = machine.get("gpu") or f"{machine['cpu']} ({machine['instructions']}, threads: {machine['threads']})"
+    versions = ", ".join(f"{package} {machine['versions'][package]}" for package in ("torch", "transformers"))
+    return f"{name}, {machine['clock']} time, {machine['date']}, commit {machine['commit']}, {versions}."
 
 
 def _cell(row: dict) -> str:
@@ -85,20 +150,23 @@ def _memory(row: dict) -> str:
 
 
 def origin(results: dict) -> str:
-    machine, roofline = results["machine"], results["roofline"]
-    rounds = [row["rounds"] for row in results["rows"]]
-    where = machine.get("gpu") or f"{machine['cpu']} ({machine['instructions']}, threads: {machine['threads']})"
+    roofline, rounds = results["roofline"], [row["rounds"] for row in results["rows"]]
     rates = ", ".join(f"{KINDS[kind]} {rate:.0f} GFLOP/s" for kind, rate in roofline["matmul_gflops"].items())
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
     return (
-        f"{where}, {machine['clock']} time, {min(rounds)} to {max(rounds)} rounds, {machine['date']}, commit "
-        f"{machine['commit']}, {versions}. Roofline: copy {roofline['copy_gbs']:.0f} GB/s, matrix product {rates}."
+        f"{_where(results['machine'])} {min(rounds)} to {max(rounds)} rounds. Roofline: copy "
+        f"{roofline['copy_gbs']:.0f} GB/s, matrix product {rates}."
     )
 
 
 def filled(text: str) -> str:
     """The text with every table made anew."""
-    return _MARKED.sub(lambda found: f"{found[1]}{table(load(found[2]))}\n{found[3]}", text)
+    makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline}
+
+    def fill(found: re.Match) -> str:
+        make = next(make for kind, make in makers.items() if found[2].startswith(kind))
+        return f"{found[1]}{make(load(found[2]))}\n{found[3]}"
+
+    return _MARKED.sub(fill, text)
 
 
 def plot(results: dict, file: Path) -> None:
@@ -140,11 +208,11 @@ def _panel(panel, series: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    replace_file(readme, filled(text).encode())
-    for name in dict.fromkeys(found[2] for found in _MARKED.finditer(text)):
-        plot(load(name), RESULTS / f"{name}.svg")
+    for document in DOCUMENTS:
+        text = document.read_text()
+        replace_file(document, filled(text).encode())
+        for name in dict.fromkeys(found[2] for found in _MARKED.finditer(text) if found[2].startswith("scans")):
+            plot(load(name), RESULTS / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README's tables are what the files of results give, and say when the kernels are no longer those."""
+"""The tables of the documents are what the files of results give, and say when the kernels are no longer those."""
 
 import sys
 from pathlib import Path
@@ -9,8 +9,6 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import report
 
 from s0kernels import measure
-
-README = report.ROOT / "README.md"
 
 
 @pytest.fixture
@@ -28,10 +26,37 @@ def results():
     return {"machine": machine, "roofline": roofline, "rows": [long, short]}
 
 
-def test_readme_is_what_the_results_give():
-    text = README.read_text()
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_are_what_the_results_give(document):
+    text = document.read_text()
     assert "<!-- bench: " in text
     assert report.filled(text) == text, "python benchmarks/report.py makes it so"
+
+
+def test_other_tables():
+    machine = {"cpu": "A", "instructions": "avx2", "threads": 1, "clock": "wall", "date": "2026-01-01", "commit": "c"}
+    machine |= {"kernels": measure.kernel_hashes(), "versions": {"torch": "2", "transformers": "5"}}
+    work = {"zero": {"kernels": 3}, "S0": {"kernels": 3}, "copied": {"kernels": 4}}
+    line = {"what": "prefill", "ms": {"zero": 1.0, "S0": 2.0, "copied": 3.0}, "control": [1.0, 0.9, 1.1], "work": work}
+    line |= {
+        "ratio": {"S0": [2.0, 1.9, 2.1], "copied": [3.0, 2.9, 3.1]},
+        "verdict": {"S0": "slower", "copied": "slower"},
+    }
+    text = report.overhead({"machine": machine, "mixer": [line]})
+    assert "| prefill | S0 / zero | 2 | 2.000 (1.900-2.100) | 1.000 (0.900-1.100) | slower | equal |" in text
+    assert "| prefill | copied / zero | 3 | 3.000 (2.900-3.100) | 1.000 (0.900-1.100) | slower | not equal |" in text
+
+    run = {"model": "m", "way": "batched", "processor_seconds": 2.0, "peak_mib": 10.4, "losses": [3.0, 0.5]}
+    runs = [run, {**run, "way": "one by one", "processor_seconds": 5.0}, {"model": "m", "way": "x", "missing": "why"}]
+    settings = {"examples": 4, "steps": 2, "note": "alone"}
+    text = report.training({"machine": machine, "settings": settings, "runs": runs})
+    assert "| m | one by one | 5.0 | 2.5x | 10 | 0.5000000 |" in text
+    assert "| m | x | why |" in text
+
+    parts = {"whole": {"states_bytes": 2**20, "parameters": 3e9, "recurrent_layers": 4}, "use": {"lines": [line]}}
+    text = report.headline({"machine": machine, "parts": parts})
+    assert "| whole | 3.00 G parameters; S0 1.000 MiB in 4 layers |" in text
+    assert "S0 / zero 2.000 (1.900-2.100)" in text
 
 
 def test_table(results):

@@ -1,9 +1,9 @@
-"""The tables of README.md and docs/benchmarks.md from the files of results, and the plot of the scans.
+"""The tables of README.md and docs/benchmarks.md from the files of results, and the plots.
 
     python benchmarks/report.py
 
 What stands between `<!-- bench: NAME -->` and `<!-- end -->` becomes the table of benchmarks/results/NAME.json, which
-says so where the kernels have changed since; of scans, as `python -m s0kernels bench --json` writes them, a plot is
+says so where the kernels have changed since; of scans (`python -m s0kernels bench --json`) and scaling a plot is
 written beside that file, NAME.svg. A test fails where a document is not what this gives.
 """
 
@@ -160,13 +160,35 @@ def origin(results: dict) -> str:
 
 def filled(text: str) -> str:
     """The text with every table made anew."""
-    makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline}
+    makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline, "scaling": scaling}
 
     def fill(found: re.Match) -> str:
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))
         return f"{found[1]}{make(load(found[2]))}\n{found[3]}"
 
     return _MARKED.sub(fill, text)
+
+
+def _style() -> dict:
+    colours = ["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color", "grid.color"]
+    return dict.fromkeys(colours, _GREY) | {"svg.fonttype": "none", "svg.hashsalt": "s0kernels", "font.size": 9}
+
+
+def scaling(results: dict) -> str:
+    """What benchmarks/scaling.py wrote: the ends of every axis."""
+    lines = [["model", "axis", "pass", "from, ms", "to, ms", "of roofline", "from, MiB", "to, MiB"], ["---"] * 8]
+    groups: dict[tuple, list[dict]] = {}
+    for row in results["points"]:
+        groups.setdefault((row["point"]["model"], row["axis"], PASSES[row["pass"]]), []).append(row)
+    rate = next(iter(results["roofline"]["matmul_gflops"].values()))
+    for (model, axis, what), rows in groups.items():
+        first, *_, last = sorted(rows, key=lambda row: row["point"][axis])
+        ms, memory = [[row[x][OURS] for row in (first, last)] for x in ("ms", "peak_mib")]
+        least = 1e3 * max(last["gflop"] / rate, last["gb"] / results["roofline"]["copy_gbs"])
+        cells = [model, f"{axis} {first['point'][axis]:g} to {last['point'][axis]:g}", what]
+        cells += [*(f"{x:.3g}" for x in ms), f"{100 * least / ms[1]:.0f} %", *(f"{x:.0f}" for x in memory)]
+        lines.append(cells)
+    return _with_notes(lines, _where(results["machine"]), results["machine"])
 
 
 def plot(results: dict, file: Path) -> None:
@@ -176,11 +198,9 @@ def plot(results: dict, file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    colours = ["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color", "grid.color"]
-    style = dict.fromkeys(colours, _GREY) | {"svg.fonttype": "none", "svg.hashsalt": "s0kernels", "font.size": 9}
     dtype = results["rows"][0]["dtype"]
     ops = list(dict.fromkeys(row["op"] for row in results["rows"]))
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(_style()):
         figure, panels = pyplot.subplots(1, len(ops), figsize=(8, 3.2), layout="constrained", squeeze=False)
         for panel, op in zip(panels[0], ops, strict=True):
             rows = {key[1]: found for key, found in series(results).items() if (key[0], key[2]) == (op, dtype)}
@@ -189,6 +209,47 @@ def plot(results: dict, file: Path) -> None:
         panels[0][0].set(ylabel=f"ms, {results['machine']['clock']} time")
         figure.savefig(file, transparent=True, metadata={"Date": None})
         pyplot.close(figure)
+
+
+def plot_scaling(results: dict, file: Path) -> None:
+    """Time and peak memory along each axis of benchmarks/scaling.py, a column for each axis and two rows per model."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    axes = list(dict.fromkeys(row["axis"] for row in results["points"]))
+    models = list(dict.fromkeys(row["point"]["model"] for row in results["points"]))
+    with pyplot.rc_context(_style()):
+        size = {"figsize": (2.7 * len(axes), 4.6 * len(models)), "layout": "constrained", "squeeze": False}
+        figure, panels = pyplot.subplots(2 * len(models), len(axes), **size)
+        for place, (model, value) in enumerate((m, x) for m in models for x in ("ms", "peak_mib")):
+            for panel, axis in zip(panels[place], axes, strict=True):
+                rows = [r for r in results["points"] if (r["axis"], r["point"]["model"]) == (axis, model)]
+                _scaling_panel(panel, rows, axis, value, results["roofline"])
+                panel.set(title=model if axis == axes[0] else "", xlabel=axis)
+            panels[place][0].set(ylabel=f"ms, {results['machine']['clock']} time" if value == "ms" else "peak MiB")
+        panels[0][0].legend(framealpha=0, fontsize=6)
+        figure.savefig(file, transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _scaling_panel(panel, rows: list[dict], axis: str, value: str, roofline: dict) -> None:
+    for what, dash in (("forward", "-"), ("training", "--")):
+        mine = sorted((row for row in rows if row["pass"] == what), key=lambda row: row["point"][axis])
+        for i, name in enumerate(dict.fromkeys(name for row in mine for name in row[value])):
+            points = [(row["point"][axis], row[value][name]) for row in mine if name in row[value]]
+            panel.plot(*zip(*points, strict=True), dash, marker=".", color=f"C{i}", label=f"{name}, {PASSES[what]}")
+        if value == "ms":
+            rate = next(iter(roofline["matmul_gflops"].values()))
+            least = [1e3 * max(row["gflop"] / rate, row["gb"] / roofline["copy_gbs"]) for row in mine]
+            label = f"roofline, {PASSES[what]}"
+            panel.plot([row["point"][axis] for row in mine], least, dash, color=_GREY, linewidth=0.8, label=label)
+    panel.set(xscale="log", yscale="log")
+    ticks = sorted({row["point"][axis] for row in rows})
+    panel.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
 
 
 def _panel(panel, series: dict[str, list[dict]]) -> None:
@@ -211,8 +272,10 @@ def main() -> None:
     for document in DOCUMENTS:
         text = document.read_text()
         replace_file(document, filled(text).encode())
-        for name in dict.fromkeys(found[2] for found in _MARKED.finditer(text) if found[2].startswith("scans")):
-            plot(load(name), RESULTS / f"{name}.svg")
+        for name in dict.fromkeys(found[2] for found in _MARKED.finditer(text)):
+            draw = {"scans": plot, "scaling": plot_scaling}.get(name.partition("-")[0])
+            if draw is not None:
+                draw(load(name), RESULTS / f"{name}.svg")
 
 
 if __name__ == "__main__":

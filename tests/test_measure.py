@@ -1,5 +1,6 @@
 """What is measured with: known distributions, known work, known memory."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_machine_as_json(tmp_path):
     measure.write_json(tmp_path / "new" / "x.json", found)
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == found
     assert found["clock"] == "processor"
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert measure.machine_name(found) == f"cpu-{found['instructions']}"
     assert measure.machine_name({"gpu": "NVIDIA H200"}) == "nvidia-h200"
 

@@ -16,7 +16,6 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "quality"), str(ROOT / "examples" / "t
 import experiments  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
-import report  # noqa: E402
 import run  # noqa: E402
 from methods import S0, LoRA, Nothing, Prompt, StateOffset  # noqa: E402
 from tasks import Item, get_task  # noqa: E402
@@ -190,14 +189,14 @@ def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
             patch.setattr(experiments, "complete", protocol.complete)
             patch.setattr(experiments, "_log_probabilities", protocol.complete)
             experiment(small_run(tmp_path, name))
-        text = report.table(name, tmp_path)
+        text = tables.table(name, tmp_path)
         assert "qwen" in text
         assert text.count("|") > 5
-        plot = report.plot(name, tmp_path)
+        plot = tables.plot(name, tmp_path)
         assert plot is None if name == "first" else plot.stat().st_size > 1000
     document = "before\n<!-- quality: main -->\nold\n<!-- end -->\nafter <!-- quality: none -->\nkept\n<!-- end -->"
-    filled = report.filled(document, tmp_path)
-    assert report.table("main", tmp_path).strip() in filled
+    filled = tables.filled(document, tmp_path)
+    assert tables.table("main", tmp_path).strip() in filled
     assert filled.startswith("before\n")
     assert "old" not in filled
     assert "kept" in filled
@@ -224,6 +223,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_the_document_are_those_of_the_results():
-    text = report.DOCUMENT.read_text(encoding="utf-8")
+    text = tables.DOCUMENT.read_text(encoding="utf-8")
     assert text.count("<!-- quality: ") >= len(experiments.ALL)
-    assert report.filled(text, run.RESULTS) == text, "python benchmarks/quality/run.py report"
+    assert tables.filled(text, run.RESULTS) == text, "python benchmarks/quality/run.py report"

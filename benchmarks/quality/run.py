@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import experiments
-import report
+import tables
 import torch
 from protocol import SAMPLES, SEEDS, SOLUTIONS, Base, Results
 from tasks import TASKS, get_task
@@ -86,9 +86,9 @@ def main() -> None:
                 experiments.ALL[experiment](run)
             finally:
                 run.results.spent(time.perf_counter() - began)
-        print(report.table(experiment, options.output))
-        report.plot(experiment, options.output)
-    report.write(options.output)
+        print(tables.table(experiment, options.output))
+        tables.plot(experiment, options.output)
+    tables.write(options.output)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,27 @@ def test_table(results):
     assert cells[4:7] == ["50 %", "10 (else 20)", "1.00 (0.90-1.10)"]
 
 
+def test_scaling(results, tmp_path):
+    """The longest point is of this library alone, and at half the roofline."""
+    points = []
+    for T, names in ((256, ("s0kernels", "else")), (512, ("s0kernels",))):
+        point = {"model": "falcon-h1-7b", "length": T}
+        row = {"axis": "length", "point": point, "pass": "training", "gflop": 0.05, "gb": 0.001}
+        points.append(row | {"ms": dict.fromkeys(names, T / 256), "peak_mib": dict.fromkeys(names, 30.0)})
+    found = {"machine": results["machine"], "roofline": results["roofline"], "points": points}
+    row = "| falcon-h1-7b | length 256 to 512 | forward + backward | 1 | 2 | 50 % | 30 | 30 |"
+    assert row in report.scaling(found).splitlines()
+    report.plot_scaling(found, tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text()
+    for text in (
+        "s0kernels, forward + backward",
+        "else, forward + backward",
+        "roofline, forward + backward",
+        "peak MiB",
+    ):
+        assert text in drawn
+
+
 def test_a_table_says_when_kernels_changed(results):
     assert "changed since" not in report.table(results)
     results["machine"]["kernels"]["cpu"] = "0" * 16

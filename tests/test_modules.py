@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, close, every_family, every_model, falcon, padded, qwen, ragged, random_states, tokens
+from models import (
+    MODELS,
+    close,
+    every_family,
+    every_model,
+    fails_upstream,
+    falcon,
+    padded,
+    qwen,
+    ragged,
+    random_states,
+    tokens,
+)
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 

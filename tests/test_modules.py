@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, close, every_family, every_model, falcon, padded, qwen, ragged, random_states, tokens
+from models import (
+    MODELS,
+    close,
+    every_family,
+    every_model,
+    fails_upstream,
+    falcon,
+    padded,
+    qwen,
+    ragged,
+    random_states,
+    tokens,
+)
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -17,10 +29,13 @@ from s0kernels.modules.swap import find_site
 def test_without_states_the_logits_are_the_originals(name):
     model, ids = MODELS[name](), tokens(3, 37)
     lefts, mask = padded(ragged(), "left")
+    calls = [(0, 20), (20, 35)]
+    if not fails_upstream(name):  # the original's norm then mixes the rows of single tokens
+        calls += [(35, 36), (36, 37)]
 
     def run():
         cache = DynamicCache(config=model.config)
-        pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 35), (35, 36), (36, 37))]
+        pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in calls]
         logits = [model(ids).logits, torch.cat(pieces, 1)]
         if name != "falcon_norm":  # the original lets the bias of its projection enter the convolution at pads
             logits.append(model(lefts, attention_mask=mask).logits[mask.bool()])

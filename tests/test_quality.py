@@ -17,6 +17,7 @@ import experiments  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
 import run  # noqa: E402
+import tables  # noqa: E402
 from methods import S0, LoRA, Nothing, Prompt, StateOffset  # noqa: E402
 from tasks import Item, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402

@@ -20,7 +20,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
 		tests/test_files.py tests/test_against_transformers.py
 
-# Under ten minutes on two cores; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
+# The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 

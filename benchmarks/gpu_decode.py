@@ -3,9 +3,9 @@
     python benchmarks/gpu_decode.py [--rounds 15] [--parts steps,mixers,models]     (from the source tree)
     python benchmarks/gpu_decode.py --smoke                     (tiny, on a CPU: does the script work?)
 
-bf16, sizes like those of Qwen3.5-4B and Falcon-H1-7B. Everything that is compared runs in turn, round by round; figures
-are medians in milliseconds. What a library computes is compared with fp64 before it is timed. Bandwidth counts the
-states, read and written once. Writes benchmarks/results/<gpu>-decode.json.
+bf16, at the sizes of Qwen3.5-4B and Falcon-H1-7B (hybrids.py). All that is compared runs in turn, round by round;
+figures are medians in milliseconds. What a library computes is compared with fp64 before it is timed. Bandwidth counts
+the states, read and written once. Writes benchmarks/results/<gpu>-decode.json.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import hybrids  # noqa: E402
 from gpu_scans import HEADS, SMOKE_HEADS, medians  # noqa: E402
 
 from s0kernels import S0States, measure, swap_modules  # noqa: E402
@@ -33,32 +34,7 @@ from s0kernels.ops import _dispatch  # noqa: E402
 from s0kernels.rivals import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
-QWEN = {
-    "hidden_size": 2560,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-}
-FALCON = {
-    "hidden_size": 3072,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 44,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "mamba_d_ssm": 3072,
-    "mamba_n_heads": 24,
-    "mamba_d_head": 128,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 256,
-}
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 32}
-SMALL |= {"num_key_value_heads": 1}
+MODELS = {"gated_delta_rule": "Qwen3.5-4B", "ssd": "Falcon-H1-7B"}
 
 
 # Steps
@@ -95,30 +71,10 @@ def steps(name: str, heads: dict, batch: int, device: str, dtype: torch.dtype, r
 # Mixers and models
 
 
-def classes(name: str) -> tuple[type, type, dict]:
-    if name == "gated_delta_rule":
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-        return Qwen3_5TextConfig, Qwen3_5ForCausalLM, QWEN
-    from transformers import FalconH1Config, FalconH1ForCausalLM
-
-    return FalconH1Config, FalconH1ForCausalLM, FALCON
-
-
 def model_of(name: str, device: str, dtype: torch.dtype, smoke: bool, **changes) -> nn.Module:
-    config, model, sizes = classes(name)
-    if smoke:
-        changes = (
-            SMALL | changes | ({"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32} if name == "ssd" else {})
-        )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return model(config(**{**sizes, "bos_token_id": None, "eos_token_id": None, **changes})).eval()
-    finally:
-        torch.set_default_dtype(before)
+    family, settings = hybrids.PUBLISHED[MODELS[name]]
+    settings = hybrids.SMALL[family] if smoke else settings
+    return hybrids.build(family, settings | changes, device=device, dtype=dtype)
 
 
 def without_fused_steps(run: Callable[[], object]) -> Callable[[], object]:
@@ -174,7 +130,7 @@ def models(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, 
     """Tokens per second of greedy `generate`: untouched, swapped without S0, swapped with S0."""
     new = 4 if smoke else 128
     untouched = model_of(name, device, dtype, smoke)
-    prompt = torch.randint(2, 1000, (batch, 16), device=device)
+    prompt = torch.randint(2, 500, (batch, 16), device=device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     results = {}
     for round_ in range(rounds + 1):  # the first compiles

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ class Run:
     folder: Path  # for what can be thrown away
 
     def solutions(self, seed: int) -> list[tuple[str, str]]:
-        make = lambda: {"pairs": solutions(self.base, seed)}  # noqa: E731
-        return [tuple(pair) for pair in self.found.get(str(seed), make)["pairs"]]
+        found = self.found.get(str(seed), lambda: {"pairs": solutions(self.base, seed)})
+        return [tuple(pair) for pair in found["pairs"]]
 
     @property
     def s0(self) -> S0:
@@ -211,7 +212,6 @@ def passk(run: Run, samples: int = 20) -> None:
             run.results.put(f"{name}/{seed}", {**shares, "samples": samples, "right": right})
 
 
-@torch.no_grad()
 def persistence(run: Run) -> None:
     """The divergence KL(with S0 || without) of the next token, along the prompts of the held-out problems."""
     missing = [seed for seed in run.seeds if f"S0/{seed}" not in run.results.cells]
@@ -220,11 +220,8 @@ def persistence(run: Run) -> None:
     before = [
         _log_probabilities(run.base, item.prompt) for item in tqdm(run.base.heldout, desc="no tuning", leave=False)
     ]
-    with torch.enable_grad():
-        tuned = run.s0.tune(run.base, {seed: run.solutions(seed)[:SOLUTIONS] for seed in missing})
-        for seed, _ in tuned:
-            with torch.no_grad():
-                run.results.put(f"S0/{seed}", _divergence(run.base, before))
+    for seed, _ in run.s0.tune(run.base, {seed: run.solutions(seed)[:SOLUTIONS] for seed in missing}):
+        run.results.put(f"S0/{seed}", _divergence(run.base, before))
 
 
 def _divergence(base: Base, before: list[torch.Tensor]) -> dict:
@@ -237,10 +234,10 @@ def _divergence(base: Base, before: list[torch.Tensor]) -> dict:
             tenths[10 * place // len(kl)].append(value)
         first.append(kl[0])
         last.append(kl[-1])
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return {"tenths": [mean(values) for values in tenths], "first token": mean(first), "last token": mean(last)}
+    return {"tenths": [fmean(values) for values in tenths], "first token": fmean(first), "last token": fmean(last)}
 
 
+@torch.no_grad()
 def _log_probabilities(base: Base, prompt: str) -> torch.Tensor:
     ids = torch.tensor([base.tokenizer(prompt)["input_ids"]], device=base.trainer.device)
     return base.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

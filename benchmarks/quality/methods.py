@@ -7,7 +7,7 @@ other; a model is as tuned until the next is asked for, and afterwards the base 
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,7 +63,7 @@ class S0:
 
     def tune(self, base: Base, data: Data) -> Tuned:
         trainer = base.trainer
-        before, trainer.config = trainer.config, _replace_alpha(trainer.config, self.alpha)
+        before, trainer.config = trainer.config, replace(trainer.config, alpha=self.alpha)
         try:
             named = {f"seed {seed}": examples(base, pairs) for seed, pairs in data.items()}
             scale = trainer.alpha if self.at_alpha else 1.0
@@ -90,10 +90,6 @@ def part(layers: list[int], which: str) -> list[int]:
     if which not in thirds:
         raise ValueError(f"layers must be one of {', '.join(thirds)}, got {which!r}")
     return thirds[which]
-
-
-def _replace_alpha(config, alpha: float | None):
-    return type(config)(**{**config.to_dict(), "alpha": alpha})
 
 
 @dataclass(frozen=True)
@@ -242,8 +238,7 @@ def fit(
     """The trainer's loop for other parameters than S0: the same loss over all examples at every step, Adam, and the
     gradient clipped to norm 1. Returns the losses."""
     _, read = read_tasks(examples(base, pairs), base.tokenizer, base.trainer.config.max_length)
-    pad = base.trainer._pad_token
-    batches = make_batches(read, TOKENS_PER_BATCH, None, base.model, pad, base.trainer.device)
+    batches = make_batches(read, TOKENS_PER_BATCH, None, base.model, base.pad, base.trainer.device)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     losses = []
     model.eval()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from tasks import Item, Task
@@ -45,6 +46,10 @@ class Base:
         return S0States.for_model(self.model).arch
 
     @property
+    def pad(self) -> int:
+        return self.trainer._pad_token
+
+    @property
     def model(self) -> nn.Module:
         return self.trainer.model
 
@@ -66,17 +71,15 @@ def complete(base: Base, model: nn.Module, items: Sequence[Item], label: str, pa
     groups = [list(same) for _, same in groupby(order, lambda i: 0 if padded else len(encoded[i]))]
     batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     found: list[list[str]] = [[] for _ in items]
-    pad = base.tokenizer.pad_token_id
-    pad = base.tokenizer.eos_token_id if pad is None else pad
     for batch in tqdm(batches, desc=label, unit="batch", leave=False):
         width = max(len(encoded[i]) for i in batch)
-        ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch])
+        ids = torch.tensor([[base.pad] * (width - len(encoded[i])) + encoded[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch])
         made = model.generate(
             input_ids=ids.to(base.trainer.device),
             attention_mask=mask.to(base.trainer.device),
             max_new_tokens=base.task.max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=base.pad,
             **options,
         )
         texts = base.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
@@ -155,8 +158,8 @@ def compare(values: Sequence[float], others: Sequence[float]) -> Comparison:
     """`values` against `others`, each the results of independent runs."""
     from scipy import stats
 
-    mean, other = sum(values) / len(values), sum(others) / len(others)
-    spread = [_deviation(side) for side in (values, others)]
+    mean, other = fmean(values), fmean(others)
+    spread = [deviation(side) for side in (values, others)]
     p = None
     if len(values) > 1 and len(others) > 1 and max(spread) > 0:
         with warnings.catch_warnings():  # one side may be the base, whose greedy answers are the same for every seed
@@ -165,9 +168,9 @@ def compare(values: Sequence[float], others: Sequence[float]) -> Comparison:
     return Comparison(mean, spread[0], mean - other, p)
 
 
-def _deviation(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+def deviation(values: Sequence[float]) -> float:
+    """Of a sample; 0 where it is a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 class Results:

@@ -39,7 +39,7 @@ def model_folder(name: str, output: Path) -> str:
     if name not in SIZES:
         return name
     architecture, width = name.split("-")
-    folder = output / "work" / "models" / name
+    folder = output / "cache" / "models" / name
     if not folder.is_dir():
         command = [sys.executable, TINY / "train.py", architecture, "--width", width, "--threads", "1", "--out", folder]
         subprocess.run(command, check=True)
@@ -57,10 +57,10 @@ def prepare(experiment: str, name: str, options: argparse.Namespace) -> experime
     settings = {"model": name, "task": task.name, "samples": SAMPLES, "solutions": SOLUTIONS}
     versions = {package: importlib.metadata.version(package) for package in ("peft", "scipy")}
     about = {"experiment": experiment, "machine": measure.machine(base.trainer.device.type), "more versions": versions}
-    work = options.output / "work"
+    cache = options.output / "cache"
     results = Results(options.output / f"{experiment}-{short}-{task.name}.json", settings, about)
     return experiments.Run(
-        base, seeds, results, Results(work / f"solutions-{short}-{task.name}.json", settings, {}), work
+        base, seeds, results, Results(cache / f"solutions-{short}-{task.name}.json", settings, {}), cache
     )
 
 

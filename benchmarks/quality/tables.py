@@ -1,13 +1,12 @@
 """Tables and plots of the experiments, from their JSON files; the tables of docs/results.md stand between markers."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
-from protocol import compare
+from protocol import compare, deviation
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -22,13 +21,11 @@ def load(experiment: str, folder: Path) -> list[dict]:
 
 def by_variant(cells: dict, value: str = "pass@1") -> dict[str, list[float]]:
     """The values over seeds of each variant, in per cent."""
-    named = [(key.rsplit("/", 1), cell) for key, cell in cells.items() if value in cell]
-    groups = groupby(sorted(named, key=lambda pair: _first(named, pair[0][0])), key=lambda pair: pair[0][0])
-    return {name: [100 * cell[value] for _, cell in pairs] for name, pairs in groups}
-
-
-def _first(named: list, name: str) -> int:
-    return next(place for place, ((other, _), _) in enumerate(named) if other == name)
+    found: dict[str, list[float]] = {}
+    for key, cell in cells.items():
+        if value in cell:
+            found.setdefault(key.rsplit("/", 1)[0], []).append(100 * cell[value])
+    return found
 
 
 def table(experiment: str, folder: Path) -> str:
@@ -113,10 +110,7 @@ def _name(result: dict) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)):.1f}"
+    return f"{fmean(values):.1f}" + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
 
 
 def _p(p: float | None) -> str:
@@ -128,7 +122,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plot(experiment: str, folder: Path) -> Path | None:
-    """`docs/quality-<experiment>.svg`-like, beside the results; colours that can be read on dark and light."""
+    """An SVG beside the results, of means and standard deviations, in colours that can be read on dark and light."""
     results = load(experiment, folder)
     if not results or experiment == "first":
         return None
@@ -168,8 +162,7 @@ def _draw(experiment: str, result: dict, axis) -> None:
         axis.legend(frameon=False)
         return
     values = by_variant(result["cells"])
-    means = [sum(v) / len(v) for v in values.values()]
-    spreads = [(max(v) - min(v)) / 2 for v in values.values()]
+    means, spreads = ([f(v) for v in values.values()] for f in (fmean, deviation))
     if experiment in AXES:
         order = sorted(range(len(values)), key=lambda i: float(list(values)[i]))
         axis.errorbar(

@@ -55,16 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     bench = commands.add_parser("bench", help="times, memory and roofline of the scans, beside the libraries installed")
     bench.set_defaults(run=_bench)
-    if "bench" in (sys.argv[1:2] if arguments is None else arguments[:1]):  # its choices come from what needs torch
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bench"]:  # its choices come from what needs torch
         from s0kernels.bench import add_arguments
 
         add_arguments(bench)
 
     demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
-    demo.add_argument("rest", nargs=argparse.REMAINDER, help="options of examples/tiny/demo.py")
-    demo.set_defaults(run=_demo)
+    whole = given[:1] == ["demo"]  # what follows, --help too, is for the script
+    demo.set_defaults(run=_demo, rest=given[1:])
 
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given[:1] if whole else given)
     try:
         return options.run(options) or 0
     except ImportError as error:

@@ -12,7 +12,7 @@ from s0kernels import S0States, swap_modules
 from s0kernels.batches import PackedBatch, PaddedBatch, make_batches
 from s0kernels.data import Example, read_examples
 
-DATASETS = ROOT / ".deps" / "datasets"
+DATASETS = ROOT / ".deps" / "eval"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{{ hint | default('') }}{% endif %}"
@@ -146,7 +146,7 @@ def test_bad_data_and_files_are_named(tmp_path):
             read(file)
 
 
-@pytest.mark.skipif(not DATASETS.is_dir(), reason="datasets is not in .deps/datasets; `make test` puts it there")
+@pytest.mark.skipif(not DATASETS.is_dir(), reason="datasets is not in .deps/eval; `make test` puts it there")
 def test_datasets(tmp_path):
     """With either kind of columns, at once and streamed."""
     code = """

@@ -141,6 +141,14 @@ def test_tune_and_generate(tmp_path, capsys, monkeypatch):
     assert "data.jsonl:1 must have prompt and completion" in err
 
 
+def test_options_of_the_demonstration():
+    """They are the script's, --help too."""
+    for options, code, text in ((["--help"], 0, "--solutions"), (["--samples", "0"], 2, "--samples must be at least 1")):
+        done = python("-m", "s0kernels", "demo", *options)
+        assert done.returncode == code
+        assert text in done.stdout + done.stderr
+
+
 def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path, capsys):
     MODELS["qwen"]().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")

@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
-from protocol import SAMPLING, SEEDS, SOLUTIONS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
+from protocol import SAMPLING, SEEDS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
 from tqdm import tqdm
 
 LEARNING_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
@@ -22,11 +22,11 @@ ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2":
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a table: a method, and how many solutions it learns from."""
+    """A row of a table: a method, and how many solutions it learns from, the task's number if None."""
 
     label: str
     method: object
-    solutions: int = SOLUTIONS
+    solutions: int | None = None
     texts: bool = False  # keep the answers themselves
 
 
@@ -40,13 +40,13 @@ class Run:
     found: Results  # the solutions and the chosen settings, shared by all experiments
     folder: Path  # for what can be thrown away
 
-    def solutions(self, seed: int) -> list[tuple[str, str]]:
+    def solutions(self, seed: int, most: int | None = None) -> list[tuple[str, str]]:
         found = self.found.get(str(seed), lambda: {"pairs": solutions(self.base, seed)})
-        return [tuple(pair) for pair in found["pairs"]]
+        return [tuple(pair) for pair in found["pairs"]][: most or self.base.task.solutions]
 
     @property
     def s0(self) -> S0:
-        return S0(folder=self.folder / "runs")
+        return S0(normalize=self.base.task.normalize, folder=self.folder / "runs")
 
 
 def grid(run: Run, variants: Sequence[Variant]) -> None:
@@ -58,7 +58,7 @@ def grid(run: Run, variants: Sequence[Variant]) -> None:
             bar.update(len(run.seeds) - len(missing))
             if not missing:
                 continue
-            data = {seed: run.solutions(seed)[: variant.solutions] for seed in missing}
+            data = {seed: run.solutions(seed, variant.solutions) for seed in missing}
             known = None  # greedy answers of the base are the same for every seed
             for seed, model in variant.method.tune(run.base, data):
                 label = f"{variant.label}, seed {seed}"
@@ -76,7 +76,7 @@ def best(run: Run, label: str, method, setting: str, values: Sequence[float]):
     The paper's settings are for models a thousand times larger; here each method also gets the best of several.
     """
     seed = SEEDS[0]
-    pairs = run.solutions(seed)[:SOLUTIONS]
+    pairs = run.solutions(seed)
     learned = {prompt for prompt, _ in pairs}
     unused = [item for item in run.base.tune if item.prompt not in learned]
 
@@ -203,7 +203,7 @@ def passk(run: Run, samples: int = 20) -> None:
         missing = [seed for seed in run.seeds if f"{name}/{seed}" not in run.results.cells]
         if not missing:
             continue
-        for seed, model in method.tune(run.base, {s: run.solutions(s)[:SOLUTIONS] for s in missing}):
+        for seed, model in method.tune(run.base, {s: run.solutions(s) for s in missing}):
             torch.manual_seed(seed)
             label = f"{name}, seed {seed}: {samples} samples"
             texts = complete(run.base, model, run.base.heldout, label, num_return_sequences=samples, **SAMPLING)
@@ -220,7 +220,7 @@ def persistence(run: Run) -> None:
     before = [
         _log_probabilities(run.base, item.prompt) for item in tqdm(run.base.heldout, desc="no tuning", leave=False)
     ]
-    for seed, _ in run.s0.tune(run.base, {seed: run.solutions(seed)[:SOLUTIONS] for seed in missing}):
+    for seed, _ in run.s0.tune(run.base, {seed: run.solutions(seed) for seed in missing}):
         run.results.put(f"S0/{seed}", _divergence(run.base, before))
 
 

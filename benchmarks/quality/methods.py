@@ -47,11 +47,12 @@ class S0:
     """The learned initial state, with the trainer's defaults. All seeds are learned in one run, as tasks.
 
     `alpha` is the scale it is used at (None: the architecture's), `at_alpha` learns it at that scale too, as
-    Algorithm 1 of the paper does, and `layers` is the part of the recurrent layers that learn. Runs are kept in
-    `folder` and not repeated.
+    Algorithm 1 of the paper does, `layers` is the part of the recurrent layers that learn, and `normalize` divides by
+    each layer's norm before scaling. Runs are kept in `folder` and not repeated.
     """
 
     alpha: float | None = None
+    normalize: bool = False
     at_alpha: bool = False
     layers: str = "all"
     folder: Path | None = None
@@ -63,7 +64,7 @@ class S0:
 
     def tune(self, base: Base, data: Data) -> Tuned:
         trainer = base.trainer
-        before, trainer.config = trainer.config, replace(trainer.config, alpha=self.alpha)
+        before, trainer.config = trainer.config, replace(trainer.config, alpha=self.alpha, normalize=self.normalize)
         try:
             named = {f"seed {seed}": examples(base, pairs) for seed, pairs in data.items()}
             scale = trainer.alpha if self.at_alpha else 1.0

@@ -11,7 +11,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,8 +26,6 @@ from s0kernels.measure import write_json
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
-SAMPLES = 16
-SOLUTIONS = 48
 
 
 @dataclass
@@ -102,19 +100,36 @@ def judge(base: Base, items: Sequence[Item], completions: Sequence[Sequence[str]
     return [[verdicts[i, text] for text in texts] for i, texts in enumerate(completions)]
 
 
-def solutions(base: Base, seed: int, samples: int = SAMPLES) -> list[tuple[str, str]]:
-    """(prompt, completion) of at most one verified solution per tuning problem, the first sample that passed, in an
-    order that the seed decides: what a run takes is the beginning."""
+def solutions(base: Base, seed: int, samples: int | None = None) -> list[tuple[str, str]]:
+    """(prompt, completion) of at most one verified solution per tuning problem, the first of its samples that passed
+    (as many as the task says, if None), in an order that the seed decides: what a run takes is the beginning."""
     torch.manual_seed(seed)
-    texts = complete(base, base.model, base.tune, f"sample, seed {seed}", num_return_sequences=samples, **SAMPLING)
+    each = base.task.samples if samples is None else samples
+    texts = complete(base, base.model, base.tune, f"sample, seed {seed}", num_return_sequences=each, **SAMPLING)
     passed = judge(base, base.tune, texts)
     pairs = [
         (item.prompt, found[good.index(True)])
         for item, found, good in zip(base.tune, texts, passed, strict=True)
         if any(good)
     ]
+    if not pairs:
+        raise RuntimeError(f"{base.name}: of {each} samples for each of {len(base.tune)} problems none is right")
     random.Random(seed).shuffle(pairs)
     return pairs
+
+
+def as_chat(tokenizer, items: Sequence[Item]) -> list[Item]:
+    """With prompts as the tokenizer's template has a user say them, and no thinking where it can be turned off."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template; give the task style=complete")
+    bos = tokenizer.bos_token or ""
+    twice = bos and tokenizer(bos)["input_ids"].count(tokenizer.bos_token_id) > 1  # tokenizing puts one in front
+    found = []
+    for item in items:
+        turn = [{"role": "user", "content": item.prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        found.append(replace(item, prompt=text.removeprefix(bos) if twice else text))
+    return found
 
 
 def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:

@@ -3,6 +3,9 @@
     python benchmarks/quality/run.py main                    on the two tiny models, offline, ten seeds
     python benchmarks/quality/run.py all                     every experiment
     python benchmarks/quality/run.py main --models Qwen/Qwen3.5-4B --task humaneval --rows 64
+    python benchmarks/quality/run.py main --models Qwen/Qwen3.5-4B --task spider --task-option databases=spider/database
+
+A task's options are the fields of its class in tasks/, which say what they mean.
 
 Each experiment writes one JSON file per model, after every run, and goes on from there when it is started again. At
 the end it prints its table and saves its plot.
@@ -18,7 +21,7 @@ from pathlib import Path
 import experiments
 import tables
 import torch
-from protocol import SAMPLES, SEEDS, SOLUTIONS, Base, Results
+from protocol import SEEDS, Base, Results, as_chat
 from tasks import TASKS, get_task
 
 from s0kernels import S0Trainer, measure
@@ -30,6 +33,16 @@ TINY_MODELS = ("qwen3_5", "falcon_h1")
 SIZES = ("qwen3_5-64", "qwen3_5-96", "qwen3_5")
 #: how many of the seeds where not said otherwise; the paper's numbers, but for the sweeps, where it has one
 DEFAULT_SEEDS = {"main": 10, "passk": 3, "size": 5, "variants": 5, "boundary": 5, "persistence": 3}
+
+
+class Options(argparse.Action):
+    """Collects NAME=VALUE."""
+
+    def __call__(self, parser, namespace, value, flag=None) -> None:
+        name, sign, text = value.partition("=")
+        if not sign or not name:
+            parser.error(f"{flag} must be NAME=VALUE, got {value!r}")
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: text})
 
 
 def model_folder(name: str, output: Path) -> str:
@@ -47,16 +60,20 @@ def model_folder(name: str, output: Path) -> str:
 
 
 def prepare(experiment: str, name: str, options: argparse.Namespace) -> experiments.Run:
+    given = {} if experiment == "boundary" else options.task_option
+    task = get_task("boundary" if experiment == "boundary" else options.task, given)
+    parts = [items[: options.limit] for items in task.load()]
     trainer = S0Trainer.from_pretrained(model_folder(name, options.output))
     trainer.model.requires_grad_(False)
-    task = get_task("boundary" if experiment == "boundary" else options.task)
-    tune, heldout = task.load()
+    tune, heldout = [as_chat(trainer.tokenizer, items) for items in parts] if task.chat else parts
     short = name.rsplit("/", 1)[-1]
     base = Base(short, trainer, task, tune, heldout, options.rows)
     seeds = SEEDS[: options.seeds or DEFAULT_SEEDS.get(experiment, 3)]
-    settings = {"model": name, "task": task.name, "samples": SAMPLES, "solutions": SOLUTIONS}
+    settings = {"model": name, "task": task.name, "samples": task.samples, "solutions": task.solutions}
+    settings |= {"options": given} if given else {}
+    settings |= {"limit": options.limit} if options.limit else {}
     versions = {package: importlib.metadata.version(package) for package in ("peft", "scipy")}
-    about = {"experiment": experiment, "machine": measure.machine(base.trainer.device.type), "more versions": versions}
+    about = {"experiment": experiment, "machine": measure.machine(trainer.device.type), "more versions": versions}
     cache = options.output / "cache"
     results = Results(options.output / f"{experiment}-{short}-{task.name}.json", settings, about)
     return experiments.Run(
@@ -69,6 +86,10 @@ def main() -> None:
     parser.add_argument("experiment", choices=[*experiments.ALL, "all", "report"])
     parser.add_argument("--models", nargs="+", help="tiny models, or names on the hub (default: the tiny models)")
     parser.add_argument("--task", choices=list(TASKS), default="tiny")
+    parser.add_argument(
+        "--task-option", action=Options, default={}, metavar="NAME=VALUE", help="may be given repeatedly"
+    )
+    parser.add_argument("--limit", type=int, help="take only so many problems of each part, for a try")
     parser.add_argument("--seeds", type=int, help=f"how many of {SEEDS}; the default depends on the experiment")
     parser.add_argument("--rows", type=int, default=256, help="sequences generated at a time")
     parser.add_argument("--threads", type=int, default=1, help="matrices as small as the tiny models' need no more")
@@ -76,6 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.seeds is not None and not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds must be from 1 to {len(SEEDS)}, got {options.seeds}")
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit must be at least 1, got {options.limit}")
     torch.set_num_threads(options.threads)
     chosen = list(experiments.ALL) if options.experiment == "all" else [options.experiment]
     for experiment in [] if options.experiment == "report" else chosen:

@@ -17,70 +17,16 @@ import time
 from pathlib import Path
 
 import torch
-from problems import Problem, make_problems
-from sandbox import Job, verify
-from tqdm import tqdm
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels._files import replace_file
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
+from protocol import Base, evaluate, examples, solutions  # noqa: E402
+from tasks import get_task  # noqa: E402
+
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
-NEW_TOKENS = 40
-ROWS = 256  # sequences per batch when generating
-
-
-def generate(trainer: S0Trainer, problems: list[Problem], label: str, **options) -> list[list[str]]:
-    """The completions of each problem, as many as `num_return_sequences` asks for."""
-    each = options.get("num_return_sequences", 1)
-    size = max(1, ROWS // each)
-    found: list[list[str]] = []
-    for start in tqdm(range(0, len(problems), size), desc=label, unit="batch"):
-        prompts = [problem.prompt for problem in problems[start : start + size]]
-        texts = trainer.generate(prompts, max_new_tokens=NEW_TOKENS, **options)
-        found += [texts[i : i + each] for i in range(0, len(texts), each)]
-    return found
-
-
-def judge(problems: list[Problem], completions: list[list[str]], label: str) -> list[list[bool]]:
-    """Which completions pass their problem's tests, each distinct one run once."""
-    jobs = {}
-    for problem, texts in zip(problems, completions, strict=True):
-        for text in texts:
-            source = problem.prompt + text + "\n"
-            jobs[source] = Job(source, problem.name, list(problem.inputs), list(problem.expected))
-    with tqdm(total=len(jobs), desc=label, unit="run") as bar:
-        verdicts = {}
-        sources = list(jobs)
-        for start in range(0, len(sources), 64):
-            batch = sources[start : start + 64]
-            verdicts |= zip(batch, verify([jobs[source] for source in batch]), strict=True)
-            bar.update(len(batch))
-    return [
-        [verdicts[problem.prompt + text + "\n"].passed for text in texts]
-        for problem, texts in zip(problems, completions, strict=True)
-    ]
-
-
-def solutions(problems: list[Problem], completions: list[list[str]], passed: list[list[bool]], most: int) -> list:
-    """At most one verified (prompt, completion) per problem: the first that passed."""
-    found = []
-    for problem, texts, good in zip(problems, completions, passed, strict=True):
-        if any(good):
-            found.append((problem.prompt, texts[good.index(True)]))
-    return found[:most]
-
-
-def examples(trainer: S0Trainer, pairs: list[tuple[str, str]]) -> list[tuple[str, int]]:
-    tokenizer = trainer.tokenizer
-    return [(p + c + tokenizer.eos_token, len(tokenizer(p)["input_ids"])) for p, c in pairs]
-
-
-def pass_at_1(trainer: S0Trainer, problems: list[Problem], label: str) -> tuple[float, list[str]]:
-    """(share of problems whose greedy completion passes, the completions)."""
-    completions = generate(trainer, problems, f"{label}: greedy", do_sample=False)
-    passed = judge(problems, completions, f"{label}: run")
-    return sum(row[0] for row in passed) / len(problems), [texts[0] for texts in completions]
 
 
 def step_seconds(trainer: S0Trainer, data: list[tuple[str, int]], tokens_per_batch: int) -> float:
@@ -92,9 +38,9 @@ def step_seconds(trainer: S0Trainer, data: list[tuple[str, int]], tokens_per_bat
     return time.perf_counter() - began
 
 
-def in_a_new_process(model: Path, states: Path, prompts: list[str]) -> list[str]:
+def in_a_new_process(model: Path, states: Path, prompts: list[str], new_tokens: int) -> list[str]:
     command = [sys.executable, "-m", "s0kernels", "generate", str(model), "--states", str(states), "--json"]
-    command += ["--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--max-new-tokens", str(new_tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -103,39 +49,35 @@ def in_a_new_process(model: Path, states: Path, prompts: list[str]) -> list[str]
 
 
 def run(name: str, model: Path, output: Path, options: argparse.Namespace) -> dict:
-    torch.manual_seed(options.seed)
-    tune, heldout = make_problems("tune"), make_problems("heldout")
     trainer = S0Trainer.from_pretrained(str(model))
-    base, _ = pass_at_1(trainer, heldout, f"{name}, base")
+    trainer.model.requires_grad_(False)
+    task = get_task("tiny")
+    base = Base(name, trainer, task, *task.load())
+    before = evaluate(base, trainer.model, base.heldout, f"{name}: greedy, base")
 
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
-    sampled = generate(trainer, tune, f"{name}: sample", num_return_sequences=options.samples, **sampling)
-    pairs = solutions(tune, sampled, judge(tune, sampled, f"{name}: verify"), options.solutions)
-    if not pairs:
-        raise RuntimeError(f"{name}: no sampled solution passed its tests, so there is nothing to learn from")
-
-    data = examples(trainer, pairs)
+    pairs = solutions(base, options.seed, options.samples)[: options.solutions]
+    data = examples(base, pairs)
     one_by_one, batched = step_seconds(trainer, data, 1), step_seconds(trainer, data, 4096)
     began = time.perf_counter()
     trainer.train(data)
     seconds = time.perf_counter() - began
     trainer.activate()
-    tuned, texts = pass_at_1(trainer, heldout, f"{name}, S0")
+    after = evaluate(base, trainer.model, base.heldout, f"{name}: greedy, S0")
 
     folder = output / model.name
     trainer.save(folder)
-    again = in_a_new_process(model, folder, [problem.prompt for problem in heldout])
+    again = in_a_new_process(model, folder, [item.prompt for item in base.heldout], task.max_new_tokens)
     return {
         "model": name,
-        "base": base,
-        "s0": tuned,
-        "problems": len(heldout),
+        "base": before["pass@1"],
+        "s0": after["pass@1"],
+        "problems": len(base.heldout),
         "solutions": len(pairs),
         "train_seconds": seconds,
         "bytes": (folder / "states.safetensors").stat().st_size,
         "step_batched_seconds": batched,
         "step_one_by_one_seconds": one_by_one,
-        "reloaded_identical": again == texts,
+        "reloaded_identical": again == after["completions"],
         "losses": [entry["loss"] for entry in trainer.history],
         "alpha": trainer.alpha,
         "seed": options.seed,
@@ -197,6 +139,9 @@ def main() -> None:
     parser.add_argument("--solutions", type=int, default=48, help="verified solutions to learn from, at most")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
+    for name in ("samples", "solutions"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much where cores are busy
 

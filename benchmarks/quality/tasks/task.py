@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -10,18 +10,41 @@ class Item:
     """One problem. `data` is what scoring needs; no model sees it."""
 
     name: str  # unique within the task
-    prompt: str  # what the model continues
+    prompt: str  # what the model continues, or what a user says to it
     reference: str  # a right completion, or "" where none is known
     data: Mapping[str, Any]
 
 
-class Task(Protocol):
-    name: str
-    max_new_tokens: int
-    stop: Sequence[str]  # a completion is cut off before the first of these
+class Task:
+    """Subclasses are dataclasses; their fields are the task's options, strings from a command line."""
+
+    name: ClassVar[str]
+    max_new_tokens: int = 512
+    stop: Sequence[str] = ()  # a completion is cut off before the first of these
+    chat: bool = False  # prompts are what a user says, and go through the tokenizer's chat template
+    samples: ClassVar[int] = 16  # per tuning problem
+    solutions: ClassVar[int] = 48  # to learn from, at most one per problem
+    normalize: ClassVar[bool] = False  # S0 is divided by each layer's norm before it is scaled
 
     def load(self) -> tuple[list[Item], list[Item]]:
         """(problems to tune on, problems held out), always in the same order."""
+        raise NotImplementedError
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
         """Which completions are right, one for each item; an item may come several times."""
+        raise NotImplementedError
+
+
+@dataclass
+class Styled(Task):
+    """A task for large models: `style` is "chat" for models with a chat template, or "complete" for plain text."""
+
+    style: str = "chat"
+
+    def __post_init__(self) -> None:
+        if self.style not in ("chat", "complete"):
+            raise ValueError(f"style must be chat or complete, got {self.style!r}")
+        self.chat = self.style == "chat"
+        self.stop = () if self.chat else self.ends
+
+    ends: ClassVar[Sequence[str]] = ()  # where a plain-text completion is over

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from problems import SPLITS, Problem, make_problems
 from sandbox import Job, verify
 
-from .task import Item
+from .task import Item, Task
 
 
-class Tiny:
+class Tiny(Task):
     name = "tiny"
     max_new_tokens = 40
-    stop = ()
 
     def load(self) -> tuple[list[Item], list[Item]]:
         tune, heldout = ([item(problem) for problem in make_problems(split)] for split in SPLITS)

@@ -1,0 +1,59 @@
+"""Comparing final answers with math-verify, in a process that can be given up.
+
+math-verify parses what a model wrote and hands it to sympy, which a power tower can keep busy, or fill memory with, for
+as long as anyone waits; its own timeout is an alarm that such a computation does not hear.
+"""
+
+import logging
+import multiprocessing
+import resource
+from collections.abc import Sequence
+
+SECONDS = 10.0
+MEMORY = 2 << 30  # bytes of address space on top of what the process has when it starts
+
+
+def same_answers(pairs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[bool]:
+    """For each (right answer, text that ends in an answer) whether they agree. No agreement in time is none.
+
+    Raises ImportError where math-verify or pebble is not installed.
+    """
+    try:
+        import math_verify  # noqa: F401
+        from pebble import ProcessPool
+    except ImportError as error:
+        raise ImportError(f"answers are compared by math-verify: pip install 's0kernels[eval]' ({error})") from None
+
+    pairs = list(pairs)
+    # spawned, since this process may have threads, and one at a time, since models need the cores
+    context = multiprocessing.get_context("spawn")
+    with ProcessPool(max_workers=1, context=context, initializer=_limit) as pool:
+        found = pool.map(_same, pairs, timeout=seconds).result()
+        return [_next(found) for _ in pairs]
+
+
+def _next(found) -> bool:
+    from concurrent.futures import BrokenExecutor
+
+    from pebble import ProcessExpired
+
+    try:
+        return next(found)
+    except BrokenExecutor:  # the process does not start at all
+        raise
+    except (TimeoutError, ProcessExpired, MemoryError):
+        return False
+
+
+def _limit() -> None:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns that its own timeout is off
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+def _same(pair: tuple[str, str]) -> bool:
+    from math_verify import parse, verify
+
+    gold, text = pair
+    return bool(verify(parse(gold, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))

@@ -1,0 +1,52 @@
+"""Rows of a data set, from the Hugging Face hub or from a file."""
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_records(source: str, fields: Sequence[str], *, split: str, subset: str | None = None) -> list[dict]:
+    """All rows, in order.
+
+    source: a path of a .json file (a list) or of a .jsonl file (a row a line), either also as .gz; anything else is
+    the name of a data set that `datasets.load_dataset` finds, and only then `split` and `subset` count.
+    Raises ValueError, naming source and row, for what is not such a file and for rows without one of the `fields`;
+    FileNotFoundError; ImportError where a data set is asked for and `datasets` is not installed.
+    """
+    if re.search(r"\.jsonl?(\.gz)?$", source):
+        rows = _from_file(Path(source).expanduser())
+    else:
+        rows = _from_hub(source, subset, split)
+    if not rows:
+        raise ValueError(f"{source} is empty")
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in fields if not isinstance(row, dict) or not isinstance(row.get(field), str)]
+        if missing:
+            raise ValueError(f"{source}: row {number} lacks {', '.join(missing)} as text")
+    return rows
+
+
+def _from_file(path: Path) -> list:
+    if not path.is_file():
+        raise FileNotFoundError(f"no data at {path}")
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        if ".jsonl" in path.name:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text)
+    except (gzip.BadGzipFile, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must hold a list of rows, got {type(rows).__name__}")
+    return rows
+
+
+def _from_hub(name: str, subset: str | None, split: str) -> list:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"{name} is read by the package datasets: pip install 's0kernels[eval]'") from None
+    return [dict(row) for row in load_dataset(name, subset, split=split)]

@@ -1,0 +1,145 @@
+"""Spider: questions to SQL queries, right where both queries give the same rows.
+
+Data: Yu et al. (arXiv 1809.08887). The split (the first 500 questions of the training part, and the development part)
+and the number of samples are those of the S0 paper's public scripts, for which this is the test that S0 should fail.
+
+Rows are compared as the data set's execution evaluator does it (Zhong et al., arXiv 2010.02840): the same rows as
+often, in any order unless the right query orders them, with the columns in any order. DISTINCT counts, which that
+evaluator ignores unless told otherwise, and there is one database per question, not a suite of them.
+"""
+
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox import Call, evaluate
+
+from .humaneval import FENCED, THOUGHTS
+from .records import read_records
+from .task import Item, Styled
+
+TUNE = 500
+ASK = (
+    "The tables of the database {name}:\n\n{schema}\n\n"
+    "Write one SQLite query that answers: {question}\nAnswer with SQL alone."
+)
+PLAIN = "-- The tables of the database {name}\n{schema}\n\n-- {question}\nSELECT"
+
+# Runs in the sandbox. The file is taken to be immutable, so that nothing has to be locked or written beside it.
+QUERY = """
+import sqlite3
+from urllib.parse import quote
+def query(file, sql):
+    connection = sqlite3.connect(f"file:{quote(file)}?mode=ro&immutable=1", uri=True)
+    connection.text_factory = lambda raw: raw.decode(errors="ignore")
+    return connection.execute(sql).fetchall()
+"""
+
+
+@dataclass
+class Spider(Styled):
+    """databases: the folder `database` of the data set's archive, with a folder of each database's name in it, readable
+    to every user; tune, heldout: "xlangai/spider" on the hub (parts train and validation), or a file each."""
+
+    name = "spider"
+    ends = (";", "\n\n")
+    samples = 4
+    solutions = TUNE
+    normalize = True
+
+    databases: str = ""
+    tune: str = "xlangai/spider"
+    heldout: str = "xlangai/spider"
+
+    def load(self) -> tuple[list[Item], list[Item]]:
+        if not self.databases:
+            raise ValueError("spider needs databases=FOLDER, the folder `database` of its archive")
+        if not Path(self.databases).is_dir():
+            raise FileNotFoundError(f"databases: no folder {self.databases}")
+        fields = ("question", "query", "db_id")
+        parts = [
+            [self._item(f"{split}/{i}", row) for i, row in enumerate(read_records(source, fields, split=split))]
+            for source, split in ((self.tune, "train"), (self.heldout, "validation"))
+        ]
+        return parts[0][:TUNE], parts[1]
+
+    def _item(self, name: str, row: dict) -> Item:
+        file = Path(self.databases).resolve() / row["db_id"] / f"{row['db_id']}.sqlite"
+        text = (ASK if self.chat else PLAIN).format(name=row["db_id"], schema=schema(file), question=row["question"])
+        query = row["query"]
+        reference = query if self.chat else re.sub(r"^\s*select\b", "", query, flags=re.IGNORECASE)
+        return Item(name, text, reference, {"file": str(file), "query": query})
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
+        answers = [self.sql(text) for text in completions]
+        pairs = [
+            (item.data["file"], sql)
+            for item, answer in zip(items, answers, strict=True)
+            for sql in (item.data["query"], answer)
+        ]
+        wanted = list(dict.fromkeys(pairs))
+        calls = [Call(QUERY, "query", pair) for pair in wanted]
+        found = dict(zip(wanted, evaluate(calls, timeout=30.0, memory_mb=1024), strict=True))
+        return [
+            self._right(found[item.data["file"], item.data["query"]], found[item.data["file"], answer], item)
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def _right(self, gold, answer, item: Item) -> bool:
+        if not gold.ok:
+            raise RuntimeError(f"{item.name}: the data set's own query fails: {gold.reason}")
+        return answer.ok and same_rows(gold.value, answer.value, "order by" in item.data["query"].lower())
+
+    def sql(self, text: str) -> str:
+        """The query in an answer: what is in its code block, or from the first SELECT or WITH on, up to a semicolon."""
+        if not self.chat:
+            return f"SELECT{text}"
+        text = THOUGHTS.sub("", text)
+        if block := FENCED.search(text):
+            text = block[1]
+        if begin := re.search(r"\b(select|with)\b", text, re.IGNORECASE):
+            text = text[begin.start() :]
+        return text.partition(";")[0].strip()
+
+
+def schema(file: Path, known: dict[Path, str] = {}) -> str:  # noqa: B006
+    """The statements that made a database's tables."""
+    if file not in known:
+        if not file.is_file():
+            raise FileNotFoundError(f"databases: no file {file}")
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+            rows = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
+            known[file] = "\n\n".join(sql for (sql,) in rows)
+    return known[file]
+
+
+def same_rows(gold: Sequence[tuple], found: Sequence[tuple], ordered: bool) -> bool:
+    """Whether some order of the columns of `found` makes it `gold`, in any order of the rows unless `ordered`."""
+    if len(gold) != len(found):
+        return False
+    if not gold:
+        return True
+    if len(gold[0]) != len(found[0]):
+        return False
+    columns, others = list(zip(*gold, strict=True)), list(zip(*found, strict=True))
+    same = (lambda a, b: list(a) == list(b)) if ordered else (lambda a, b: Counter(a) == Counter(b))
+    return any(
+        same(gold, list(zip(*(others[j] for j in order), strict=True))) for order in _orders(columns, others, same)
+    )
+
+
+def _orders(columns: list[tuple], others: list[tuple], same) -> Iterator[list[int]]:
+    """The ways to put a different one of `others` in each column's place, none of which has other values in it."""
+    if not columns:
+        yield []
+        return
+    tried = []
+    for j, other in enumerate(others):
+        if other is not None and other not in tried and same(columns[0], other):
+            tried.append(other)  # equal columns are the same choice
+            for rest in _orders(columns[1:], [*others[:j], None, *others[j + 1 :]], same):
+                yield [j, *rest]

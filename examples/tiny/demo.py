@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 from problems import Problem, make_problems
-from sandbox import Job, verify
 from tqdm import tqdm
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels._files import replace_file
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
+from sandbox import Job, verify  # noqa: E402
+
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
 NEW_TOKENS = 40
 ROWS = 256  # sequences per batch when generating

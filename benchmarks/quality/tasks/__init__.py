@@ -8,7 +8,7 @@ from .task import Item, Task
 
 __all__ = ["TASKS", "Item", "Task", "get_task"]
 
-sys.path.append(str(Path(__file__).resolve().parents[3] / "examples" / "tiny"))  # the tiny models' problems and sandbox
+sys.path.append(str(Path(__file__).resolve().parents[3] / "examples" / "tiny"))  # the tiny models' problems
 
 # the class of each task, imported when it is asked for
 TASKS = {"tiny": "tiny.Tiny", "boundary": "boundary.Boundary"}

@@ -1,4 +1,4 @@
-"""examples/tiny/sandbox.py: right code passes; each way to hang, harm or cheat is refused and leaves nothing behind."""
+"""benchmarks/quality/sandbox.py: right code passes; ways to hang, harm or cheat are refused and leave nothing behind."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples" / "tiny"
-sys.path.insert(0, str(EXAMPLES))
+QUALITY = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
+sys.path.insert(0, str(QUALITY))
 import sandbox  # noqa: E402
 from sandbox import Job, verify  # noqa: E402
 
@@ -399,7 +399,7 @@ def test_as_a_normal_user(playground):
 import sys
 if sys.version_info < (3, 11):
     sys.exit("too old")
-sys.path.insert(0, {str(EXAMPLES)!r})
+sys.path.insert(0, {str(QUALITY)!r})
 from sandbox import Job, verify
 bodies = ["pass", "os.kill(os.getppid(), 9)", "os.kill(-1, 0)", "os.remove({str(playground / "kept")!r})", "os.fork()"]
 jobs = [Job(f"import os\\ndef f(x):\\n {{body}}\\n return x", "f", [(1,)], [1]) for body in bodies]
@@ -489,7 +489,7 @@ def test_dead_launcher_is_replaced(monkeypatch):
 def test_nothing_outlives_a_killed_caller():
     script = f"""
 import sys
-sys.path.insert(0, {str(EXAMPLES)!r})
+sys.path.insert(0, {str(QUALITY)!r})
 from sandbox import Job, verify
 verify([Job("def f(x):\\n while True: pass", "f", [(1,)], [1])] * 2, timeout={LONG!r})
 """

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from problems import DEFAULT_SEED, FAMILIES, corpus, make_problems
-from sandbox import Job, verify
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -38,6 +38,9 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
+from sandbox import Job, verify  # noqa: E402
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 512
 MAX_NEW_TOKENS = 40

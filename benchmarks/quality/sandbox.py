@@ -1,0 +1,353 @@
+"""Run Python functions written by a language model: say which are right, or return what they return.
+
+    verify([Job(source, "f", [(3,)], [4])])             the results are compared with expected values
+    verify([Program(source, "f", tests, prelude)])      tests as code: they define check(candidate)
+    evaluate([Call(source, "f", (3,))])                 the value itself
+
+Threat model: the code is harmful by accident, not by intent. It must not hang, fill memory or disk, start or
+signal processes, delete files, harm the caller, or count as right without giving the right answers.
+
+caller  --jobs-->  launcher (one fresh `python -I -S` per worker)  --forks per job-->  confined children
+The caller may hold torch's threads and gigabytes, so it never forks; forks of the small launcher are cheap.
+
+A child has its own session, stdin/stdout/stderr on /dev/null, one pipe for results and no other descriptor, an empty
+environment, rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
+that lets only pure computation and read-only opens through: fork, threads, exec, kill, sockets, and creating, writing,
+renaming or deleting files fail with EPERM. That needs no capability, no namespace and no temporary directory. Where
+the kernel lets it, the launcher first enters network, IPC and UTS namespaces of its own, a second wall behind the
+filter; `confinement` says what there is. The launcher kills its children after `timeout` seconds. Where the filter
+does not work, `verify` and `evaluate` raise RuntimeError.
+
+What is expected never enters the child that runs the source. A Job's child returns what the function returned and the
+caller compares. A Program's tests run in a second child, as confined, which never runs the source: its `candidate`
+sends the arguments to the first child over a pipe and returns what comes back, or raises the builtin exception nearest
+to the one raised there. Only this judge tells the launcher, and only `check` having returned there, with the candidate
+called at least once, passes. So a forged answer must still be the right one, and nothing redefined, printed or left
+early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job whatever
+the tests would have caught.
+
+Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
+types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed. For
+Jobs they cross as JSON, and equality is strict: True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never.
+JSON has no tuple, so tuples count as lists, both as arguments and as results. A function that changes its arguments is
+not verified.
+
+SQLite databases can be read through the library: `sqlite3.connect("file:PATH?mode=ro&immutable=1", uri=True)`, with
+`PRAGMA temp_store=memory`, because temporary files are refused. Like any file it must be readable to the child's uid,
+which as a rule means to others, its folders too; sqlite3 says no more than "unable to open database file", so open()
+the file first for the reason.
+
+Not covered: reading what the child's uid may read (it can be sent nowhere, except back as a result). Without a
+change of uid that includes the caller's files and /proc entries, and so code that deliberately searches the caller's
+memory for the answers. Tests that execute what the candidate returned. Bugs in the kernel, CPU use within the limits,
+and answers that are right by luck. Threads, subprocesses and temporary files are refused to honest code too. When the
+uid is dropped, modules that are not preloaded (_PRELOAD in confined.py) can be imported only if that uid can read the
+standard library. Linux on x86_64 or aarch64 only.
+"""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from wire import (
+    FLOOD,
+    NO_VERDICT,
+    PROGRAM,
+    REASON_LIMIT,
+    SOLVE,
+    TIMED_OUT,
+    Limits,
+    decode,
+    encode,
+    frame,
+    is_json,
+    receive,
+    send,
+)
+
+__all__ = ["Call", "Job", "Outcome", "Program", "Verdict", "confinement", "evaluate", "verify"]
+
+_LAUNCHER_GRACE = 20.0  # seconds on top of a job's timeout before the launcher itself is given up
+_TRY_NAMESPACES = True
+_RETURNED = "returned"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One function to check: `source` must define `function`; `inputs` are tuples of plain JSON arguments."""
+
+    source: str
+    function: str
+    inputs: list[tuple]
+    expected: list
+
+
+@dataclass(frozen=True)
+class Program:
+    """One function to check by tests: `tests` must define check(candidate), which raises where the candidate is wrong.
+
+    `prelude` is code that the tests may use; it runs before them.
+    """
+
+    source: str
+    function: str
+    tests: str
+    prelude: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` only if every result is as expected; `reason` says why not, in one printable line."""
+
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function to run: `source` must define `function`; the arguments are plain values."""
+
+    source: str
+    function: str
+    arguments: tuple = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call returned, where `ok`; otherwise None, and `reason` says why in one printable line."""
+
+    value: object
+    reason: str
+
+    @property
+    def ok(self) -> bool:
+        return self.reason == _RETURNED
+
+
+# Succeeds only where the filter works: sending signal 0 to oneself is otherwise always allowed.
+_PROBE = Job(
+    "import os\ndef probe():\n try:\n  os.kill(os.getpid(), 0)\n except PermissionError:\n  return 'confined'",
+    "probe",
+    [()],
+    ["confined"],
+)
+
+
+def verify(
+    jobs: Sequence[Job | Program],
+    *,
+    timeout: float = 2.0,
+    memory_mb: int = 256,
+    workers: int = 2,
+    progress: bool = False,
+) -> list[Verdict]:
+    """Verdicts in the order of `jobs`.
+
+    timeout: seconds of wall clock per job, all its inputs or tests together; memory_mb: MiB per child beyond the
+    interpreter's. Raises ValueError or TypeError for a job that no solution could meet, RuntimeError if the sandbox
+    does not work on this machine.
+    """
+    verdicts = _each(jobs, timeout, memory_mb, 1, workers, progress)
+    if progress:
+        print(f": {sum(verdict.passed for verdict in verdicts)} verified", file=sys.stderr)
+    return verdicts
+
+
+def evaluate(
+    calls: Sequence[Call],
+    *,
+    timeout: float = 2.0,
+    memory_mb: int = 256,
+    result_mb: int = 1,
+    workers: int = 2,
+    progress: bool = False,
+) -> list[Outcome]:
+    """Outcomes in the order of `calls`; result_mb: MiB of text that a value may come to; the rest as for `verify`."""
+    outcomes = _each(calls, timeout, memory_mb, result_mb, workers, progress)
+    if progress:
+        print(f": {sum(outcome.ok for outcome in outcomes)} returned", file=sys.stderr)
+    return outcomes
+
+
+def confinement() -> str:
+    """What children are confined by on this machine, in one line."""
+    call = Call("import os\ndef uid(): return os.getuid()", "uid")
+    try:
+        launcher = _Launcher(Limits(2.0, 256, 1 << 20, int(_TRY_NAMESPACES)))
+    except RuntimeError as error:
+        return str(error)
+    try:
+        uid = launcher.judge(call, _request(call)).value
+        return f"seccomp filter, rlimits, uid {uid}; {launcher.namespaces}"
+    finally:
+        launcher.close()
+
+
+def _each(jobs: Sequence, timeout: float, memory_mb: int, result_mb: int, workers: int, progress: bool) -> list:
+    """The verdict or outcome of each job, from `workers` launchers."""
+    if not (timeout > 0 and math.isfinite(timeout) and memory_mb > 0 and result_mb > 0 and workers > 0):
+        raise ValueError("timeout, memory_mb, result_mb and workers must be positive")
+    limits = Limits(timeout, memory_mb, result_mb << 20, int(_TRY_NAMESPACES))
+    requests = [_request(job) for job in jobs]
+    answers: list = [None] * len(requests)
+    todo = deque(range(len(requests)))  # popleft is atomic, so the workers share it without a lock
+
+    def work() -> None:
+        launcher = None
+        try:
+            while todo:
+                try:
+                    index = todo.popleft()
+                except IndexError:
+                    return
+                launcher = launcher or _Launcher(limits)
+                answers[index] = launcher.judge(jobs[index], requests[index])
+                if not launcher.alive:
+                    launcher.close()
+                    launcher = None
+                if progress:
+                    print(f"\r{len(jobs) - len(todo)}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
+        finally:
+            if launcher:
+                launcher.close()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(min(workers, len(requests)))]:
+                future.result()
+        finally:
+            todo.clear()  # after an error or Ctrl-C the other workers stop at their next job
+    return answers
+
+
+def _request(job: Job | Program | Call) -> bytes:
+    """What the launcher is sent of a job: for a Job all but the expected values; a Program's tests in a frame apart."""
+    asked = {"source": job.source, "name": job.function}
+    if isinstance(job, Program):
+        if not all(type(text) is str for text in (job.tests, job.prelude)) or "check" not in job.tests:
+            raise ValueError("tests must be code that defines check(candidate)")
+        tests = {"name": job.function, "tests": job.tests, "prelude": job.prelude}
+        return frame(PROGRAM, json.dumps(asked).encode()) + frame(0, json.dumps(tests).encode())
+    if isinstance(job, Call):
+        if type(job.arguments) is not tuple:
+            raise TypeError("the arguments of a call must be a tuple")
+        return frame(SOLVE, json.dumps(asked | {"inputs": [encode(job.arguments)], "exact": True}).encode())
+    if not job.inputs or len(job.inputs) != len(job.expected):
+        raise ValueError("a job needs at least one input, and as many expected values as inputs")
+    inputs = [json.dumps(arguments) for arguments in job.inputs]
+    json.dumps(job.expected)  # like the line above, refuses cycles
+    if not is_json([job.inputs, job.expected]) or any(type(arguments) is not tuple for arguments in job.inputs):
+        raise TypeError("inputs must be tuples, arguments and expected values plain JSON with str keys")
+    return frame(SOLVE, json.dumps(asked | {"inputs": inputs, "exact": False}).encode())
+
+
+def _same(want, got) -> bool:
+    """Whether `got`, decoded from JSON, is `want`; an int may stand for an expected float, nothing else is bent."""
+    if type(want) in (list, tuple):
+        return type(got) is list and len(want) == len(got) and all(map(_same, want, got))
+    if type(want) is dict:
+        return type(got) is dict and want.keys() == got.keys() and all(_same(want[key], got[key]) for key in want)
+    if type(want) is float:
+        return type(got) in (int, float) and got == want
+    return type(got) is type(want) and got == want
+
+
+def _answer(job: Job | Program | Call, code: int, raw: bytes, limits: Limits) -> Verdict | Outcome:
+    """The verdict on or outcome of children that ended with `code` and wrote `raw`, of which nothing is trusted."""
+    value, reason = None, _failure(code, raw, limits)
+    if not reason:
+        try:
+            answer = json.loads(raw)
+            if type(answer) is dict and type(answer.get("error")) is str:
+                reason = answer["error"]
+            elif isinstance(job, Job):
+                reason = _difference(job, answer)
+            elif isinstance(job, Program):
+                reason = "passed" if answer == {"passed": True} else "garbled result"
+            else:
+                (value,) = decode(raw)
+                reason = _RETURNED
+        except (TypeError, ValueError, RecursionError):  # not JSON, not UTF-8, integers or nesting beyond the limits
+            reason = "garbled result"
+    reason = _line(reason)
+    return Outcome(value, reason) if isinstance(job, Call) else Verdict(reason == "passed", reason)
+
+
+def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
+    """Why there is no answer to look at."""
+    if code == TIMED_OUT:
+        return f"timed out after {limits.timeout} s"
+    if code == FLOOD:
+        return f"output flood: more than {limits.result_bytes} bytes of results"
+    if code == NO_VERDICT:
+        return "the tests ended without a verdict"
+    if code or not raw:
+        return f"no result ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+    return None
+
+
+def _difference(job: Job, answer) -> str:
+    """Where the results are not as expected, or "passed"."""
+    if type(answer) is not list or len(answer) != len(job.expected):
+        return "garbled result"
+    for arguments, want, got in zip(job.inputs, job.expected, answer, strict=True):
+        if not _same(want, got):
+            call = f"{job.function}({', '.join(map(repr, arguments))})"
+            return f"wrong answer: {got!r} instead of {want!r} for {call}"
+    return "passed"
+
+
+def _line(text: str) -> str:
+    """Printable on any terminal or log: the text may hold control characters or lone surrogates."""
+    return "".join(c if c.isprintable() else " " for c in text[:REASON_LIMIT]).strip()
+
+
+class _Launcher:
+    """The caller's end of one launcher process."""
+
+    def __init__(self, limits: Limits):
+        self.alive = True
+        self._limits = limits
+        # Some interpreters do not even start without the library path; the launcher clears it for the children.
+        env = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
+        script = Path(__file__).resolve().with_name("confined.py")
+        command = [sys.executable, "-I", "-S", script, *map(str, limits)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/", env=env, start_new_session=True
+        )
+        try:
+            self.namespaces = self._read()[1].decode()
+            probe = self.judge(_PROBE, _request(_PROBE))
+            if not probe.passed:
+                raise RuntimeError(f"the sandbox does not work here: {probe.reason}")
+        except BaseException:
+            self.close()
+            raise
+
+    def judge(self, job: Job | Program | Call, request: bytes) -> Verdict | Outcome:
+        with contextlib.suppress(BrokenPipeError):  # then reading fails as well
+            send(self._process.stdin.fileno(), request)
+        code, raw = self._read()
+        if code is None:
+            self.alive = False
+            reason = "the launcher died"
+            return Outcome(None, reason) if isinstance(job, Call) else Verdict(False, reason)
+        return _answer(job, code, raw, self._limits)
+
+    def _read(self) -> tuple[int | None, bytes]:
+        return receive(self._process.stdout.fileno(), time.monotonic() + self._limits.timeout + _LAUNCHER_GRACE)
+
+    def close(self) -> None:
+        self._process.kill()  # a child that still runs dies with its launcher
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()

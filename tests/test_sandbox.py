@@ -1,4 +1,4 @@
-"""benchmarks/quality/sandbox.py: right code passes; ways to hang, harm or cheat are refused and leave nothing behind."""
+"""benchmarks/quality/sandbox.py: right code passes; ways to hang, harm or cheat fail and leave nothing behind."""
 
 import os
 import pathlib

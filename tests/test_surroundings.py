@@ -143,7 +143,10 @@ def test_tune_and_generate(tmp_path, capsys, monkeypatch):
 
 def test_options_of_the_demonstration():
     """They are the script's, --help too."""
-    for options, code, text in ((["--help"], 0, "--solutions"), (["--samples", "0"], 2, "--samples must be at least 1")):
+    for options, code, text in (
+        (["--help"], 0, "--solutions"),
+        (["--samples", "0"], 2, "--samples must be at least 1"),
+    ):
         done = python("-m", "s0kernels", "demo", *options)
         assert done.returncode == code
         assert text in done.stdout + done.stderr

@@ -9,6 +9,8 @@ import multiprocessing
 import resource
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 SECONDS = 10.0
 MEMORY = 2 << 30  # bytes of address space on top of what the process has when it starts
 
@@ -29,7 +31,7 @@ def same_answers(pairs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> 
     context = multiprocessing.get_context("spawn")
     with ProcessPool(max_workers=1, context=context, initializer=_limit) as pool:
         found = pool.map(_same, pairs, timeout=seconds).result()
-        return [_next(found) for _ in pairs]
+        return [_next(found) for _ in tqdm(pairs, desc="comparing answers", unit="answer", leave=False)]
 
 
 def _next(found) -> bool:

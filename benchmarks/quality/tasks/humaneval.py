@@ -54,12 +54,21 @@ class HumanEval(Styled):
             Program(
                 whole(item.data["prompt"], item.data["entry_point"], text),
                 item.data["entry_point"],
-                item.data["test"],
+                tests(item),
                 prelude=item.data["prompt"],
             )
             for item, text in zip(items, completions, strict=True)
         ]
-        return [verdict.passed for verdict in verify(programs, timeout=10.0, memory_mb=1024)]
+        return [verdict.passed for verdict in verify(programs, timeout=10.0, memory_mb=1024, progress=True)]
+
+
+def tests(item: Item) -> str:
+    """The data set's, where the function's own name is the candidate too: one of them compares with that."""
+    name = item.data["entry_point"]
+    return (
+        item.data["test"]
+        + f"\n_check = check\ndef check({name}):\n    globals()[{name!r}] = {name}\n    _check({name})\n"
+    )
 
 
 def published(prompt: str, function: str, answer: str) -> str:
@@ -83,7 +92,9 @@ def indented(body: str) -> str:
     lines = body.strip("\n").split("\n")
     if lines[0][:1].isspace():
         return "\n".join(lines)
-    rest = next((line for line in lines[1:] if line.strip()), "")
-    inner = 8 if lines[0].rstrip().endswith(":") else 4
-    lost = len(rest) - len(rest.lstrip()) >= inner
-    return "\n".join([f"    {lines[0]}", *(line if lost else f"    {line}" for line in lines[1:])])
+    margins = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
+    margin = min(margins, default=0)
+    opens = lines[0].partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # a block, and that is all
+    if margin and not opens:
+        return "\n".join([" " * margin + lines[0], *lines[1:]])
+    return "\n".join(f"    {line}" for line in lines)

@@ -35,7 +35,7 @@ def _from_file(path: Path) -> list:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
         if ".jsonl" in path.name:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except (gzip.BadGzipFile, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None

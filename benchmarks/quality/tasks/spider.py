@@ -29,14 +29,17 @@ ASK = (
 )
 PLAIN = "-- The tables of the database {name}\n{schema}\n\n-- {question}\nSELECT"
 
-# Runs in the sandbox. The file is taken to be immutable, so that nothing has to be locked or written beside it.
+# Runs in the sandbox.
 QUERY = """
 import sqlite3
-from urllib.parse import quote
-def query(file, sql):
-    connection = sqlite3.connect(f"file:{quote(file)}?mode=ro&immutable=1", uri=True)
+def query(uri, sql):
+    connection = sqlite3.connect(uri, uri=True)
     connection.text_factory = lambda raw: raw.decode(errors="ignore")
-    return connection.execute(sql).fetchall()
+    connection.execute("PRAGMA temp_store=memory")  # temporary files are refused
+    cursor = connection.execute(sql)
+    if cursor.description is None:
+        raise ValueError("not a query")
+    return cursor.fetchall()
 """
 
 
@@ -72,20 +75,22 @@ class Spider(Styled):
         text = (ASK if self.chat else PLAIN).format(name=row["db_id"], schema=schema(file), question=row["question"])
         query = row["query"]
         reference = query if self.chat else re.sub(r"^\s*select\b", "", query, flags=re.IGNORECASE)
-        return Item(name, text, reference, {"file": str(file), "query": query})
+        return Item(name, text, reference, {"uri": _uri(file), "query": query})
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
         answers = [self.sql(text) for text in completions]
         pairs = [
-            (item.data["file"], sql)
+            (item.data["uri"], sql)
             for item, answer in zip(items, answers, strict=True)
             for sql in (item.data["query"], answer)
         ]
         wanted = list(dict.fromkeys(pairs))
         calls = [Call(QUERY, "query", pair) for pair in wanted]
-        found = dict(zip(wanted, evaluate(calls, timeout=30.0, memory_mb=1024), strict=True))
+        found = dict(
+            zip(wanted, evaluate(calls, timeout=30.0, memory_mb=1024, result_mb=64, progress=True), strict=True)
+        )
         return [
-            self._right(found[item.data["file"], item.data["query"]], found[item.data["file"], answer], item)
+            self._right(found[item.data["uri"], item.data["query"]], found[item.data["uri"], answer], item)
             for item, answer in zip(items, answers, strict=True)
         ]
 
@@ -106,12 +111,17 @@ class Spider(Styled):
         return text.partition(";")[0].strip()
 
 
+def _uri(file: Path) -> str:
+    """Of a database that is taken to be immutable, so that nothing has to be locked or written beside it."""
+    return f"{file.as_uri()}?mode=ro&immutable=1"
+
+
 def schema(file: Path, known: dict[Path, str] = {}) -> str:  # noqa: B006
     """The statements that made a database's tables."""
     if file not in known:
         if not file.is_file():
             raise FileNotFoundError(f"databases: no file {file}")
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+        with closing(sqlite3.connect(_uri(file), uri=True)) as connection:
             rows = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
             known[file] = "\n\n".join(sql for (sql,) in rows)
     return known[file]

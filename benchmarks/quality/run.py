@@ -93,12 +93,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help=f"how many of {SEEDS}; the default depends on the experiment")
     parser.add_argument("--rows", type=int, default=256, help="sequences generated at a time")
     parser.add_argument("--threads", type=int, default=1, help="matrices as small as the tiny models' need no more")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--output", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}, and there a folder for each other task"
+    )
     options = parser.parse_args()
     if options.seeds is not None and not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds must be from 1 to {len(SEEDS)}, got {options.seeds}")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit must be at least 1, got {options.limit}")
+    if options.output is None:
+        options.output = RESULTS if options.task == "tiny" else RESULTS / options.task
     torch.set_num_threads(options.threads)
     chosen = list(experiments.ALL) if options.experiment == "all" else [options.experiment]
     for experiment in [] if options.experiment == "report" else chosen:
@@ -111,7 +115,8 @@ def main() -> None:
                 run.results.spent(time.perf_counter() - began)
         print(tables.table(experiment, options.output))
         tables.plot(experiment, options.output)
-    tables.write(options.output)
+    if options.output == RESULTS:
+        tables.write(RESULTS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import protocol  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 from methods import S0, LoRA, Nothing, Prompt, StateOffset  # noqa: E402
-from tasks import Item, get_task  # noqa: E402
+from tasks import Item, Task, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
@@ -63,7 +63,7 @@ def test_thirds_of_the_layers():
         methods.part([1, 2, 3], "first")
 
 
-class Letters:
+class Letters(Task):
     """A task that needs no sandbox: right is what begins with a vowel."""
 
     name, max_new_tokens, stop = "letters", 3, ("\n",)

@@ -78,7 +78,6 @@ __all__ = ["Call", "Job", "Outcome", "Program", "Verdict", "confinement", "evalu
 
 _LAUNCHER_GRACE = 20.0  # seconds on top of a job's timeout before the launcher itself is given up
 _TRY_NAMESPACES = True
-_RETURNED = "returned"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Job:
 class Program:
     """One function to check by tests: `tests` must define check(candidate), which raises where the candidate is wrong.
 
-    `prelude` is code that the tests may use; it runs before them.
+    `prelude` is code that the tests may use; it runs before them. They find the candidate by its own name as well.
     """
 
     source: str
@@ -127,10 +126,7 @@ class Outcome:
 
     value: object
     reason: str
-
-    @property
-    def ok(self) -> bool:
-        return self.reason == _RETURNED
+    ok: bool
 
 
 # Succeeds only where the filter works: sending signal 0 to oneself is otherwise always allowed.
@@ -263,23 +259,28 @@ def _same(want, got) -> bool:
 
 def _answer(job: Job | Program | Call, code: int, raw: bytes, limits: Limits) -> Verdict | Outcome:
     """The verdict on or outcome of children that ended with `code` and wrote `raw`, of which nothing is trusted."""
-    value, reason = None, _failure(code, raw, limits)
+    good, value, reason = False, None, _failure(code, raw, limits)
     if not reason:
+        reason = "garbled result"
         try:
             answer = json.loads(raw)
             if type(answer) is dict and type(answer.get("error")) is str:
-                reason = answer["error"]
+                reason = answer["error"] + _quote(job, answer.get("line"))
             elif isinstance(job, Job):
                 reason = _difference(job, answer)
+                good = not reason
             elif isinstance(job, Program):
-                reason = "passed" if answer == {"passed": True} else "garbled result"
+                good = answer == {"passed": True}
             else:
                 (value,) = decode(raw)
-                reason = _RETURNED
+                good = True
         except (TypeError, ValueError, RecursionError):  # not JSON, not UTF-8, integers or nesting beyond the limits
-            reason = "garbled result"
-    reason = _line(reason)
-    return Outcome(value, reason) if isinstance(job, Call) else Verdict(reason == "passed", reason)
+            pass
+    praise = "returned" if isinstance(job, Call) else "passed"
+    reason = praise if good else _line(reason)
+    if not good and reason == praise:  # an error that calls itself so
+        reason = "garbled result"
+    return Outcome(value, reason, good) if isinstance(job, Call) else Verdict(good, reason)
 
 
 def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
@@ -296,14 +297,21 @@ def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
 
 
 def _difference(job: Job, answer) -> str:
-    """Where the results are not as expected, or "passed"."""
+    """Where the results are not as expected, or ""."""
     if type(answer) is not list or len(answer) != len(job.expected):
         return "garbled result"
     for arguments, want, got in zip(job.inputs, job.expected, answer, strict=True):
         if not _same(want, got):
             call = f"{job.function}({', '.join(map(repr, arguments))})"
             return f"wrong answer: {got!r} instead of {want!r} for {call}"
-    return "passed"
+    return ""
+
+
+def _quote(job: Job | Program | Call, number: int | None) -> str:
+    """The line at which a program's tests ended."""
+    if not isinstance(job, Program) or not number:
+        return ""
+    return f" (line {number}: {job.tests.split(chr(10))[number - 1].strip()})"
 
 
 def _line(text: str) -> str:
@@ -340,7 +348,7 @@ class _Launcher:
         if code is None:
             self.alive = False
             reason = "the launcher died"
-            return Outcome(None, reason) if isinstance(job, Call) else Verdict(False, reason)
+            return Outcome(None, reason, False) if isinstance(job, Call) else Verdict(False, reason)
         return _answer(job, code, raw, self._limits)
 
     def _read(self) -> tuple[int | None, bytes]:

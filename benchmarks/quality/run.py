@@ -19,6 +19,7 @@ import experiments
 import tables
 import torch
 from protocol import SAMPLES, SEEDS, SOLUTIONS, Base, Results
+from sandbox import confinement
 from tasks import TASKS, get_task
 
 from s0kernels import S0Trainer, measure
@@ -57,6 +58,7 @@ def prepare(experiment: str, name: str, options: argparse.Namespace) -> experime
     settings = {"model": name, "task": task.name, "samples": SAMPLES, "solutions": SOLUTIONS}
     versions = {package: importlib.metadata.version(package) for package in ("peft", "scipy")}
     about = {"experiment": experiment, "machine": measure.machine(base.trainer.device.type), "more versions": versions}
+    about["sandbox"] = confinement()
     cache = options.output / "cache"
     results = Results(options.output / f"{experiment}-{short}-{task.name}.json", settings, about)
     return experiments.Run(

@@ -10,8 +10,8 @@ signal processes, delete files, harm the caller, or count as right without givin
 caller  --jobs-->  launcher (one fresh `python -I -S` per worker)  --forks per job-->  confined children
 The caller may hold torch's threads and gigabytes, so it never forks; forks of the small launcher are cheap.
 
-A child has its own session, stdin/stdout/stderr on /dev/null, one pipe for results and no other descriptor, an empty
-environment, rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
+A child has its own session, stdin/stdout/stderr on /dev/null, its pipes and no other descriptor, an empty environment,
+rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
 that lets only pure computation and read-only opens through: fork, threads, exec, kill, sockets, and creating, writing,
 renaming or deleting files fail with EPERM. That needs no capability, no namespace and no temporary directory. Where
 the kernel lets it, the launcher first enters network, IPC and UTS namespaces of its own, a second wall behind the
@@ -23,8 +23,8 @@ caller compares. A Program's tests run in a second child, as confined, which nev
 sends the arguments to the first child over a pipe and returns what comes back, or raises the builtin exception nearest
 to the one raised there. Only this judge tells the launcher, and only `check` having returned there, with the candidate
 called at least once, passes. So a forged answer must still be the right one, and nothing redefined, printed or left
-early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job whatever
-the tests would have caught.
+early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job even
+where the tests catch everything.
 
 Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
 types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed. For
@@ -308,10 +308,11 @@ def _difference(job: Job, answer) -> str:
 
 
 def _quote(job: Job | Program | Call, number: int | None) -> str:
-    """The line at which a program's tests ended."""
-    if not isinstance(job, Program) or not number:
+    """The line at which a program's tests failed."""
+    if not isinstance(job, Program) or type(number) is not int:
         return ""
-    return f" (line {number}: {job.tests.split(chr(10))[number - 1].strip()})"
+    line = "".join(job.tests.splitlines()[number - 1 : number]).strip()
+    return f" (line {number}: {line})"
 
 
 def _line(text: str) -> str:

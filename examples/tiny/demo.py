@@ -25,7 +25,7 @@ from s0kernels._files import replace_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
-from sandbox import Job, verify  # noqa: E402
+from sandbox import Job, confinement, verify  # noqa: E402
 
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
 NEW_TOKENS = 40
@@ -202,6 +202,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much where cores are busy
 
+    print(f"what the models write runs under: {confinement()}")
     began = time.perf_counter()
     results = [run(name, MODELS[name], options.output, options) for name in options.models]
     replace_file(options.output / "results.json", json.dumps(results, indent=2).encode())

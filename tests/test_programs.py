@@ -247,7 +247,7 @@ JUDGES = {
     "other-error": ("def check(c): c(3)()", "", "wrong: TypeError: 'int' object is not callable (line 1"),
     "own-exit": ("def check(c):\n c(3)\n raise SystemExit", "", "wrong: SystemExit"),
     "exit-at-import": ("import sys\nsys.exit()\ndef check(c): c(3)", "", "the tests do not load: SystemExit"),
-    "os-exit": ("import os\ndef check(c):\n c(3)\n os._exit(0)", "", "no result (exit code 0)"),
+    "os-exit": ("import os\ndef check(c):\n c(3)\n os._exit(0)", "", "the tests ended without a verdict"),
     "crash": ("import os\ndef check(c): os.abort()", "", "the tests ended without a verdict"),
     "syntax": ("def check(c) pass", "", "the tests do not load: SyntaxError"),
     "no-check": ("checked = 1", "", "the tests do not load: KeyError: 'check'"),

@@ -125,7 +125,7 @@ def _run(kind: int, request: bytes, box: _Box) -> tuple[int, bytes]:
         raw = raw[1:]
         if not code and statuses[0] == _ORPHANED:
             return statuses[1], b""
-        if not code and statuses[0]:
+        if not code and (statuses[0] or not raw):
             return NO_VERDICT, b""
     return (code, b"") if code else (statuses[0], raw)
 

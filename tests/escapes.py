@@ -30,6 +30,13 @@ def processes(*markers) -> list[int]:
     return found
 
 
+def confined(pid) -> bool:
+    try:
+        return "\nSeccomp:\t2\n" in pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def wait_until(condition, seconds=5.0) -> bool:
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:

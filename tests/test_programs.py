@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from escapes import (
@@ -15,6 +14,7 @@ from escapes import (
     LONG,
     QUALITY,
     attempt,
+    confined,
     make_playground,
     outcomes,
     processes,
@@ -248,6 +248,7 @@ JUDGES = {
     "own-exit": ("def check(c):\n c(3)\n raise SystemExit", "", "wrong: SystemExit"),
     "exit-at-import": ("import sys\nsys.exit()\ndef check(c): c(3)", "", "the tests do not load: SystemExit"),
     "os-exit": ("import os\ndef check(c):\n c(3)\n os._exit(0)", "", "the tests ended without a verdict"),
+    "forge": ("import os\ndef check(c):\n os.write(3, b'1')\n os._exit(0)", "", "garbled result"),
     "crash": ("import os\ndef check(c): os.abort()", "", "the tests ended without a verdict"),
     "syntax": ("def check(c) pass", "", "the tests do not load: SyntaxError"),
     "no-check": ("checked = 1", "", "the tests do not load: KeyError: 'check'"),
@@ -335,6 +336,17 @@ def check(candidate):
     assert [verdict.passed for verdict in verdicts] == [False] * 3 + [True], verdicts[3].reason
 
 
+def test_launcher_that_was_not_sent_the_tests_ends():
+    """It could not tell what arrives next from the tests."""
+    launcher = sandbox._Launcher(sandbox.Limits(HANG, 64, 1 << 20, 0))
+    try:
+        source = sandbox.frame(sandbox.PROGRAM, b'{"source": "def f(x): return x", "name": "f"}')
+        sandbox.send(launcher._process.stdin.fileno(), source)
+        assert launcher._read() == (None, b"")
+    finally:
+        launcher.close()
+
+
 SLEEPER = program("import time\ndef f(x): time.sleep(99)")
 
 
@@ -349,8 +361,7 @@ def test_killed_from_outside(victim, reason):
     programs = [SLEEPER, program("def f(x): return x + 1")]
     thread = threading.Thread(target=lambda: verdicts.extend(verify(programs, timeout=LONG, workers=1)))
     thread.start()
-    assert wait_until(lambda: len(processes(LONG)) == 3)
-    time.sleep(0.2)  # both confined, and the candidate asleep
+    assert wait_until(lambda: sum(map(confined, processes(LONG))) == 2)
     found = sorted(processes(LONG))
     os.kill(found[victim], signal.SIGKILL)
     assert wait_until(lambda: not {*found[1:]} & {*processes(LONG)}, 1.0)
@@ -366,9 +377,7 @@ from sandbox import Program, verify
 verify([{SLEEPER!r}] * 2, timeout={LONG!r})
 """
     caller = subprocess.Popen([sys.executable, "-c", script])
-    assert wait_until(lambda: len(processes(LONG)) == 6)
-    time.sleep(0.2)
-    assert len(processes(LONG)) == 6
+    assert wait_until(lambda: sum(map(confined, processes(LONG))) == 4)
     caller.kill()
     caller.wait()
     assert wait_until(lambda: not processes(LONG), 1.0)

@@ -267,7 +267,7 @@ def test_as_a_normal_user(playground):
     """The part without a change of uid, where files and processes of the same user are within reach."""
     python = sys.executable if os.stat("/root").st_mode & 0o001 else "/usr/bin/python3"
     script = f"""
-import sys
+import os, sys
 if sys.version_info < (3, 11):
     sys.exit("too old")
 sys.path.insert(0, {str(QUALITY)!r})
@@ -282,6 +282,9 @@ jobs.append(Job(f"def f(x): return {{powers}}", "f", [(1,)], [0]))
 for verdict in verify(jobs, timeout={LONG!r}):
     print(verdict.reason.removeprefix("the candidate raised ").split(":")[0])
 print(sandbox.confinement())
+launcher = sandbox._Launcher(sandbox.Limits(2, 64, 1 << 20, {sandbox._TRY_NAMESPACES:d}))
+print(os.stat(f"/proc/{{launcher._process.pid}}/mem").st_uid)  # that of who may read it
+launcher.close()
 """
     somebody = {"user": 12345, "group": 12345, "extra_groups": []}
     try:
@@ -290,9 +293,10 @@ print(sandbox.confinement())
         pytest.skip(f"no interpreter for another user: {error}")
     if done.returncode and ("too old" in done.stderr or "Permission denied" in done.stderr):
         pytest.skip(f"the other user cannot run this interpreter or read this tree: {done.stderr}")
-    *reasons, confinement = done.stdout.splitlines()
+    *reasons, confinement, owner = done.stdout.splitlines()
     assert reasons == [*(["passed"] + ["PermissionError"] * 4) * 2, "passed"], done.stderr
     assert confinement.startswith("seccomp filter, rlimits, uid 12345; ")
+    assert owner == "0"
 
 
 def test_many_mixed_jobs_keep_their_order(capsys):

@@ -76,6 +76,11 @@ CHEATS = {
         "not a plain value: Liar",
     ),
     "liar-in-a-list": ("class Liar(int): pass\ndef f(x): return [Liar(4)]", "not a plain value: Liar"),
+    "liar-among-dicts": (
+        "class Liar(dict):\n def __eq__(self, other): return True\ndef f(x): return Liar()",
+        "not a plain value: Liar",
+    ),
+    "named-as-a-list": ("class list(list): pass\ndef f(x): return list()", "not a plain value: list"),
     "generator": ("def f(x): yield 4", "not a plain value: generator"),
     "function": ("def f(x): return f", "not a plain value: function"),
     "cyclic-list": ("def f(x):\n x = []\n x.append(x)\n return x", "cyclic"),
@@ -187,6 +192,11 @@ RIGHT = {
     "keywords": (
         "def f(a, *, b=1): return a, b",
         "def check(c): assert c(1, b=(2,)) == (1, (2,)) and c(a=3) == (3, 1)",
+        "",
+    ),
+    "dicts": (
+        "from collections import *\ndef f(x): return Counter(x), OrderedDict(a=1), defaultdict(list, a=[])",
+        "def check(c): assert c('aab') == ({'a': 2, 'b': 1}, {'a': 1}, {'a': []})",
         "",
     ),
     "many-calls": ("def f(x): return x", "def check(c):\n for i in range(2000): assert c(i) == i", ""),

@@ -27,10 +27,10 @@ early beside the source can turn wrong into right. An exit, a crash or a value t
 where the tests catch everything.
 
 Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
-types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed. For
-Jobs they cross as JSON, and equality is strict: True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never.
-JSON has no tuple, so tuples count as lists, both as arguments and as results. A function that changes its arguments is
-not verified.
+types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed; a Counter,
+OrderedDict or defaultdict becomes the dict that it equals. For Jobs they cross as JSON, and equality is strict:
+True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never. JSON has no tuple, so tuples count as lists,
+both as arguments and as results. A function that changes its arguments is not verified.
 
 SQLite databases can be read through the library: `sqlite3.connect("file:PATH?mode=ro&immutable=1", uri=True)`, with
 `PRAGMA temp_store=memory`, because temporary files are refused. Like any file it must be readable to the child's uid,

@@ -22,6 +22,7 @@ import experiments
 import tables
 import torch
 from protocol import SEEDS, Base, Results, as_chat
+from sandbox import confinement
 from tasks import TASKS, get_task
 
 from s0kernels import S0Trainer, measure
@@ -74,6 +75,7 @@ def prepare(experiment: str, name: str, options: argparse.Namespace) -> experime
     settings |= {"limit": options.limit} if options.limit else {}
     versions = {package: importlib.metadata.version(package) for package in ("peft", "scipy")}
     about = {"experiment": experiment, "machine": measure.machine(trainer.device.type), "more versions": versions}
+    about["sandbox"] = confinement()
     cache = options.output / "cache"
     results = Results(options.output / f"{experiment}-{short}-{task.name}.json", settings, about)
     return experiments.Run(

@@ -10,8 +10,8 @@ signal processes, delete files, harm the caller, or count as right without givin
 caller  --jobs-->  launcher (one fresh `python -I -S` per worker)  --forks per job-->  confined children
 The caller may hold torch's threads and gigabytes, so it never forks; forks of the small launcher are cheap.
 
-A child has its own session, stdin/stdout/stderr on /dev/null, one pipe for results and no other descriptor, an empty
-environment, rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
+A child has its own session, stdin/stdout/stderr on /dev/null, its pipes and no other descriptor, an empty environment,
+rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
 that lets only pure computation and read-only opens through: fork, threads, exec, kill, sockets, and creating, writing,
 renaming or deleting files fail with EPERM. That needs no capability, no namespace and no temporary directory. Where
 the kernel lets it, the launcher first enters network, IPC and UTS namespaces of its own, a second wall behind the
@@ -23,14 +23,14 @@ caller compares. A Program's tests run in a second child, as confined, which nev
 sends the arguments to the first child over a pipe and returns what comes back, or raises the builtin exception nearest
 to the one raised there. Only this judge tells the launcher, and only `check` having returned there, with the candidate
 called at least once, passes. So a forged answer must still be the right one, and nothing redefined, printed or left
-early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job whatever
-the tests would have caught.
+early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job even
+where the tests catch everything.
 
 Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
-types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed. For
-Jobs they cross as JSON, and equality is strict: True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never.
-JSON has no tuple, so tuples count as lists, both as arguments and as results. A function that changes its arguments is
-not verified.
+types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed; a Counter,
+OrderedDict or defaultdict becomes the dict that it equals. For Jobs they cross as JSON, and equality is strict:
+True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never. JSON has no tuple, so tuples count as lists,
+both as arguments and as results. A function that changes its arguments is not verified.
 
 SQLite databases can be read through the library: `sqlite3.connect("file:PATH?mode=ro&immutable=1", uri=True)`, with
 `PRAGMA temp_store=memory`, because temporary files are refused. Like any file it must be readable to the child's uid,
@@ -78,7 +78,6 @@ __all__ = ["Call", "Job", "Outcome", "Program", "Verdict", "confinement", "evalu
 
 _LAUNCHER_GRACE = 20.0  # seconds on top of a job's timeout before the launcher itself is given up
 _TRY_NAMESPACES = True
-_RETURNED = "returned"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Job:
 class Program:
     """One function to check by tests: `tests` must define check(candidate), which raises where the candidate is wrong.
 
-    `prelude` is code that the tests may use; it runs before them.
+    `prelude` is code that the tests may use; it runs before them. They find the candidate by its own name as well.
     """
 
     source: str
@@ -127,10 +126,7 @@ class Outcome:
 
     value: object
     reason: str
-
-    @property
-    def ok(self) -> bool:
-        return self.reason == _RETURNED
+    ok: bool
 
 
 # Succeeds only where the filter works: sending signal 0 to oneself is otherwise always allowed.
@@ -263,23 +259,28 @@ def _same(want, got) -> bool:
 
 def _answer(job: Job | Program | Call, code: int, raw: bytes, limits: Limits) -> Verdict | Outcome:
     """The verdict on or outcome of children that ended with `code` and wrote `raw`, of which nothing is trusted."""
-    value, reason = None, _failure(code, raw, limits)
+    good, value, reason = False, None, _failure(code, raw, limits)
     if not reason:
+        reason = "garbled result"
         try:
             answer = json.loads(raw)
             if type(answer) is dict and type(answer.get("error")) is str:
-                reason = answer["error"]
+                reason = answer["error"] + _quote(job, answer.get("line"))
             elif isinstance(job, Job):
                 reason = _difference(job, answer)
+                good = not reason
             elif isinstance(job, Program):
-                reason = "passed" if answer == {"passed": True} else "garbled result"
+                good = answer == {"passed": True}
             else:
                 (value,) = decode(raw)
-                reason = _RETURNED
+                good = True
         except (TypeError, ValueError, RecursionError):  # not JSON, not UTF-8, integers or nesting beyond the limits
-            reason = "garbled result"
-    reason = _line(reason)
-    return Outcome(value, reason) if isinstance(job, Call) else Verdict(reason == "passed", reason)
+            pass
+    praise = "returned" if isinstance(job, Call) else "passed"
+    reason = praise if good else _line(reason)
+    if not good and reason == praise:  # an error that calls itself so
+        reason = "garbled result"
+    return Outcome(value, reason, good) if isinstance(job, Call) else Verdict(good, reason)
 
 
 def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
@@ -296,14 +297,22 @@ def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
 
 
 def _difference(job: Job, answer) -> str:
-    """Where the results are not as expected, or "passed"."""
+    """Where the results are not as expected, or ""."""
     if type(answer) is not list or len(answer) != len(job.expected):
         return "garbled result"
     for arguments, want, got in zip(job.inputs, job.expected, answer, strict=True):
         if not _same(want, got):
             call = f"{job.function}({', '.join(map(repr, arguments))})"
             return f"wrong answer: {got!r} instead of {want!r} for {call}"
-    return "passed"
+    return ""
+
+
+def _quote(job: Job | Program | Call, number: int | None) -> str:
+    """The line at which a program's tests failed."""
+    if not isinstance(job, Program) or type(number) is not int:
+        return ""
+    line = "".join(job.tests.splitlines()[number - 1 : number]).strip()
+    return f" (line {number}: {line})"
 
 
 def _line(text: str) -> str:
@@ -340,7 +349,7 @@ class _Launcher:
         if code is None:
             self.alive = False
             reason = "the launcher died"
-            return Outcome(None, reason) if isinstance(job, Call) else Verdict(False, reason)
+            return Outcome(None, reason, False) if isinstance(job, Call) else Verdict(False, reason)
         return _answer(job, code, raw, self._limits)
 
     def _read(self) -> tuple[int | None, bytes]:

@@ -11,12 +11,14 @@ import select
 import struct
 import time
 import types
+from collections import Counter, OrderedDict, defaultdict
 from typing import NamedTuple
 
 SOLVE, PROGRAM = 0, 1  # requests
 TIMED_OUT, FLOOD, NO_VERDICT = 1001, 1002, 1003  # beyond any exit code or negated signal number
 REASON_LIMIT = 300  # characters
 FRAME = struct.Struct("<iI")  # what it is, or how the child ended; payload bytes
+_DICTS = (dict, Counter, OrderedDict, defaultdict)  # equal where their items are
 _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -107,7 +109,7 @@ def _tagged(value):
         return ["bytes", value.hex()]
     if kind is complex:
         return ["complex", value.real, value.imag]
-    if kind is dict:
+    if kind in _DICTS:
         return ["dict", *(_tagged(item) for pair in value.items() for item in pair)]
     if _CONTAINERS.get(kind.__name__) is kind:
         return [kind.__name__, *map(_tagged, value)]

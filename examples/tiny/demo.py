@@ -24,6 +24,7 @@ from s0kernels._files import replace_file
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
 from protocol import Base, evaluate, examples, solutions  # noqa: E402
+from sandbox import confinement  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
@@ -145,6 +146,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much where cores are busy
 
+    print(f"what the models write runs under: {confinement()}")
     began = time.perf_counter()
     results = [run(name, MODELS[name], options.output, options) for name in options.models]
     replace_file(options.output / "results.json", json.dumps(results, indent=2).encode())

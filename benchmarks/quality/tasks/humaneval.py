@@ -54,7 +54,7 @@ class HumanEval(Styled):
             Program(
                 whole(item.data["prompt"], item.data["entry_point"], text),
                 item.data["entry_point"],
-                tests(item),
+                item.data["test"],
                 prelude=item.data["prompt"],
             )
             for item, text in zip(items, completions, strict=True)
@@ -62,19 +62,9 @@ class HumanEval(Styled):
         return [verdict.passed for verdict in verify(programs, timeout=10.0, memory_mb=1024, progress=True)]
 
 
-def tests(item: Item) -> str:
-    """The data set's, where the function's own name is the candidate too: one of them compares with that."""
-    name = item.data["entry_point"]
-    return (
-        item.data["test"]
-        + f"\n_check = check\ndef check({name}):\n    globals()[{name!r}] = {name}\n    _check({name})\n"
-    )
-
-
 def published(prompt: str, function: str, answer: str) -> str:
-    text = THOUGHTS.sub("", answer).strip()
-    text = re.sub(r"^```python\s*\n?", "", text)
-    return prompt + re.sub(r"\n?```\s*$", "", text).strip() + "\n"
+    text = THOUGHTS.sub("", answer).strip().removeprefix("```python").removesuffix("```")
+    return prompt + text.strip() + "\n"
 
 
 def extracted(prompt: str, function: str, answer: str) -> str:

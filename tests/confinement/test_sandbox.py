@@ -8,41 +8,8 @@ import threading
 import time
 
 import pytest
-from escapes import (
-    ESCAPES,
-    HANG,
-    HANGS,
-    LONG,
-    QUALITY,
-    attempt,
-    make_playground,
-    outcomes,
-    processes,
-    sandbox,
-    untouched,
-    wait_until,
-)
+from escapes import ESCAPES, HANG, HANGS, LONG, QUALITY, attempt, outcomes, processes, sandbox, untouched, wait_until
 from sandbox import Job, verify
-
-
-@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["namespaces", "limits alone"])
-def namespaces(request):
-    """Both must do: the kernel may refuse the namespaces."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_TRY_NAMESPACES", request.param)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_process_left():
-    yield
-    assert wait_until(lambda: not processes(HANG, LONG), 1.0), "a process outlived the test"
-
-
-@pytest.fixture(scope="module")
-def playground():
-    with make_playground() as path:
-        yield path
 
 
 def run(source, inputs=((3,),), expected=(4,), **settings):

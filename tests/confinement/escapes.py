@@ -1,14 +1,11 @@
 """What code may try against the sandbox, and the means to watch it."""
 
-import contextlib
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 import time
 
-QUALITY = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
+QUALITY = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))
 
 import sandbox  # noqa: E402
@@ -42,18 +39,6 @@ def wait_until(condition, seconds=5.0) -> bool:
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.01)
     return bool(value)
-
-
-@contextlib.contextmanager
-def make_playground():
-    """A directory where any uid may do anything: a file, a directory, and nothing else may ever be in it."""
-    path = pathlib.Path(tempfile.mkdtemp(prefix="sandbox-test-", dir="/tmp"))
-    (path / "kept").write_text("kept")
-    (path / "kept-directory").mkdir()
-    for each in (path, *path.iterdir()):
-        each.chmod(0o777)
-    yield path
-    shutil.rmtree(path)
 
 
 def untouched(path) -> bool:

@@ -7,28 +7,9 @@ import random
 import sqlite3
 
 import pytest
-from escapes import HANG, LONG, attempt, make_playground, processes, sandbox, untouched, wait_until
+from escapes import HANG, LONG, attempt, sandbox, untouched
 from sandbox import Call, Outcome, confinement, evaluate
 from wire import decode, encode
-
-
-@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["namespaces", "limits alone"])
-def namespaces(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_TRY_NAMESPACES", request.param)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_process_left():
-    yield
-    assert wait_until(lambda: not processes(HANG, LONG), 1.0), "a process outlived the test"
-
-
-@pytest.fixture(scope="module")
-def playground():
-    with make_playground() as path:
-        yield path
 
 
 def run(source, *arguments, **settings):

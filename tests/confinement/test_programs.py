@@ -15,7 +15,6 @@ from escapes import (
     QUALITY,
     attempt,
     confined,
-    make_playground,
     outcomes,
     processes,
     sandbox,
@@ -121,25 +120,6 @@ def run(source, tests=CHECK, prelude="", **settings):
     (verdict,) = verify([program(source, tests, prelude)], **{"timeout": LONG, "workers": 1, **settings})
     assert verdict.passed == (verdict.reason == "passed")
     return verdict
-
-
-@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["namespaces", "limits alone"])
-def namespaces(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_TRY_NAMESPACES", request.param)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_process_left():
-    yield
-    assert wait_until(lambda: not processes(HANG, LONG), 1.0), "a process outlived the test"
-
-
-@pytest.fixture(scope="module")
-def playground():
-    with make_playground() as path:
-        yield path
 
 
 @pytest.fixture(scope="module")

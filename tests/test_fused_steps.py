@@ -55,6 +55,13 @@ def mixers(model):
     return [module for module in model.modules() if hasattr(module, "A_log")]
 
 
+def steps_of(name, tokens=3):
+    """How many fused steps a mixer takes for so many tokens: none where transformers' Bamba has a norm that knows no
+    groups, which the fused step does not compute."""
+    norm = next((m for m in MODELS[name]().modules() if type(m).__name__ == "BambaRMSNormGated"), None)
+    return 0 if norm is not None and not hasattr(norm, "group_size") else tokens
+
+
 @every_model
 @pytest.mark.parametrize("emulated", [0, 1, 2], ids=["whole heads", "warps up", "warps down"])
 @torch.no_grad()
@@ -75,7 +82,7 @@ def test_a_token_is_the_untouched_mixers(name, emulated, calls):
         for x in following:
             truth, found = (m(x, cache_params=c) for m, c in zip((original, ours), caches, strict=True))
             assert close(found, truth)
-        assert calls["steps"] == before + 3
+        assert calls["steps"] == before + steps_of(name)
         theirs, mine = (cache.layers[original.layer_idx] for cache in caches)
         assert close(mine.recurrent_states[0], theirs.recurrent_states[0])
         assert torch.equal(mine.conv_states[0], theirs.conv_states[0])
@@ -92,7 +99,7 @@ def test_half_precision_is_no_worse_than_part_by_part(name, dtype, calls):
     truth, cache = decode(exact, name, ids)
     assert calls["steps"] == 0
     found, mine = decode(half, name, ids)
-    assert calls["steps"] == 3 * len(mixers(model))
+    assert calls["steps"] == steps_of(name) * len(mixers(model))
     with part_by_part():
         plain, theirs = decode(half, name, ids)
     rounding = torch.finfo(dtype).eps

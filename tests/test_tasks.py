@@ -264,7 +264,7 @@ def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))
     run.main()
-    assert "qwen3_5, 1 seeds" in capsys.readouterr().out
+    assert "qwen3_5, humaneval, 8 problems, 1 seeds" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "variants-qwen3_5-humaneval.json").read_text())
     assert results["settings"]["limit"] == 8
     assert results["settings"]["options"]["style"] == "complete"
@@ -513,3 +513,5 @@ def test_harness(tmp_path):
     assert found["no tuning"]["tiny"]["passed,none"] == pytest.approx(known.count("1") / 24)
     assert found["S0"]["tiny"]["passed,none"] > found["no tuning"]["tiny"]["passed,none"]
     assert "| tiny | passed,none | " in done.stdout
+    missing = python(str(QUALITY / "harness.py"), str(model), "--states", "none", "--tasks", "tiny", cwd=tmp_path)
+    assert missing.stderr.endswith("harness.py: no states.safetensors in none\n")

@@ -8,6 +8,7 @@ sandbox for it: `run.py --task humaneval` has one.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from s0kernels import S0Trainer, measure
@@ -68,8 +69,11 @@ def main() -> None:
     for name in ("rows", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    trainer = S0Trainer.from_pretrained(options.model)
-    trainer.load(options.states)
+    try:
+        trainer = S0Trainer.from_pretrained(options.model)
+        trainer.load(options.states)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"harness.py: {error}")
     if trainer.states.tasks > 1:
         parser.error(f"--states must be of one task, got those of {', '.join(trainer.tasks)}: name one's folder")
     found = compare(trainer, options.tasks, options.rows, options.limit, options.include_path, options.chat)

@@ -321,7 +321,7 @@ def test_answers_of_mathematics(tmp_path):
 
 
 GIVEN_UP = r"""
-import _thread, sys, threading, time
+import os, signal, sys, threading, time
 sys.path.insert(0, QUALITY)
 from tasks.answers import same_answers
 
@@ -330,7 +330,7 @@ if __name__ != "__main__":
 else:
     endless = ("7", r"\boxed{9^{9^{9^{9}}}}")
     print(same_answers([("7", "so 7"), endless, ("7", "so 7"), ("7", "so 7")], seconds=1.5))
-    threading.Timer(4.0, _thread.interrupt_main).start()
+    threading.Timer(4.0, os.kill, [os.getpid(), signal.SIGINT]).start()
     began = time.monotonic()
     try:
         same_answers([endless] * 30, seconds=1.5)

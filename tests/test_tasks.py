@@ -505,8 +505,13 @@ def test_harness(tmp_path):
     jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "tiny.yaml").write_text(HARNESS_TASK)
     (tmp_path / "tiny_score.py").write_text(HARNESS_SCORE.format(quality=str(QUALITY)))
-    script = [str(QUALITY / "harness.py"), str(model), "--states", "states", "--tasks", "tiny", "--include-path", "."]
-    done = python(*script, "--rows", "24", path=EVAL, cwd=tmp_path)
+    talks = shutil.copytree(model, tmp_path / "model")
+    says = (
+        "{{ messages[0].content }}{{ raise_exception('thinks') if enable_thinking is not defined or enable_thinking }}"
+    )
+    (talks / "chat_template.jinja").write_text(says)
+    script = [str(QUALITY / "harness.py"), str(talks), "--states", "states", "--tasks", "tiny", "--include-path", "."]
+    done = python(*script, "--chat", "--rows", "24", path=EVAL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "harness.json").read_text())["results"]
     known = json.loads((run.RESULTS / "main-falcon_h1-tiny.json").read_text())["cells"]["no tuning/42"]["passed"][:24]

@@ -24,7 +24,13 @@ def compare(
 
     manager = TaskManager(include_path=None if include is None else str(include))
     # an instance is taken as it is, with its swapped modules; the cache of logits would not see that S0 changes
-    model = HFLM(pretrained=trainer.model, tokenizer=trainer.tokenizer, batch_size=rows, logits_cache=False)
+    model = HFLM(
+        pretrained=trainer.model,
+        tokenizer=trainer.tokenizer,
+        batch_size=rows,
+        logits_cache=False,
+        enable_thinking=False,  # as in the experiments; the few tokens of most tasks would be spent on thoughts
+    )
     found = {}
     for label in ("no tuning", "S0"):
         (trainer.deactivate if label == "no tuning" else trainer.activate)()

@@ -285,7 +285,7 @@ if __name__ == "__main__":
     math = get_task("math500", dict(data="math.jsonl"))
     items = sum(math.load(), [])
     assert math.score(items, [item.reference for item in items]) == [True] * len(items), "references of MATH-500"
-    right = [r"So $x = \boxed{0.5}$.", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
+    right = [r"\boxed{2}:</think>\boxed{0.5}", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
     wrong = [r"\boxed{2}", r"\boxed{(\pi/2, 3)}", r"\boxed{Eve}", r"\boxed{2.83}"]
     print(*(math.score(items, answers) for answers in (right, wrong, [""] * 4)))
     # the first two cannot be computed: one is given up, one refused, and the third is compared all the same

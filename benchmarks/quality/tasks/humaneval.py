@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from sandbox import Program, verify
 
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 80  # the first problems
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 ASK = "Write the body of this Python function. Answer with code alone, without explanation or Markdown.\n\n"
-THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)  # some templates write the opening tag themselves
 # closed where a line begins or ends with the fence: within one it may be part of the code
 FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -76,9 +75,8 @@ def extracted(prompt: str, function: str, answer: str) -> str:
     if blocks := code_blocks(text):
         text = next((block for block in blocks if whole.search(textwrap.dedent(block))), blocks[0])
     dedented = textwrap.dedent(text)
-    if whole.search(dedented) and not re.search(
-        r"^return\b", dedented, re.MULTILINE
-    ):  # not a body with a like-named one
+    body = re.search(r"^return\b", dedented, re.MULTILINE)  # it may begin with a function of the same name
+    if whole.search(dedented) and not body:
         return f"{prompt}\n{dedented}\n"
     return prompt + indented(text) + "\n"
 

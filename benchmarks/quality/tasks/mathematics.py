@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .answers import same_answers
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 200  # of GSM8K
 BOXED = "Solve this problem step by step. Put the final answer into \\boxed{}.\n\n"
@@ -22,9 +22,8 @@ class Mathematics(Styled):
     samples = 4
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        return same_answers(
-            [(item.data["answer"], self.final(text)) for item, text in zip(items, completions, strict=True)]
-        )
+        texts = [self.final(THOUGHTS.sub("", text)) for text in completions]
+        return same_answers([(item.data["answer"], text) for item, text in zip(items, texts, strict=True)])
 
     def final(self, text: str) -> str:
         return text

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from sandbox import Call, Outcome, evaluate
 
-from .humaneval import THOUGHTS, code_blocks
+from .humaneval import code_blocks
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 500
 ASK = (

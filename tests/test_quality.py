@@ -23,6 +23,7 @@ from tasks import Item, Task, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
+from s0kernels.data import read_tasks  # noqa: E402
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
@@ -173,7 +174,7 @@ def test_completions_do_not_depend_on_how_they_are_batched():
 
 def small_run(folder: Path, experiment: str) -> experiments.Run:
     one = base("qwen")
-    results = protocol.Results(folder / f"{experiment}-qwen-letters.json", {"model": "qwen"}, {})
+    results = protocol.Results(folder / f"{experiment}-qwen-letters.json", {"model": "qwen", "task": "letters"}, {})
     found = protocol.Results(folder / "cache" / "found.json", {"model": "qwen"}, {})
     for seed in (42, 7):
         found.get(str(seed), lambda: {"pairs": [(one.tune[i].prompt, "aa") for i in range(2)]})
@@ -191,7 +192,7 @@ def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
             patch.setattr(experiments, "_log_probabilities", protocol.complete)
             experiment(small_run(tmp_path, name))
         text = tables.table(name, tmp_path)
-        assert "qwen" in text
+        assert "qwen, letters" in text
         assert text.count("|") > 5
         plot = tables.plot(name, tmp_path)
         assert plot is None if name == "first" else plot.stat().st_size > 1000
@@ -201,6 +202,28 @@ def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
     assert filled.startswith("before\n")
     assert "old" not in filled
     assert "kept" in filled
+
+
+def test_settings_are_chosen_where_every_problem_was_learned_from(tmp_path):
+    run_ = small_run(tmp_path, "main")
+    run_.found.cells["42"] = {"pairs": [(item.prompt, "aa") for item in run_.base.tune]}
+    assert experiments.best(run_, "S0", run_.s0, "alpha", (0.5,)).alpha == 0.5
+
+
+def test_first_names_the_seeds_that_main_lacks(tmp_path):
+    small_run(tmp_path, "main").results.put("S0/42", {})
+    with pytest.raises(RuntimeError, match=r"main, which has to run before it with seeds \[7\]"):
+        experiments.first(small_run(tmp_path, "first"))
+
+
+def test_examples_begin_with_the_tokens_of_the_prompt():
+    """However the tokenizer joins the two: a completion is learned after what was there when it was generated."""
+    one = base("qwen")
+    apart = [one.tokenizer(text)["input_ids"] for text in ("ab\n", "\ncd")]
+    one.tokenizer.add_tokens(["\n\n"])
+    (example,) = read_tasks(protocol.examples(one, [("ab\n", "\ncd")]), one.tokenizer, 99)[1]
+    assert example.ids == [*apart[0], *apart[1], one.tokenizer.eos_token_id]
+    assert example.prompt_length == len(apart[0])
 
 
 def test_boundary_problems_have_right_references():
@@ -221,6 +244,38 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "--seeds must be from 1 to 10, got 11" in capsys.readouterr().err
     assert run.model_folder("qwen3_5", tmp_path) == str(ROOT / "examples" / "tiny" / "qwen3_5")
     assert run.model_folder("Qwen/Qwen3.5-4B", tmp_path) == "Qwen/Qwen3.5-4B"
+
+
+def test_a_try_stays_out_of_the_results(tmp_path, monkeypatch, capsys):
+    """`report` makes tables and plots of what there is, and says what was taken of which task."""
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "quality")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))
+    monkeypatch.setattr(experiments, "ALL", {"count": lambda run: run.results.put("0/42", {"pass@1": 0.5})})
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "all", "--models", str(ROOT / "examples/tiny/qwen3_5") + "/", "--limit", "8"]
+    )
+    run.main()
+    folder = tmp_path / "quality" / "cache" / "limit-8"
+    assert [file.name for file in folder.glob("*.json")] == ["count-qwen3_5-tiny.json"]
+    (folder / "count.svg").unlink()
+    monkeypatch.setattr(sys, "argv", ["run.py", "report", "--limit", "8"])
+    capsys.readouterr()
+    run.main()
+    assert "qwen3_5/, 8 problems, 1 seeds" in capsys.readouterr().out
+    assert (folder / "count.svg").is_file()
+
+
+def test_mistakes_are_told_without_a_traceback(tmp_path, monkeypatch):
+    for options, message in (
+        (["--task", "spider"], "run.py: spider needs databases=FOLDER"),
+        (["--task-option", "data=x"], "run.py: tiny has no options; got 'data'"),
+        (["--task", "gsm8k", "--task-option", f"tune={tmp_path}/x.json"], "run.py: no data at .*x.json"),
+        (["--models", "qwen3_5", "--limit", "4", "--output", str(run.RESULTS)], "run.py: .* was made with"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "main", *options])
+        with pytest.raises(SystemExit, match=message):
+            run.main()
 
 
 def test_the_tables_of_the_document_are_those_of_the_results():

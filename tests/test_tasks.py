@@ -181,6 +181,13 @@ def test_shapes_of_answers(tmp_path):
         whole = item.data["prompt"] + body
         right = [body, body.strip(), textwrap.dedent(body), whole, f"<think>def x</think>\n\n{body}"]
         right += [f"Sure.\n```python\n{text}```\nDone." for text in right[:4]] + [f"```\n{body}"]
+        right += [f"as def {item.data['entry_point']} says</think>\n\n{body}"]  # opened by the template
+        right += [text.replace("    ", "\t") for text in (body, whole)] + [
+            text.replace("    ", "  ") for text in (body, whole)
+        ]
+        right += [f"First:\n```sh\npip install x\n```\n```python\n{whole}```\n```python\nprint()\n```"]
+        right += [f"1. So:\n{textwrap.indent(f'```python{chr(10)}{whole}```', '   ')}\n2. Done."]
+        right += [f"```python\n{whole.rstrip()}  # ``` and\n    # ```\n```\nDone.", f"```python\n{whole.rstrip()}```"]
         assert task.score([item] * len(right), right) == [True] * len(right)
         function = item.data["entry_point"]
         wrong = [
@@ -204,6 +211,8 @@ def test_indentation():
     for body in ("return [\n    1,\n]", "if x:\n    return 1\nreturn 2", "if x:  # a: b\n    return 1", "a = 1"):
         there = textwrap.indent(body, "    ")
         assert humaneval.indented(body) == humaneval.indented(there) == there
+    assert humaneval.indented("  # a\n  if x:\n\n    return 1\n") == "    # a\n    if x:\n\n      return 1"
+    assert humaneval.indented(" \n    # a\n# b\n    return 1") == "    # a\n# b\n    return 1"
     for body in ("    a = 1\n    return a", "    if x:\n        return 1\n    return 2"):
         assert humaneval.indented(body) == humaneval.indented(body.strip()) == body
 
@@ -255,7 +264,7 @@ def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))
     run.main()
-    assert "qwen3_5, 1 seeds" in capsys.readouterr().out
+    assert "qwen3_5, humaneval, 8 problems, 1 seeds" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "variants-qwen3_5-humaneval.json").read_text())
     assert results["settings"]["limit"] == 8
     assert results["settings"]["options"]["style"] == "complete"
@@ -276,7 +285,7 @@ if __name__ == "__main__":
     math = get_task("math500", dict(data="math.jsonl"))
     items = sum(math.load(), [])
     assert math.score(items, [item.reference for item in items]) == [True] * len(items), "references of MATH-500"
-    right = [r"So $x = \boxed{0.5}$.", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
+    right = [r"\boxed{2}:</think>\boxed{0.5}", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
     wrong = [r"\boxed{2}", r"\boxed{(\pi/2, 3)}", r"\boxed{Eve}", r"\boxed{2.83}"]
     print(*(math.score(items, answers) for answers in (right, wrong, [""] * 4)))
     # the first two cannot be computed: one is given up, one refused, and the third is compared all the same
@@ -285,7 +294,8 @@ if __name__ == "__main__":
     items = gsm.load()[1]
     assert gsm.score(items, [item.reference for item in items]) == [True] * len(items), "references of GSM8K"
     right = ["5 + 6 = 11\n#### 11", "#### $1,250\nHope that helps, 3 times!"]
-    for answers in (right, ["I get 11.", "1250 dollars"], ["#### 12", "#### 125"], ["#### 11 apples", "####"]):
+    steps = ["#### Step 1: add\n5 + 6\n#### **11**", "#### 1. Convert\n#### \\$1,250.00"]
+    for answers in (right, steps, ["I get 11.", "1250 dollars"], ["#### 12", "#### 125"], ["#### 11 apples", "####"]):
         print(gsm.score(items, answers))
 """
 
@@ -306,8 +316,35 @@ def test_answers_of_mathematics(tmp_path):
     assert done.stdout.splitlines() == [
         f"{[True] * 4} {[False] * 4} {[False] * 4}",
         "[False, False, True]",
-        *("[True, True]", "[True, True]", "[False, False]", "[True, False]"),
+        *("[True, True]", "[True, True]", "[True, True]", "[False, False]", "[True, False]"),
     ], done.stderr
+
+
+GIVEN_UP = r"""
+import os, signal, sys, threading, time
+sys.path.insert(0, QUALITY)
+from tasks.answers import same_answers
+
+if __name__ != "__main__":
+    time.sleep(2.5)  # a process that takes longer to start than an answer may take
+else:
+    endless = ("7", r"\boxed{9^{9^{9^{9}}}}")
+    print(same_answers([("7", "so 7"), endless, ("7", "so 7"), ("7", "so 7")], seconds=1.5))
+    threading.Timer(4.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    began = time.monotonic()
+    try:
+        same_answers([endless] * 30, seconds=1.5)
+    except KeyboardInterrupt:
+        print(time.monotonic() - began < 20)
+"""
+
+
+@needs_eval
+def test_answers_that_are_given_up_cost_no_others(tmp_path):
+    script = tmp_path / "answers.py"
+    script.write_text(GIVEN_UP.replace("QUALITY", repr(str(QUALITY))))
+    done = python(str(script), path=EVAL, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["[True, False, True, True]", "True"], done.stderr
 
 
 def test_mathematics_need_their_packages(tmp_path, monkeypatch):
@@ -365,6 +402,11 @@ QUERIES = [  # the data set's query, right ones, wrong ones
     ("SELECT name FROM pets", ["SELECT name FROM pets ORDER BY name"], ["SELECT DISTINCT name FROM pets"]),
     ("SELECT name FROM pets WHERE id > 9", ["SELECT id FROM pets WHERE 0"], ["SELECT name FROM pets WHERE id = 1"]),
     ("SELECT chip FROM pets WHERE chip IS NULL", ["SELECT NULL"], ["SELECT ''", "SELECT 0"]),
+    (
+        "SELECT name FROM pets WHERE id ! = 3 AND name != 'a;b'",
+        ["SELECT name FROM pets WHERE id < = 2 AND 'a;b' <> name"],
+        ["SELECT name FROM pets WHERE id != 2 AND name != 'a;b'", "SELECT a.name FROM pets a, pets b, pets c"],
+    ),
     ("SELECT max(weight), 3 FROM pets", ["SELECT 3.0, 20"], ["SELECT '3', 20.0", "SELECT 20.0"]),
 ]
 HOSTILE = [
@@ -388,6 +430,9 @@ def test_spider(tmp_path, databases):
         texts = [query, *right]
         texts += [f"<think>hm</think>Here it is:\n```sql\n{text};\n```\nIt selects." for text in texts]
         texts += [f"The query: {text}; it selects." for text in (query, *right)]
+        texts += [f"To select what is there with names, use:\n\n{text}" for text in (query, *right)]
+        texts += [f"```sql\n-- select these; with care\n{text}```" for text in (query, *right)]
+        texts += [f"Run `{query}`.", f"```{query}```\nIt selects.", f"Well</think>{query}", query.lower()]
         assert task.score(items * len(texts), texts) == [True] * len(texts), query
         assert task.score(items * len(wrong), wrong) == [False] * len(wrong), query
     plain, items = spider_task(tmp_path, databases, "SELECT name FROM pets", style="complete")
@@ -407,6 +452,9 @@ def test_hostile_queries(tmp_path, databases, monkeypatch):
     real = spider.evaluate
     monkeypatch.setattr(spider, "evaluate", lambda calls, **options: real(calls, **{**options, "timeout": 1.0}))
     assert task.score(items, [bomb]) == [False]
+    many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+    monkeypatch.setattr(spider, "same_rows", lambda gold, found, ordered: len(found))
+    assert task.score(items, [many]) == [1]  # no more rows than show that they are too many
     broken, items = spider_task(tmp_path, databases, "SELECT missing FROM pets")
     with pytest.raises(RuntimeError, match=r"validation/0: the data set's own query fails: .*no such column"):
         broken.score(items, ["SELECT 1"])
@@ -457,11 +505,18 @@ def test_harness(tmp_path):
     jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "tiny.yaml").write_text(HARNESS_TASK)
     (tmp_path / "tiny_score.py").write_text(HARNESS_SCORE.format(quality=str(QUALITY)))
-    script = [str(QUALITY / "harness.py"), str(model), "--states", "states", "--tasks", "tiny", "--include-path", "."]
-    done = python(*script, "--rows", "24", path=EVAL, cwd=tmp_path)
+    talks = shutil.copytree(model, tmp_path / "model")
+    says = (
+        "{{ messages[0].content }}{{ raise_exception('thinks') if enable_thinking is not defined or enable_thinking }}"
+    )
+    (talks / "chat_template.jinja").write_text(says)
+    script = [str(QUALITY / "harness.py"), str(talks), "--states", "states", "--tasks", "tiny", "--include-path", "."]
+    done = python(*script, "--chat", "--rows", "24", path=EVAL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "harness.json").read_text())["results"]
     known = json.loads((run.RESULTS / "main-falcon_h1-tiny.json").read_text())["cells"]["no tuning/42"]["passed"][:24]
     assert found["no tuning"]["tiny"]["passed,none"] == pytest.approx(known.count("1") / 24)
     assert found["S0"]["tiny"]["passed,none"] > found["no tuning"]["tiny"]["passed,none"]
     assert "| tiny | passed,none | " in done.stdout
+    missing = python(str(QUALITY / "harness.py"), str(model), "--states", "none", "--tasks", "tiny", cwd=tmp_path)
+    assert missing.stderr.endswith("harness.py: no states.safetensors in none\n")

@@ -8,6 +8,7 @@ sandbox for it: `run.py --task humaneval` has one.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from s0kernels import S0Trainer, measure
@@ -23,7 +24,13 @@ def compare(
 
     manager = TaskManager(include_path=None if include is None else str(include))
     # an instance is taken as it is, with its swapped modules; the cache of logits would not see that S0 changes
-    model = HFLM(pretrained=trainer.model, tokenizer=trainer.tokenizer, batch_size=rows, logits_cache=False)
+    model = HFLM(
+        pretrained=trainer.model,
+        tokenizer=trainer.tokenizer,
+        batch_size=rows,
+        logits_cache=False,
+        enable_thinking=False,  # as in the experiments; the few tokens of most tasks would be spent on thoughts
+    )
     found = {}
     for label in ("no tuning", "S0"):
         (trainer.deactivate if label == "no tuning" else trainer.activate)()
@@ -68,8 +75,11 @@ def main() -> None:
     for name in ("rows", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    trainer = S0Trainer.from_pretrained(options.model)
-    trainer.load(options.states)
+    try:
+        trainer = S0Trainer.from_pretrained(options.model)
+        trainer.load(options.states)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"harness.py: {error}")
     if trainer.states.tasks > 1:
         parser.error(f"--states must be of one task, got those of {', '.join(trainer.tasks)}: name one's folder")
     found = compare(trainer, options.tasks, options.rows, options.limit, options.include_path, options.chat)

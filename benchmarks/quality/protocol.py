@@ -132,10 +132,9 @@ def as_chat(tokenizer, items: Sequence[Item]) -> list[Item]:
     return found
 
 
-def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
-    """What the trainer takes: the text, and how many of its tokens are the prompt."""
-    tokenizer = base.tokenizer
-    return [(p + c + tokenizer.eos_token, len(tokenizer(p)["input_ids"])) for p, c in pairs]
+def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """What the trainer takes. Apart, because a token of the whole text may reach across their border."""
+    return [{"prompt": prompt, "completion": text + base.tokenizer.eos_token} for prompt, text in pairs]
 
 
 def evaluate(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool = True) -> dict:

@@ -67,7 +67,7 @@ def prepare(experiment: str, name: str, options: argparse.Namespace) -> experime
     trainer = S0Trainer.from_pretrained(model_folder(name, options.output))
     trainer.model.requires_grad_(False)
     tune, heldout = [as_chat(trainer.tokenizer, items) for items in parts] if task.chat else parts
-    short = name.rsplit("/", 1)[-1]
+    short = name.rstrip("/").rsplit("/", 1)[-1]
     base = Base(short, trainer, task, tune, heldout, options.rows)
     seeds = SEEDS[: options.seeds or DEFAULT_SEEDS.get(experiment, 3)]
     settings = {"model": name, "task": task.name, "samples": task.samples, "solutions": task.solutions}
@@ -96,20 +96,29 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="sequences generated at a time")
     parser.add_argument("--threads", type=int, default=1, help="matrices as small as the tiny models' need no more")
     parser.add_argument(
-        "--output", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}, and there a folder for each other task"
+        "--output",
+        type=Path,
+        help=f"default: {RESULTS.relative_to(ROOT)}, there a folder for each other task, and in its cache for --limit",
     )
     options = parser.parse_args()
     if options.seeds is not None and not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds must be from 1 to {len(SEEDS)}, got {options.seeds}")
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit must be at least 1, got {options.limit}")
+    for name in ("limit", "rows", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     if options.output is None:
         options.output = RESULTS if options.task == "tiny" else RESULTS / options.task
+        if options.limit:  # a try stays out of the results and of the document
+            options.output = options.output / "cache" / f"limit-{options.limit}"
     torch.set_num_threads(options.threads)
-    chosen = list(experiments.ALL) if options.experiment == "all" else [options.experiment]
-    for experiment in [] if options.experiment == "report" else chosen:
-        for name in options.models or (SIZES if experiment == "size" else TINY_MODELS):
-            run = prepare(experiment, name, options)
+    chosen = [options.experiment] if options.experiment in experiments.ALL else list(experiments.ALL)
+    for experiment in chosen:
+        names = options.models or (SIZES if experiment == "size" else TINY_MODELS)
+        for name in names if options.experiment != "report" else ():
+            try:
+                run = prepare(experiment, name, options)
+            except (ImportError, OSError, ValueError) as error:
+                sys.exit(f"run.py: {error}")
             began = time.perf_counter()
             try:
                 experiments.ALL[experiment](run)

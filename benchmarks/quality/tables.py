@@ -106,7 +106,11 @@ def _first_difference(results: list[dict]) -> Iterator[str]:
 
 
 def _name(result: dict) -> str:
-    return result["settings"]["model"]
+    """The model, with what else tells results in one folder apart."""
+    settings = result["settings"]
+    task = [] if settings["task"] in ("tiny", "boundary") else [settings["task"]]
+    limit = [f"{settings['limit']} problems"] if "limit" in settings else []
+    return ", ".join([settings["model"], *task, *limit])
 
 
 def _spread(values: Sequence[float]) -> str:

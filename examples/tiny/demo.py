@@ -30,7 +30,7 @@ from tasks import get_task  # noqa: E402
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
 
 
-def step_seconds(trainer: S0Trainer, data: list[tuple[str, int]], tokens_per_batch: int) -> float:
+def step_seconds(trainer: S0Trainer, data: list[dict[str, str]], tokens_per_batch: int) -> float:
     """One training step, with batches of so many tokens."""
     config, trainer.config = trainer.config, S0Config(n_steps=1)
     began = time.perf_counter()

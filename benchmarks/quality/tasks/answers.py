@@ -26,28 +26,34 @@ def same_answers(pairs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> 
     except ImportError as error:
         raise ImportError(f"answers are compared by math-verify: pip install 's0kernels[eval]' ({error})") from None
 
-    pairs = list(pairs)
     # spawned, since this process may have threads, and one at a time, since models need the cores
     context = multiprocessing.get_context("spawn")
-    with ProcessPool(max_workers=1, context=context, initializer=_limit) as pool:
-        found = pool.map(_same, pairs, timeout=seconds).result()
-        return [_next(found) for _ in tqdm(pairs, desc="comparing answers", unit="answer", leave=False)]
+    with ProcessPool(max_workers=1, context=context, initializer=_prepare) as pool:
+        # not `map`, whose results are also given up where a new process takes long to start
+        found = [pool.schedule(_same, args=[pair], timeout=seconds) for pair in pairs]
+        try:
+            return [_result(future) for future in tqdm(found, desc="comparing answers", unit="answer", leave=False)]
+        except BaseException:
+            pool.stop()  # or leaving the pool waits for all of them
+            raise
 
 
-def _next(found) -> bool:
+def _result(future) -> bool:
     from concurrent.futures import BrokenExecutor
 
     from pebble import ProcessExpired
 
     try:
-        return next(found)
+        return future.result()
     except BrokenExecutor:  # the process does not start at all
         raise
     except (TimeoutError, ProcessExpired, MemoryError):
         return False
 
 
-def _limit() -> None:
+def _prepare() -> None:
+    import math_verify  # noqa: F401, now, because this takes seconds that no answer should lose
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns that its own timeout is off
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()

@@ -5,19 +5,20 @@ Data and tests: Chen et al., Evaluating Large Language Models Trained on Code (a
 """
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sandbox import Program, verify
 
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 80  # the first problems
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 ASK = "Write the body of this Python function. Answer with code alone, without explanation or Markdown.\n\n"
-THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# closed where a line begins or ends with the fence: within one it may be part of the code
+FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -70,21 +71,30 @@ def published(prompt: str, function: str, answer: str) -> str:
 def extracted(prompt: str, function: str, answer: str) -> str:
     """The program that an answer stands for; the prompt, whose last function has a docstring alone, is its start."""
     text = THOUGHTS.sub("", answer)
-    if block := FENCED.search(text):
-        text = block[1]
-    if re.search(rf"^\s*(async\s+)?def\s+{function}\b", text, re.MULTILINE):
-        return f"{prompt}\n{text}\n"
+    whole = re.compile(rf"^(async\s+)?def\s+{function}\b", re.MULTILINE)
+    if blocks := code_blocks(text):
+        text = next((block for block in blocks if whole.search(textwrap.dedent(block))), blocks[0])
+    dedented = textwrap.dedent(text)
+    body = re.search(r"^return\b", dedented, re.MULTILINE)  # it may begin with a function of the same name
+    if whole.search(dedented) and not body:
+        return f"{prompt}\n{dedented}\n"
     return prompt + indented(text) + "\n"
 
 
+def code_blocks(text: str) -> list[str]:
+    return [block["code"] for block in FENCED.finditer(text)]
+
+
 def indented(body: str) -> str:
-    """A function's body at four spaces: as it is, moved as a whole, or with the indentation its first line lost."""
-    lines = body.strip("\n").split("\n")
-    if lines[0][:1].isspace():
+    """A function's body, moved to four spaces as a whole, or with the indentation that its first line alone lost."""
+    first, *rest = re.sub(r"\A(?:\s*\n)+", "", body).rstrip().split("\n")
+    margins = [line[: len(line) - len(line.lstrip())] for line in rest if line.strip()]
+    margin = min(margins, key=len, default="")
+    opens = first.partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # a block, and that is all
+    if margin and not first[:1].isspace() and not opens:
+        first = margin + first
+    margin = first[: len(first) - len(first.lstrip())]
+    lines = [first, *rest]
+    if not all(line.startswith(margin) or not line.strip() for line in lines):
         return "\n".join(lines)
-    margins = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
-    margin = min(margins, default=0)
-    opens = lines[0].partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # a block, and that is all
-    if margin and not opens:
-        return "\n".join([" " * margin + lines[0], *lines[1:]])
-    return "\n".join(f"    {line}" for line in lines)
+    return "\n".join(f"    {line.removeprefix(margin)}" if line.strip() else line for line in lines)

@@ -5,12 +5,13 @@ Data: Hendrycks et al. (arXiv 2103.03874), in the selection of Lightman et al. (
 scripts (github.com/JackYoung27/s0-tuning, experiments/); they cap the solutions at one per problem only.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .answers import same_answers
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 200  # of GSM8K
 BOXED = "Solve this problem step by step. Put the final answer into \\boxed{}.\n\n"
@@ -21,9 +22,8 @@ class Mathematics(Styled):
     samples = 4
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        return same_answers(
-            [(item.data["answer"], self.final(text)) for item, text in zip(items, completions, strict=True)]
-        )
+        texts = [self.final(THOUGHTS.sub("", text)) for text in completions]
+        return same_answers([(item.data["answer"], text) for item, text in zip(items, texts, strict=True)])
 
     def final(self, text: str) -> str:
         return text
@@ -80,11 +80,12 @@ class GSM8K(Mathematics):
         return self.item(name, row["question"], f" {worked}#### {answer.strip()}", plain(answer), HASHES)
 
     def final(self, text: str) -> str:
-        """What follows the first ####, or everything, where math-verify takes the last number."""
-        _, mark, rest = text.partition("####")
-        return plain(rest.strip().partition("\n")[0]) if mark else text
+        """What follows the last #### that a number follows, since it may begin headings too; everything, where
+        math-verify takes the last number, if there is none."""
+        found = re.findall(r"####\s*([^\n#]*\d[^\n#]*)", text)
+        return plain(found[-1]) if found else text
 
 
 def plain(number: str) -> str:
-    """Without thousands separators."""
-    return number.strip().replace(",", "")
+    """Without thousands separators, and with signs that math-verify reads."""
+    return number.strip().replace(",", "").replace("\\$", "").replace("−", "-")

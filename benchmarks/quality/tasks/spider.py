@@ -16,11 +16,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import Call, evaluate
+from sandbox import Call, Outcome, evaluate
 
-from .humaneval import FENCED, THOUGHTS
+from .humaneval import code_blocks
 from .records import read_records
-from .task import Item, Styled
+from .task import THOUGHTS, Item, Styled
 
 TUNE = 500
 ASK = (
@@ -29,17 +29,26 @@ ASK = (
 )
 PLAIN = "-- The tables of the database {name}\n{schema}\n\n-- {question}\nSELECT"
 
+# Where a query begins: at a line's begin, in capitals, or anywhere, because prose has "select" and "with" as well.
+_WITH = r"with\s+(?:recursive\s+)?[\w\"`\[\]]+\s*(?:\([^()]*\)\s*)?as\s*(?:(?:not\s+)?materialized\s*)?\("
+BEGINS = [
+    re.compile(rf"^\s*(select\b(?![^\n]*:$)|{_WITH})", re.IGNORECASE | re.MULTILINE),
+    re.compile(rf"\b(SELECT\b|(?i:{_WITH}))"),
+    re.compile(r"\b(select)\b", re.IGNORECASE),
+]
+UP_TO_SEMICOLON = re.compile(r"(?:'[^']*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/|[^;])*", re.DOTALL)
+
 # Runs in the sandbox.
 QUERY = """
 import sqlite3
-def query(uri, sql):
+def query(uri, sql, most):
     connection = sqlite3.connect(uri, uri=True)
     connection.text_factory = lambda raw: raw.decode(errors="ignore")
     connection.execute("PRAGMA temp_store=memory")  # temporary files are refused
     cursor = connection.execute(sql)
     if cursor.description is None:
         raise ValueError("not a query")
-    return cursor.fetchall()
+    return cursor.fetchall() if most is None else cursor.fetchmany(most)
 """
 
 
@@ -78,37 +87,40 @@ class Spider(Styled):
         return Item(name, text, reference, {"uri": _uri(file), "query": query})
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        answers = [self.sql(text) for text in completions]
-        pairs = [
-            (item.data["uri"], sql)
-            for item, answer in zip(items, answers, strict=True)
-            for sql in (item.data["query"], answer)
+        own = [(item.data["uri"], item.data["query"], None) for item in items]
+        gold = _rows(own)
+        for item, call in zip(items, own, strict=True):
+            if not gold[call].ok:
+                raise RuntimeError(f"{item.name}: the data set's own query fails: {gold[call].reason}")
+        # of an answer no more rows than tell that it has too many: a forgotten condition of a join makes millions
+        asked = [
+            (uri, self.sql(text), len(gold[uri, query, None].value) + 1)
+            for (uri, query, _), text in zip(own, completions, strict=True)
         ]
-        wanted = list(dict.fromkeys(pairs))
-        calls = [Call(QUERY, "query", pair) for pair in wanted]
-        found = dict(
-            zip(wanted, evaluate(calls, timeout=30.0, memory_mb=1024, result_mb=64, progress=True), strict=True)
-        )
+        found = _rows(asked)
         return [
-            self._right(found[item.data["uri"], item.data["query"]], found[item.data["uri"], answer], item)
-            for item, answer in zip(items, answers, strict=True)
+            found[call].ok and same_rows(gold[mine].value, found[call].value, "order by" in mine[1].lower())
+            for mine, call in zip(own, asked, strict=True)
         ]
-
-    def _right(self, gold, answer, item: Item) -> bool:
-        if not gold.ok:
-            raise RuntimeError(f"{item.name}: the data set's own query fails: {gold.reason}")
-        return answer.ok and same_rows(gold.value, answer.value, "order by" in item.data["query"].lower())
 
     def sql(self, text: str) -> str:
-        """The query in an answer: what is in its code block, or from the first SELECT or WITH on, up to a semicolon."""
+        """The query in an answer: from where it begins in its code block, if there is one, up to a semicolon."""
         if not self.chat:
             return f"SELECT{text}"
         text = THOUGHTS.sub("", text)
-        if block := FENCED.search(text):
-            text = block[1]
-        if begin := re.search(r"\b(select|with)\b", text, re.IGNORECASE):
-            text = text[begin.start() :]
-        return text.partition(";")[0].strip()
+        text = next(iter(code_blocks(text)), text)
+        if begin := next(filter(None, (pattern.search(text) for pattern in BEGINS)), None):
+            before, text = text[: begin.start(1)], text[begin.start(1) :]
+            if before.endswith("`"):
+                text = text.partition("```" if before.endswith("```") else "`")[0]
+        return UP_TO_SEMICOLON.match(text)[0].strip()
+
+
+def _rows(calls: Sequence[tuple]) -> dict[tuple, Outcome]:
+    """What each (uri, SQL, how many rows at most) gives; the evaluator joins operators that a tokenizer has split."""
+    known = list(dict.fromkeys(calls))
+    joined = [Call(QUERY, "query", (uri, re.sub("([<>!]) =", r"\1=", sql), most)) for uri, sql, most in known]
+    return dict(zip(known, evaluate(joined, timeout=30.0, memory_mb=1024, result_mb=64, progress=True), strict=True))
 
 
 def _uri(file: Path) -> str:

@@ -1,8 +1,12 @@
 """What a task is: problems in two parts, and a way to tell which completions are right."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+#: what a chat model writes before its answer; some templates write the opening tag themselves
+THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)

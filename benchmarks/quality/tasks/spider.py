@@ -73,34 +73,41 @@ class Spider(Styled):
         if not Path(self.databases).is_dir():
             raise FileNotFoundError(f"databases: no folder {self.databases}")
         fields = ("question", "query", "db_id")
-        parts = [
-            [self._item(f"{split}/{i}", row) for i, row in enumerate(read_records(source, fields, split=split))]
+        tune, heldout = (
+            [(f"{split}/{i}", row) for i, row in enumerate(read_records(source, fields, split=split))]
             for source, split in ((self.tune, "train"), (self.heldout, "validation"))
-        ]
-        return parts[0][:TUNE], parts[1]
+        )
+        return self._items(tune[:TUNE]), self._items(heldout)
 
-    def _item(self, name: str, row: dict) -> Item:
-        file = Path(self.databases).resolve() / row["db_id"] / f"{row['db_id']}.sqlite"
-        text = (ASK if self.chat else PLAIN).format(name=row["db_id"], schema=schema(file), question=row["question"])
-        query = row["query"]
-        reference = query if self.chat else re.sub(r"^\s*select\b", "", query, flags=re.IGNORECASE)
-        return Item(name, text, reference, {"uri": _uri(file), "query": query})
+    def _items(self, rows: Sequence[tuple[str, dict]]) -> list[Item]:
+        """With what the data set's own queries give, all of which have to run."""
+        files = [Path(self.databases).resolve() / row["db_id"] / f"{row['db_id']}.sqlite" for _, row in rows]
+        form, items = ASK if self.chat else PLAIN, []
+        prompts = [
+            form.format(name=row["db_id"], schema=schema(file), question=row["question"])
+            for file, (_, row) in zip(files, rows, strict=True)
+        ]
+        calls = [(_uri(file), row["query"], None) for file, (_, row) in zip(files, rows, strict=True)]
+        gold = _rows(calls)
+        for (name, _), prompt, call in zip(rows, prompts, calls, strict=True):
+            if not gold[call].ok:
+                raise ValueError(f"{name}: the data set's own query fails: {gold[call].reason}")
+            uri, query, _ = call
+            reference = query if self.chat else re.sub(r"^\s*select\b", "", query, flags=re.IGNORECASE)
+            data = {"uri": uri, "rows": gold[call].value, "ordered": "order by" in query.lower()}
+            items.append(Item(name, prompt, reference, data))
+        return items
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        own = [(item.data["uri"], item.data["query"], None) for item in items]
-        gold = _rows(own)
-        for item, call in zip(items, own, strict=True):
-            if not gold[call].ok:
-                raise RuntimeError(f"{item.name}: the data set's own query fails: {gold[call].reason}")
         # of an answer no more rows than tell that it has too many: a forgotten condition of a join makes millions
-        asked = [
-            (uri, self.sql(text), len(gold[uri, query, None].value) + 1)
-            for (uri, query, _), text in zip(own, completions, strict=True)
+        calls = [
+            (item.data["uri"], self.sql(text), len(item.data["rows"]) + 1)
+            for item, text in zip(items, completions, strict=True)
         ]
-        found = _rows(asked)
+        found = _rows(calls)
         return [
-            found[call].ok and same_rows(gold[mine].value, found[call].value, "order by" in mine[1].lower())
-            for mine, call in zip(own, asked, strict=True)
+            found[call].ok and same_rows(item.data["rows"], found[call].value, item.data["ordered"])
+            for item, call in zip(items, calls, strict=True)
         ]
 
     def sql(self, text: str) -> str:

@@ -101,7 +101,7 @@ def training(results: dict) -> str:
         times = f"{seconds / batched[run['model']]['processor_seconds']:.1f}x"
         cells = [run["model"], run["way"], f"{seconds:.1f}", times, f"{run['peak_mib']:.0f}"]
         lines.append([*cells, f"{run['losses'][-1]:.7f}"])
-    note = f"{settings['examples']} examples, {settings['steps']} steps; {settings['note']}. "
+    note = f"{settings['examples']} examples, {settings['steps']} steps. "
     return _with_notes(lines, note + _where(results["machine"]), results["machine"])
 
 

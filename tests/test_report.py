@@ -48,7 +48,7 @@ def test_other_tables():
 
     run = {"model": "m", "way": "batched", "processor_seconds": 2.0, "peak_mib": 10.4, "losses": [3.0, 0.5]}
     runs = [run, {**run, "way": "one by one", "processor_seconds": 5.0}, {"model": "m", "way": "x", "missing": "why"}]
-    settings = {"examples": 4, "steps": 2, "note": "alone"}
+    settings = {"examples": 4, "steps": 2}
     text = report.training({"machine": machine, "settings": settings, "runs": runs})
     assert "| m | one by one | 5.0 | 2.5x | 10 | 0.5000000 |" in text
     assert "| m | x | why |" in text

@@ -191,6 +191,7 @@ if __name__ != "__main__":
 else:
     endless = ("7", r"\boxed{9^{9^{9^{9}}}}")
     print(same_answers([("7", "so 7"), endless, ("7", "so 7"), ("7", "so 7")], seconds=1.5))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     threading.Timer(4.0, os.kill, [os.getpid(), signal.SIGINT]).start()
     began = time.monotonic()
     try:

@@ -88,6 +88,7 @@ PAIRS = {42: [("abc:", "aa"), ("say:", "ea")], 7: [("xyz:", "ii")]}
 METHODS = {
     "nothing": Nothing(),
     "s0": S0(alpha=1.0),
+    "s0 normalized": S0(alpha=1.0, normalize=True),
     "s0 at its scale": S0(at_alpha=True, layers="early"),
     "lora": LoRA(rank=2, lr=1e-2, steps=3),
     "prompt": Prompt(tokens=2, lr=1e-1, steps=3),

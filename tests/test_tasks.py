@@ -121,6 +121,7 @@ def test_command_line_of_tasks(monkeypatch, capsys):
 
 def test_chat():
     from tasks import Item
+    from tokenizers.processors import TemplateProcessing
 
     tok, items = tokenizer(), [Item("1", "Say a.", "", {})]
     with pytest.raises(ValueError, match="the tokenizer has no chat template; give the task style=complete"):
@@ -132,6 +133,12 @@ def test_chat():
     (chat,) = protocol.as_chat(tok, items)
     assert chat.prompt == f"{tok.bos_token or ''}<user>Say a.<assistant>"
     assert (chat.name, items[0].prompt) == ("1", "Say a.")
+    tok.bos_token = "<eos>"
+    assert protocol.as_chat(tok, items)[0].prompt == "<eos><user>Say a.<assistant>"
+    tok.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", tok.bos_token_id)])
+    (chat,) = protocol.as_chat(tok, items)  # now tokenizing puts one in front, and two would be one too many
+    assert tok(chat.prompt)["input_ids"].count(tok.bos_token_id) == 1
+    assert chat.prompt == "<user>Say a.<assistant>"
 
 
 # MATH-500 and GSM8K

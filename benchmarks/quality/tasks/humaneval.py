@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from sandbox import Program, verify
 
 from .records import read_records
-from .task import THOUGHTS, Item, Styled
+from .task import THOUGHTS, Item, Styled, code_blocks
 
 TUNE = 80  # the first problems
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 ASK = "Write the body of this Python function. Answer with code alone, without explanation or Markdown.\n\n"
-# closed where a line begins or ends with the fence: within one it may be part of the code
-FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -79,10 +77,6 @@ def extracted(prompt: str, function: str, answer: str) -> str:
     if whole.search(dedented) and not body:
         return f"{prompt}\n{dedented}\n"
     return prompt + indented(text) + "\n"
-
-
-def code_blocks(text: str) -> list[str]:
-    return [block["code"] for block in FENCED.finditer(text)]
 
 
 def indented(body: str) -> str:

@@ -8,6 +8,7 @@ often, in any order unless the right query orders them, with the columns in any 
 evaluator ignores unless told otherwise, and there is one database per question, not a suite of them.
 """
 
+import functools
 import re
 import sqlite3
 from collections import Counter
@@ -18,9 +19,8 @@ from pathlib import Path
 
 from sandbox import Call, Outcome, evaluate
 
-from .humaneval import code_blocks
 from .records import read_records
-from .task import THOUGHTS, Item, Styled
+from .task import THOUGHTS, Item, Styled, code_blocks
 
 TUNE = 500
 ASK = (
@@ -135,15 +135,14 @@ def _uri(file: Path) -> str:
     return f"{file.as_uri()}?mode=ro&immutable=1"
 
 
-def schema(file: Path, known: dict[Path, str] = {}) -> str:  # noqa: B006
+@functools.cache
+def schema(file: Path) -> str:
     """The statements that made a database's tables."""
-    if file not in known:
-        if not file.is_file():
-            raise FileNotFoundError(f"databases: no file {file}")
-        with closing(sqlite3.connect(_uri(file), uri=True)) as connection:
-            rows = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
-            known[file] = "\n\n".join(sql for (sql,) in rows)
-    return known[file]
+    if not file.is_file():
+        raise FileNotFoundError(f"databases: no file {file}")
+    with closing(sqlite3.connect(_uri(file), uri=True)) as connection:
+        rows = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
+        return "\n\n".join(sql for (sql,) in rows)
 
 
 def same_rows(gold: Sequence[tuple], found: Sequence[tuple], ordered: bool) -> bool:

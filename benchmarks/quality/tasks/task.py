@@ -1,12 +1,15 @@
 """What a task is: problems in two parts, and a way to tell which completions are right."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 #: what a chat model writes before its answer; some templates write the opening tag themselves
 THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
+# closed where a line begins or ends with the fence: within one it may be part of the code
+FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Item:
     data: Mapping[str, Any]
 
 
-class Task:
+class Task(ABC):
     """Subclasses are dataclasses; their fields are the task's options, strings from a command line."""
 
     name: ClassVar[str]
@@ -30,13 +33,13 @@ class Task:
     solutions: ClassVar[int] = 48  # to learn from, at most one per problem
     normalize: ClassVar[bool] = False  # S0 is divided by each layer's norm before it is scaled
 
+    @abstractmethod
     def load(self) -> tuple[list[Item], list[Item]]:
         """(problems to tune on, problems held out), always in the same order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
         """Which completions are right, one for each item; an item may come several times."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -52,3 +55,8 @@ class Styled(Task):
         self.stop = () if self.chat else self.ends
 
     ends: ClassVar[Sequence[str]] = ()  # where a plain-text completion is over
+
+
+def code_blocks(text: str) -> list[str]:
+    """What stands between the fences of Markdown, without them."""
+    return [block["code"] for block in FENCED.finditer(text)]

@@ -112,8 +112,8 @@ def mixers(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, 
 
     def token(mixer):
         cache = DynamicCache(config=model.config)
-        mixer(x.expand(-1, 8, -1).contiguous(), cache_params=cache)
-        return lambda: mixer(x, cache_params=cache)
+        mixer(x.expand(-1, 8, -1).contiguous(), cache)
+        return lambda: mixer(x, cache)
 
     cases = {"untouched": token(original), "swapped": token(replacement)}
     cases["part by part"] = without_fused_steps(token(replacement))

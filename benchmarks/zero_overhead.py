@@ -182,12 +182,12 @@ def mixer_level(settings: Settings, models: dict = WIDE, length: int | None = No
         @torch.no_grad()
         def prefill(model, hidden=hidden) -> DynamicCache:
             cache = DynamicCache(config=model.config)
-            mixer_of(model)(hidden, cache_params=cache)
+            mixer_of(model)(hidden, cache)
             return cache
 
         @torch.no_grad()
         def decode(mixer, cache, token=hidden[:, :1]) -> None:
-            mixer(token, cache_params=cache)
+            mixer(token, cache)
 
         cases = {name: partial(prefill, model) for name, model in pair.items()}
         line = {"family": family, "backend": "default", "B": 1}

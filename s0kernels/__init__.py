@@ -1,9 +1,12 @@
 """Kernels and tools that let hybrid recurrent-attention language models start from a learned initial state S0.
 
-`s0kernels.ops` needs torch alone; the names here are loaded when first used, since most of them need transformers.
+Importing it registers the operators, which an exported program needs to be loaded, and needs torch alone. The names
+here are loaded when first used, since most of them need transformers.
 """
 
 import importlib
+
+import s0kernels.ops  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -13,8 +16,9 @@ _HOMES = {
     "S0Trainer": "s0kernels.trainer",
     "restore_modules": "s0kernels.modules",
     "swap_modules": "s0kernels.modules",
+    "swap_report": "s0kernels.modules",
 }
-__all__ = ["S0Config", "S0States", "S0Trainer", "restore_modules", "swap_modules"]
+__all__ = ["S0Config", "S0States", "S0Trainer", "restore_modules", "swap_modules", "swap_report"]
 
 
 def __getattr__(name: str):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from s0kernels import __version__
 from s0kernels._files import CONFIG, META, STATES, read_directory, replace_file
 from s0kernels.config import S0Config
+from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.swap import base_model, layer_devices, swapped_site
@@ -114,7 +115,7 @@ class S0States(nn.Module):
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             options = {"attention_mask": attention_mask, "position_ids": positions}
-        cache = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options).past_key_values
+        cache = cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options))
         return cls(
             {layer: cache.layers[layer].recurrent_states[0] for layer in site.shapes}, site.arch, base_model(model)
         )

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from s0kernels.modules.arguments import cache_argument
 from s0kernels.states import S0States
 
 VOCABULARY = 97
@@ -164,7 +165,7 @@ def _cache_error(name: str) -> str | None:
     try:
         with torch.no_grad():
             for length in (1, 1, 5):
-                model(tokens(2, length), past_key_values=cache)
+                model(tokens(2, length), **cached(model, cache))
     except RuntimeError as error:
         return f"transformers {transformers.__version__} itself fails with a cache here: {error}"
     return None
@@ -239,6 +240,11 @@ def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Ten
 
 def ragged() -> list[torch.Tensor]:
     return [tokens(1, n, seed=n)[0] for n in (29, 12, 21, 2)]
+
+
+def cached(model, cache) -> dict:
+    """The argument that hands a cache to a model, under this version's name."""
+    return {cache_argument(model): cache}
 
 
 def seeded_cache(original, states, rows: int) -> DynamicCache:

@@ -6,12 +6,13 @@ import threading
 
 import pytest
 import torch
-from models import MODELS, PAD, close, every_family, every_model, padded, qwen, ragged, random_states, tokens
+from models import MODELS, PAD, cached, close, every_family, every_model, padded, qwen, ragged, random_states, tokens
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from s0kernels import swap_modules
-from s0kernels.modules.injection import _DECODER_ARGUMENTS, BindStates
+from s0kernels.modules.injection import BindStates
 from s0kernels.modules.mixer import S0Mixer
+from s0kernels.modules.swap import find_site
 
 
 @every_model
@@ -20,7 +21,9 @@ def test_states_are_bound_by_the_decoder_whose_arguments_are_known(name):
     mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
     (decoder,) = (m for m in model.modules() if any(isinstance(h, BindStates) for h in m._forward_pre_hooks.values()))
     assert [m for m in decoder.layers.modules() if isinstance(m, S0Mixer)] == mixers
-    assert tuple(inspect.signature(decoder.forward).parameters)[: len(_DECODER_ARGUMENTS)] == _DECODER_ARGUMENTS
+    arguments = find_site(model).arguments
+    assert tuple(inspect.signature(decoder.forward).parameters)[: len(arguments.decoder)] == arguments.decoder
+    assert {"input_ids", "inputs_embeds", arguments.cache} < set(arguments.decoder)
 
 
 @every_family
@@ -298,7 +301,7 @@ def test_packed_sequences_exclude_masks_and_caches():
     pack = packs([4, 5])["collator"]
     for options in (
         {"attention_mask": torch.ones_like(ids)},
-        {"past_key_values": DynamicCache(config=model.config)},
+        cached(model, DynamicCache(config=model.config)),
         {"use_cache": True},
     ):
         with pytest.raises(ValueError, match=f"cannot be used with {next(iter(options))}"):

@@ -157,14 +157,14 @@ def refused(file: Path, message: str) -> None:
     """A reason, not a crash, and the next backend by default."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("S0KERNELS_CPU_LIBRARY", str(file))
-        cpu.unusable.cache_clear()
+        cpu.missing.cache_clear()
         try:
             assert message in _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
             assert _dispatch.choose("ssd", None, torch.device("cpu"), torch.float32) == "torch"
             with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{message}"):
                 problem_of("ssd").run("cpu")
         finally:
-            cpu.unusable.cache_clear()
+            cpu.missing.cache_clear()
 
 
 def test_cpu_library_that_is_missing_or_is_none(tmp_path):

@@ -7,14 +7,16 @@ from functools import partial
 import pytest
 import torch
 from cases import NO_CPU_KERNELS, error
-from models import MODELS, close, every_family, every_model, fails_upstream, numbered, random_states, tokens
+from models import MODELS, cached, close, every_family, every_model, fails_upstream, numbered, random_states, tokens
 from transformers import DynamicCache
 
-from s0kernels import swap_modules
+import s0kernels
 from s0kernels.backends import cpu
 from s0kernels.modules.mixer import S0Mixer
 
 pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
+#: without the steps of its self-check, which would be counted
+swap_modules = partial(s0kernels.swap_modules, check=False)
 STEPS = ("gated_delta_mixer_step", "ssd_mixer_step")
 
 
@@ -43,9 +45,9 @@ def decode(model, name, ids, steps=3):
     """Logits of the last tokens one by one, and the cache."""
     cache = DynamicCache(config=model.config.get_text_config())
     start = ids.shape[1] - steps
-    model(ids[:, :start], past_key_values=cache)
+    model(ids[:, :start], **cached(model, cache))
     found = [
-        model(ids[:, t : t + 1], past_key_values=cache, **numbered(name, t, t + 1)).logits
+        model(ids[:, t : t + 1], **cached(model, cache), **numbered(name, t, t + 1)).logits
         for t in range(start, ids.shape[1])
     ]
     return torch.cat(found, 1), cache
@@ -77,10 +79,10 @@ def test_a_token_is_the_untouched_mixers(name, emulated, calls):
         prompt, following = torch.randn(2, 7, width), torch.randn(3, 2, 1, width)
         caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
         for mixer, cache in zip((original, ours), caches, strict=True):
-            mixer(prompt, cache_params=cache)
+            mixer(prompt, cache)
         before = calls["steps"]
         for x in following:
-            truth, found = (m(x, cache_params=c) for m, c in zip((original, ours), caches, strict=True))
+            truth, found = (m(x, c) for m, c in zip((original, ours), caches, strict=True))
             assert close(found, truth)
         assert calls["steps"] == before + steps_of(name)
         theirs, mine = (cache.layers[original.layer_idx] for cache in caches)
@@ -163,9 +165,9 @@ def test_caches_of_another_kind_go_part_by_part(name, calls):
 
     def run(rows, change):
         cache = DynamicCache(config=model.config.get_text_config())
-        mixer(x[:rows, :5], cache_params=cache)
+        mixer(x[:rows, :5], cache)
         change(cache.layers[mixer.layer_idx])
-        return mixer(x[:rows, 5:], cache_params=cache)
+        return mixer(x[:rows, 5:], cache)
 
     def record(layer):
         layer.record_past = True
@@ -214,9 +216,9 @@ def test_a_decode_compiles_in_one_graph(name, calls):
     caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
-            mixer(x, cache_params=cache)
-        step = torch.compile(lambda x, cache: mixer(x, cache_params=cache), fullgraph=True, backend="aot_eager")
-        truth = mixer(x[:, :1], cache_params=caches[0])
+            mixer(x, cache)
+        step = torch.compile(lambda x, cache: mixer(x, cache), fullgraph=True, backend="aot_eager")
+        truth = mixer(x[:, :1], caches[0])
         assert torch.equal(step(x[:, :1], caches[1]), truth)
     assert calls["steps"] == 2
     for cache in caches[1:]:

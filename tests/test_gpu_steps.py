@@ -175,8 +175,8 @@ def test_a_token_is_the_untouched_mixers(name, dtype):
         outputs = []
         for mixer_, inputs in ((truth, x.double()), (original, x), (ours, x)):
             cache = DynamicCache(config=model.config.get_text_config())
-            mixer_(inputs[:, :5], cache_params=cache)
-            outputs.append(torch.cat([mixer_(inputs[:, t : t + 1], cache_params=cache) for t in range(5, 8)], 1))
+            mixer_(inputs[:, :5], cache)
+            outputs.append(torch.cat([mixer_(inputs[:, t : t + 1], cache) for t in range(5, 8)], 1))
         if dtype == torch.float32:
             assert close(outputs[2], outputs[1])
         assert error(outputs[2], outputs[0]) <= 2 * error(outputs[1], outputs[0]) + 2 * ROUNDING[dtype]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     MODELS,
+    cached,
     checkpoint_layers,
     close,
     every_family,
@@ -33,7 +34,7 @@ def test_gradient_of_s0_equals_the_originals(name):
     leaves = {layer: states[layer].detach().clone().requires_grad_() for layer in states}
     cache = seeded_cache(original, leaves, rows=2)
     cache.update_recurrent_state = lambda *_, **__: None  # in place, which autograd would refuse
-    original(ids, past_key_values=cache).logits.log_softmax(-1)[..., 7].sum().backward()
+    original(ids, **cached(original, cache)).logits.log_softmax(-1)[..., 7].sum().backward()
     for leaf, grad in zip(leaves.values(), found, strict=True):
         assert close(grad, leaf.grad, 1e-4)
 
@@ -92,10 +93,10 @@ def test_logits_under_autocast(name):
             cache.layers[layer].conv_states[0] = cache.layers[layer].conv_states[0].to(dtype)
         return cache
 
-    truth = original(ids, past_key_values=starting(torch.float32)).logits
+    truth = original(ids, **cached(original, starting(torch.float32))).logits
     with torch.autocast("cpu", torch.bfloat16), states.attached(model):
         ours = model(ids).logits
-        theirs = original(ids, past_key_values=starting(torch.bfloat16)).logits
+        theirs = original(ids, **cached(original, starting(torch.bfloat16))).logits
     error, allowed = ((x - truth).float().norm() for x in (ours, theirs))
     assert 0 < error <= 2 * allowed
 
@@ -124,7 +125,7 @@ def test_gradient_through_a_cache(name, swapped):
     truth = gradients(model, states, ids)
     states.zero_grad()
     cache = DynamicCache(config=model.config)
-    pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 12), (12, 19), (19, 20))]
+    pieces = [model(ids[:, a:b], **cached(model, cache)).logits for a, b in ((0, 12), (12, 19), (19, 20))]
     torch.cat(pieces, 1).log_softmax(-1)[..., 7].sum().backward()
     for layer, grad in zip(states, truth, strict=True):
         assert close(states[layer].grad, grad), layer

@@ -9,6 +9,7 @@ from models import (
     MODELS,
     PAD,
     bamba,
+    cached,
     close,
     every_family,
     every_model,
@@ -35,7 +36,7 @@ def test_s0_is_the_state_before_the_first_token(name):
     states = random_states(model)
     states.attach(model)
     cache = seeded_cache(original, {layer: states[layer].detach() for layer in states}, rows=2)
-    assert close(model(ids).logits, original(ids, past_key_values=cache).logits)
+    assert close(model(ids).logits, original(ids, **cached(original, cache)).logits)
 
 
 @every_model
@@ -48,19 +49,19 @@ def test_padding(name, swapped, side):
     ids, mask = padded(rows, side)
     cache = DynamicCache(config=model.config.get_text_config())
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, past_key_values=cache, position_ids=positions).logits
+    logits = model(ids, attention_mask=mask, **cached(model, cache), position_ids=positions).logits
     following = tokens(len(rows), 5, seed=5)
     grown = torch.cat([mask, torch.ones_like(following)], 1)
     positions = grown.cumsum(1)[:, -5:] - 1
-    after = model(following, attention_mask=grown, past_key_values=cache, position_ids=positions).logits
+    after = model(following, attention_mask=grown, **cached(model, cache), position_ids=positions).logits
     for i, row in enumerate(rows):
         alone = model(torch.cat([row, following[i]])[None]).logits[0]
         assert close(logits[i, mask[i].bool()], alone[: len(row)])
         assert close(after[i], alone[len(row) :])
         state = DynamicCache(config=model.config.get_text_config())
-        model(row[None], past_key_values=state)
+        model(row[None], **cached(model, state))
         truth, found = state.layers[0], DynamicCache(config=model.config.get_text_config())
-        model(ids, attention_mask=mask, past_key_values=found)
+        model(ids, attention_mask=mask, **cached(model, found))
         assert close(found.layers[0].recurrent_states[0][i], truth.recurrent_states[0][0])
         assert close(found.layers[0].conv_states[0][i], truth.conv_states[0][0])
 
@@ -75,7 +76,7 @@ def test_a_live_cache_wins(name, swapped, cuts):
     cache = DynamicCache(config=model.config.get_text_config())
     pieces = []
     for a, b in zip([0, *cuts], cuts, strict=False):
-        pieces.append(model(ids[:, a:b], past_key_values=cache, **numbered(name, a, b)).logits)
+        pieces.append(model(ids[:, a:b], **cached(model, cache), **numbered(name, a, b)).logits)
     assert close(torch.cat(pieces, 1), model(ids).logits)
 
 
@@ -94,7 +95,7 @@ def test_chunked_prefill_of_a_left_padded_batch(name, swapped):
     for start in range(0, ids.shape[1], 9):
         stop = min(start + 9, ids.shape[1])
         part = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        pieces.append(model(ids[:, start:stop], past_key_values=cache, **part).logits)
+        pieces.append(model(ids[:, start:stop], **cached(model, cache), **part).logits)
     assert close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
 
 
@@ -111,7 +112,7 @@ def test_padded_batch_token_by_token(name, swapped):
         pieces = []
         for t in range(ids.shape[1]):
             part = {"attention_mask": mask[:, : t + 1], "position_ids": positions[:, t : t + 1]}
-            pieces.append(model(ids[:, t : t + 1], past_key_values=cache, **part).logits)
+            pieces.append(model(ids[:, t : t + 1], **cached(model, cache), **part).logits)
         logits = torch.cat(pieces, 1)
         for i, row in enumerate(rows):
             assert close(logits[i, mask[i].bool()], model(row[None]).logits[0])
@@ -124,20 +125,20 @@ def test_second_turn_and_reset(name, swapped):
     first, second = ragged(), [tokens(1, n, seed=50 + n)[0] for n in (4, 9, 1, 6)]
     cache = DynamicCache(config=model.config)
     ids, mask = padded(first, "left")
-    model(ids, attention_mask=mask, past_key_values=cache, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    model(ids, attention_mask=mask, **cached(model, cache), position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     more, more_mask = padded(second, "left")  # pads between the turns
     both = torch.cat([mask, more_mask], 1)
     positions = (both.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] :]
-    found = model(more, attention_mask=both, past_key_values=cache, position_ids=positions).logits
+    found = model(more, attention_mask=both, **cached(model, cache), position_ids=positions).logits
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         alone = model(torch.cat([a, b])[None]).logits[0, len(a) :]
         assert close(found[i, more_mask[i].bool()], alone)
     fresh, ids = DynamicCache(config=model.config), tokens(4, 10)
-    expected = model(ids, past_key_values=fresh).logits
+    expected = model(ids, **cached(model, fresh)).logits
     for layer in cache.layers:
         assert not hasattr(layer, "has_previous_state") or layer.has_previous_state[0]
     cache.reset()
-    assert close(model(ids, past_key_values=_with_new_attention(cache, model)).logits, expected)
+    assert close(model(ids, **cached(model, _with_new_attention(cache, model))).logits, expected)
 
 
 def _with_new_attention(cache, model):
@@ -222,7 +223,7 @@ def test_static_cache(name, swapped):
     assert not torch.equal(truth, zero)
     cache = StaticCache(config=model.config, max_cache_len=64)
     for _ in range(2):
-        found = model.generate(ids, attention_mask=mask, past_key_values=cache, disable_compile=True, **call)
+        found = model.generate(ids, attention_mask=mask, **cached(model, cache), disable_compile=True, **call)
         assert torch.equal(found, truth)
         cache.reset()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     MODELS,
+    cached,
     close,
     every_family,
     every_model,
@@ -33,7 +34,7 @@ def test_without_states_the_logits_are_the_originals(name):
 
     def run(calls):
         cache = DynamicCache(config=model.config)
-        pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in calls]
+        pieces = [model(ids[:, a:b], **cached(model, cache)).logits for a, b in calls]
         logits = [model(ids).logits, torch.cat(pieces, 1)]
         if name != "falcon_norm":  # the original lets the bias of its projection enter the convolution at pads
             logits.append(model(lefts, attention_mask=mask).logits[mask.bool()])
@@ -97,8 +98,8 @@ def test_bf16_models_keep_an_fp32_state(name):
     assert all(state.dtype == torch.float32 for state in states.parameters())
     cache = DynamicCache(config=model.config)
     with states.attached(model):
-        model(ids, past_key_values=cache)
-        out = model(ids[:, :1], past_key_values=cache)
+        model(ids, **cached(model, cache))
+        out = model(ids[:, :1], **cached(model, cache))
     assert out.logits.dtype == torch.bfloat16
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
 

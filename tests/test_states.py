@@ -20,6 +20,7 @@ from models import (
 )
 
 from s0kernels import S0States, swap_modules
+from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.swap import find_site
 
 SHAPES = {
@@ -281,5 +282,5 @@ def test_capturing_a_padded_batch(name, side):
     for i, row in enumerate(rows):
         alone = S0States.capture(model, row[None])
         assert all(close(states[layer][i], alone[layer][0]) for layer in states)
-        cache = model(row[None], use_cache=True).past_key_values
+        cache = cache_of(model(row[None], use_cache=True))
         assert all(torch.equal(alone[layer], cache.layers[layer].recurrent_states[0]) for layer in states)

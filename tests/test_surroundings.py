@@ -60,7 +60,7 @@ def test_flash_linear_attention_on_a_machine_without_a_gpu():
     code = """
 import torch, fla
 from models import MODELS, random_states, tokens
-from s0kernels import swap_modules
+from s0kernels import swap_modules, swap_report
 ids = tokens(2, 12)
 for name in ("qwen", "falcon"):
     model = MODELS[name]()
@@ -71,7 +71,8 @@ for name in ("qwen", "falcon"):
             assert "active drivers" in str(error), error
         else:
             raise SystemExit("the original ran: this test shows nothing")
-    swap_modules(model)
+    report = swap_report(swap_modules(model))
+    print(report)
     states = random_states(model)
     with states.attached(model):
         model(ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
@@ -81,6 +82,10 @@ for name in ("qwen", "falcon"):
     done = python("-c", code, path=FLA)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("torch.Size([2, 15])") == 2
+    assert "prefill: not checked, Qwen3_5GatedDeltaNet itself fails here: RuntimeError: 0 active drivers" in done.stdout
+    assert "Qwen3_5GatedDeltaNet from S0, in pieces with a cache: " in done.stdout
+    assert "FalconH1Mixer beside its original, prefill: " in done.stdout
+    assert done.stdout.count("not checked") == 2
 
 
 def test_env_says_what_is_usable():
@@ -189,11 +194,11 @@ def test_public_names():
     assert (Path(s0kernels.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("version", ["5.16.4", "5.24.0", "6.0.0.dev0"])
+@pytest.mark.parametrize("version", ["5.16.4", "5.25.0", "6.0.0.dev0"])
 def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_tested(version, monkeypatch):
     model = MODELS["qwen"]()
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    with pytest.warns(UserWarning, match=rf"tested with transformers 5.17.0 and 5.23.0, not {version}"):
+    with pytest.warns(UserWarning, match=rf"tested with transformers 5.17.0, 5.23.0, 5.24.0, not {version}"):
         swap_modules(model)
 
 

@@ -16,6 +16,8 @@ from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
 from protocol import SAMPLING, SEEDS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
 from tqdm import tqdm
 
+from s0kernels.modules.arguments import cache_argument, cache_of
+
 LEARNING_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0)}
 
@@ -159,12 +161,12 @@ def offset_cost(base: Base, rounds: int = 300) -> dict:
     prompt = base.tokenizer(base.heldout[0].prompt, return_tensors="pt").to(base.trainer.device)
 
     def decode() -> Callable[[], float]:
-        cache = base.model(**prompt, use_cache=True).past_key_values
+        cache = cache_of(base.model(**prompt, use_cache=True))
         token = prompt["input_ids"][:, -1:]
 
         def step() -> float:
             begin = time.perf_counter()
-            base.model(input_ids=token, past_key_values=cache, use_cache=True)
+            base.model(input_ids=token, **{cache_argument(base.model): cache}, use_cache=True)
             return 1e3 * (time.perf_counter() - begin)
 
         return step

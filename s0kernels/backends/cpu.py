@@ -29,7 +29,7 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"for tensors on a CPU, not on {device.type}"
     if dtype == torch.float64 and op in ("gated_delta_mixer_step", "ssd_mixer_step"):
         return "computes mixers in fp32, not in fp64"
-    return unusable()
+    return missing()
 
 
 def too_large(op: str, size: int, width: int) -> str | None:
@@ -37,7 +37,7 @@ def too_large(op: str, size: int, width: int) -> str | None:
 
 
 @functools.cache
-def unusable() -> str | None:
+def missing() -> str | None:
     """None once the library is there, else the reason why not."""
     file = Path(os.environ.get("S0KERNELS_CPU_LIBRARY") or Path(__file__).parents[1] / "_cpu.so")
     if not file.is_file():

@@ -16,6 +16,15 @@ S0 enters once, before the first real token of every sequence:
 from s0kernels.modules.families import FAMILIES
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 from s0kernels.modules.mamba2 import S0Mamba2Mixer
-from s0kernels.modules.swap import restore_modules, swap_modules
+from s0kernels.modules.self_check import SwapReport
+from s0kernels.modules.swap import restore_modules, swap_modules, swap_report
 
-__all__ = ["FAMILIES", "S0GatedDeltaNet", "S0Mamba2Mixer", "restore_modules", "swap_modules"]
+__all__ = [
+    "FAMILIES",
+    "S0GatedDeltaNet",
+    "S0Mamba2Mixer",
+    "SwapReport",
+    "restore_modules",
+    "swap_modules",
+    "swap_report",
+]

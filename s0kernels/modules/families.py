@@ -20,6 +20,8 @@ class Family(NamedTuple):
     #: the recurrence, as the `s0-tuning` package spells it in its files
     arch: str
     state_shape: Callable[[nn.Module], tuple[int, int, int]]
+    #: arguments beyond those of `arguments.py` that decoders of this family hand to a mixer and that say nothing to it
+    harmless: tuple[str, ...] = ()
 
 
 def _delta_state(mixer: nn.Module) -> tuple[int, int, int]:

@@ -14,18 +14,12 @@ class S0GatedDeltaNet(S0Mixer):
     """Replaces `Qwen3_5GatedDeltaNet` and `Qwen3_5MoeGatedDeltaNet`, which are the same. With no S0 attached it
     computes what the original computes; see `s0kernels.modules` for when S0 enters."""
 
-    def forward(
-        self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs
-    ) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden]; `attention_mask` [B, T] is 0 at pads, None where there are none."""
-        rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
-        hidden_states = rows.enter(hidden_states)
-
+    def _forward(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         projected = self._project(hidden_states)
         output = self._fused_step(*projected, rows)
         if output is None:
             output = self._mix(*projected, rows)
-        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim)))
+        return self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim))
 
     def _mix(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor:
         """Convolution, gates, scan and gated norm, one after the other."""

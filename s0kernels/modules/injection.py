@@ -7,24 +7,37 @@ autograd's threads, starts from the same states.
 """
 
 import contextlib
+import itertools
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
+from s0kernels.modules.arguments import CACHES, KEYWORD, Arguments, find_cache
 from s0kernels.modules.packing import find_boundaries, own_positions
 
-#: the first arguments of a decoder's forward, in the order that all supported families share
-_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-#: name of the keyword argument that carries the bound states from the decoder to its mixers
-KEYWORD = "s0_states"
-
 _overrides: ContextVar[tuple[tuple["Site", "Attachment"], ...]] = ContextVar("s0kernels_overrides", default=())
-#: how many contexts override at all; where none does, torch.compile need not look at the context, which it cannot trace
-_open_overrides = 0
-_lock = threading.Lock()
+#: what any context overrides with, by number; where none does, torch.compile need not look at the context, which it
+#: cannot trace
+_open: dict[int, "Attachment"] = {}
+_numbers = itertools.count()
+_attachments: weakref.WeakValueDictionary[int, "Attachment"] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _constant_override(site: int) -> int | None:
+    """Number of the attachment that the calling context uses for a site. For torch.export, which cannot trace the
+    context: a program starts from what is attached when it is exported."""
+    return next((chosen.number for place, chosen in reversed(_overrides.get()) if place.number == site), None)
+
+
+@torch.compiler.assume_constant_result
+def _constant_bank(attachment: int, layer_index: int) -> Tensor:
+    """The states of a layer as they are when a program is exported."""
+    return _attachments[attachment].bank(layer_index).detach()
 
 
 class Attachment:
@@ -33,20 +46,36 @@ class Attachment:
     `tasks` is one index for all rows, or an int64 tensor with one per row; -1 is the zero state.
     """
 
-    def __init__(self, owner: nn.Module, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
+    def __init__(self, owner: nn.Module | None, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
         self.owner = owner
         self.tasks = tasks
         self._states = dict(states)
         self.scale = scale
         self._scaled: dict[int, tuple[int, Tensor]] = {}
+        #: by thread: the rows that `generate` multiplied, one of each kind
+        self._prompts = threading.local()
+        self.number = next(_numbers)
+        _attachments[self.number] = self
         self._rescale_all()
+
+    def states(self) -> dict[int, Tensor]:
+        """The bank of every layer at its scale."""
+        return {layer: self.state(layer) for layer in self._states}
+
+    def bank(self, layer_index: int) -> Tensor:
+        """[tasks, ...] of a layer, unscaled."""
+        return self._states[layer_index]
 
     def state(self, layer_index: int) -> Tensor | None:
         """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
         has changed, and anew for every forward that has to be differentiated or that is compiled, for a graph cannot
         ask whether the parameter has changed."""
-        bank = self._states.get(layer_index)
-        if bank is None or self.scale == 1.0:
+        if layer_index not in self._states:
+            return None
+        bank = self._states[layer_index]
+        if torch.compiler.is_exporting():  # a parameter outside the model is nothing that torch.export could name
+            bank = _constant_bank(self.number, layer_index)
+        if self.scale == 1.0:
             return bank
         if torch.compiler.is_compiling() or (bank.requires_grad and torch.is_grad_enabled()):
             return bank * self.scale
@@ -55,11 +84,12 @@ class Attachment:
         return self._scaled[layer_index][1]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_scaled": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_prompts"} | {"_scaled": {}}
 
     def __setstate__(self, state: dict) -> None:
         """A copy's parameters count their changes from zero again, so its products have to be its own."""
-        self.__dict__.update(state)
+        self.__dict__.update(state, _prompts=threading.local(), number=next(_numbers))
+        _attachments[self.number] = self
         self._rescale_all()
 
     def _rescale_all(self) -> None:
@@ -72,10 +102,26 @@ class Attachment:
             self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
-        """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does."""
+        """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does.
+
+        `generate` multiplies the rows for beams or several returned sequences. Rows multiplied so start from equal
+        prompts; without a cache, later forwards hold these prompts with what was generated behind them. Any other
+        batch is somebody's mistake.
+        """
         if isinstance(self.tasks, int) or self.tasks.shape[0] == sequences:
             return self.tasks
-        return _repeat_tasks(self.tasks, sequences, prompt)
+        given = self.tasks.shape[0]
+        copies = sequences // given if given else 0
+        matches = copies > 0 and sequences == given * copies
+        if matches and prompt is not None and prompt.shape[0] == sequences:
+            groups = prompt.unflatten(0, (given, copies))
+            if torch.equal(groups, groups[:, :1].expand_as(groups)):
+                self._prompts.rows = groups[:, 0].detach().clone()
+            else:
+                matches = _continue(groups, getattr(self._prompts, "rows", None))
+        if not matches:
+            raise ValueError(f"tasks names {given} rows, but the batch has {sequences}")
+        return self.tasks.repeat_interleave(copies)
 
 
 class BoundStates:
@@ -83,7 +129,7 @@ class BoundStates:
     the sequences begin, if they are packed."""
 
     def __init__(self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask=None):
-        self._states = {} if attachment is None else {layer: attachment.state(layer) for layer in attachment.owner}
+        self._states = {} if attachment is None else attachment.states()
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
         self.cu_seqlens = cu_seqlens
@@ -106,42 +152,46 @@ class BoundStates:
 class Site:
     """The one place of a swapped model where learned states are attached."""
 
-    def __init__(self, shapes: Mapping[int, tuple[int, ...]], arch: str):
+    def __init__(self, shapes: Mapping[int, tuple[int, ...]], arch: str, arguments: Arguments):
         self.shapes = dict(shapes)
         self.arch = arch
+        self.arguments = arguments
+        self.number = next(_numbers)
+        #: what `swap_modules` found out about the swap
+        self.report = None
         self.attachment: Attachment | None = None
 
     def __setstate__(self, state: dict) -> None:
         """A copy of a model starts from a copy of its states, which know where they are attached."""
-        self.__dict__.update(state)
+        self.__dict__.update(state, number=next(_numbers))
         if self.attachment is not None:
             self.attachment.owner.note_attached(self)
 
     def current(self) -> Attachment | None:
-        if not _open_overrides:
+        if not _open:
             return self.attachment
+        if torch.compiler.is_exporting():
+            number = _constant_override(self.number)
+            return self.attachment if number is None else _open[number]
         return next((chosen for site, chosen in reversed(_overrides.get()) if site is self), self.attachment)
 
     @contextlib.contextmanager
     def override(self, attachment: Attachment) -> Iterator[None]:
         """Use `attachment` in the calling context, for as long as it lasts. The last to begin wins; they may end in
         any order."""
-        global _open_overrides
         entry = (self, attachment)
         _overrides.set((*_overrides.get(), entry))
-        with _lock:
-            _open_overrides += 1
+        _open[attachment.number] = attachment
         try:
             yield
         finally:
-            with _lock:
-                _open_overrides -= 1
+            _open.pop(attachment.number, None)
             _overrides.set(tuple(other for other in _overrides.get() if other is not entry))
 
     def bind(self, rows: Tensor, kwargs: Mapping) -> BoundStates:
         """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
         may say that the rows hold packed sequences, or continue those of a cache."""
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs, "s0kernels")
         # a recurrent layer knows it on the host; the length of a static cache is on the device
         live = cache is not None and cache.has_previous_state(min(self.shapes))
         cu_seqlens = find_boundaries(*rows.shape[:2], kwargs, live)
@@ -160,7 +210,8 @@ class BindStates:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        named = dict(zip(_DECODER_ARGUMENTS, args, strict=False)) | kwargs
+        named = dict(zip(self.site.arguments.decoder, args, strict=False)) | kwargs
+        self.site.arguments.check(type(module).__name__, named)
         rows = next((named[n] for n in ("input_ids", "inputs_embeds") if named.get(n) is not None), None)
         if rows is None or KEYWORD in named:
             return args, kwargs
@@ -186,7 +237,7 @@ def _single_token_mask(rows: Tensor, mask: Tensor | None, live: bool) -> Tensor 
 def _packed(kwargs: dict, cu_seqlens: Tensor, length: int) -> dict:
     """The arguments of a packed forward: attention has to keep the sequences apart as well, which transformers does by
     their positions, and only where there is neither a mask nor a cache."""
-    for name in ("past_key_values", "use_cache", "attention_mask"):
+    for name in (*CACHES, "use_cache", "attention_mask"):
         value = kwargs.get(name)
         if value is not None and value is not False:
             raise ValueError(f"packed sequences (cu_seq_lens_q, seq_idx, position_ids) cannot be used with {name}")
@@ -196,17 +247,10 @@ def _packed(kwargs: dict, cu_seqlens: Tensor, length: int) -> dict:
     return {**kwargs, "use_cache": False, "position_ids": positions}
 
 
-def _repeat_tasks(tasks: Tensor, sequences: int, prompt: Tensor | None) -> Tensor:
-    """A task per row, where `generate` has multiplied the rows for beams or several returned sequences.
-
-    Rows multiplied so start from equal prompts; a batch that does not is somebody's mistake.
-    """
-    given = tasks.shape[0]
-    copies = sequences // given if given else 0
-    matches = copies > 0 and sequences == given * copies
-    if matches and prompt is not None and prompt.shape[0] == sequences:
-        groups = prompt.reshape(given, copies, -1)
-        matches = torch.equal(groups, groups[:, :1].expand_as(groups))
-    if not matches:
-        raise ValueError(f"tasks names {given} rows, but the batch has {sequences}")
-    return tasks.repeat_interleave(copies)
+def _continue(groups: Tensor, prompts: Tensor | None) -> bool:
+    """Whether the rows [given, copies, T, ...] begin with `prompts` [given, t, ...], each group with its own."""
+    if prompts is None or prompts.shape[1] > groups.shape[2]:
+        return False
+    begun = groups[:, :, : prompts.shape[1]]
+    same = begun.shape[3:] == prompts.shape[2:] and len(prompts) == len(groups) and prompts.dtype == groups.dtype
+    return same and torch.equal(begun, prompts[:, None].to(begun.device).expand_as(begun))

@@ -19,20 +19,13 @@ class S0Mamba2Mixer(S0Mixer):
     leaves out `time_step_limit`, and with `mamba_proj_bias` its pads enter the convolution.
     """
 
-    def forward(
-        self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs
-    ) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden]; `attention_mask` [B, T] is 0 at pads, None where there are none."""
-        dtype = hidden_states.dtype
-        rows = self._prepare(hidden_states, cache_params, attention_mask, kwargs)
-        hidden_states = rows.enter(hidden_states)
-
+    def _forward(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         projected = self._project(hidden_states).split(sizes, dim=-1)
         output = self._fused_step(*projected, rows)
         if output is None:
             output = self._mix(*projected, rows)
-        return rows.leave(self.out_proj(output.view(*hidden_states.shape[:2], -1).to(dtype)))
+        return self.out_proj(output.view(*hidden_states.shape[:2], -1).to(hidden_states.dtype))
 
     def _mix(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor:
         """Convolution, scan, gate and norm, one after the other."""

@@ -1,11 +1,14 @@
 """What the replacements share: the original's parameters, the cache, and where the initial state comes from."""
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from s0kernels.backends._states import state_dtype
+from s0kernels.modules.arguments import KEYWORD, find_cache
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
-from s0kernels.modules.injection import KEYWORD, BoundStates, Site
+from s0kernels.modules.injection import BoundStates, Site
 from s0kernels.modules.padding import Padding
 from s0kernels.ops import _dispatch
 
@@ -59,11 +62,26 @@ class S0Mixer(nn.Module):
     def extra_repr(self) -> str:
         return f"layer {self.layer_idx}, initial state {list(self.site.shapes[self.layer_idx])}"
 
-    def _prepare(self, x: Tensor, cache_params, attention_mask: Tensor | None, kwargs: dict) -> "Rows":
+    def forward(self, hidden_states: Tensor, cache=None, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """[B, T, hidden] to [B, T, hidden].
+
+        Args:
+            cache: of transformers, or None; older versions call it `cache_params`.
+            attention_mask: [B, T], 0 at pads, None where there are none.
+            kwargs: what the decoder hands down; see `s0kernels.modules.arguments`.
+        """
+        who = type(self.original).__name__
+        self.site.arguments.check(who, kwargs)
+        cache = find_cache({"cache": cache, **kwargs}, who)
         bound = kwargs.get(KEYWORD)
         if bound is None:  # called outside a decoder
-            bound = self.site.bind(x, kwargs)
-        return Rows(bound, MixerCache(cache_params, self.layer_idx, self.conv_kernel_size), x, attention_mask)
+            bound = self.site.bind(hidden_states, {**kwargs, "cache": cache})
+        rows = Rows(bound, MixerCache(cache, self.layer_idx, self.conv_kernel_size), hidden_states, attention_mask)
+        return rows.leave(self._forward(rows.enter(hidden_states), rows))
+
+    def _forward(self, hidden_states: Tensor, rows: "Rows") -> Tensor:
+        """[B, T, hidden] to [B, T, hidden], where pads stand at the end of the rows."""
+        raise NotImplementedError
 
     def _convolve(self, x: Tensor, rows: "Rows") -> Tensor:
         """Convolution of [B, T, C], window taken from and left in the cache."""
@@ -87,7 +105,7 @@ class S0Mixer(nn.Module):
             return None
         if mixed.device.type == "cpu" and mixed.dtype == torch.float32 and mixed.shape[0] > _FEW_ROWS:
             return None
-        size, width = int(max(cache.state.shape[2:])), cache.window.shape[2]
+        size, width = operator.index(max(cache.state.shape[2:])), operator.index(cache.window.shape[2])
         if cache.recording or width != self.conv_kernel_size or type(self.conv1d) is not nn.Conv1d:
             return None
         given = [x for x in (*tensors, cache.window, cache.state) if x is not None]

@@ -17,6 +17,8 @@ def find_boundaries(batch: int, length: int, kwargs: Mapping, live: bool) -> Ten
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q packs sequences into one row, so the batch must be 1, got {batch}")
         return given
+    if kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError("cu_seq_lens_k packs sequences only beside cu_seq_lens_q, which is missing")
     if (seq_idx := kwargs.get("seq_idx")) is not None:
         return _cut(seq_idx[:, 1:] != seq_idx[:, :-1], batch, length)
     positions = kwargs.get("position_ids")

@@ -1,33 +1,42 @@
 """Putting the replacements into a model, and the originals back."""
 
 import hashlib
-import importlib.metadata
-import warnings
 
 import torch
 from torch import nn
 
-from s0kernels.modules.families import family_of, supported
+from s0kernels.modules.arguments import Arguments
+from s0kernels.modules.families import Family, family_of, supported
 from s0kernels.modules.injection import BindStates, Site
 from s0kernels.modules.mixer import S0Mixer
+from s0kernels.modules.self_check import Place, Refused, SelfCheck, SwapReport
+from s0kernels.versions import installed, warn_untested
 
-#: versions of transformers that the tests run on, and outside which nothing is known
-TESTED = ("5.17.0", "5.23.0")
 
-
-def swap_modules(model: nn.Module) -> nn.Module:
+def swap_modules(model: nn.Module, check: bool = True) -> nn.Module:
     """Replace every supported mixer of `model` by one that can start from a learned state. In place; gives `model`.
 
     Parameters, buffers and submodules stay the same objects under the same names, so `state_dict()`, optimizers and
     sharding do not notice. A model that is swapped already is left as it is.
 
+    Args:
+        model: a model of transformers.
+        check: run the first mixer of each kind on a few tokens, beside its original and then from a random S0 through
+            the model's own decoder, and refuse the swap where they differ. It takes milliseconds on a GPU (more where
+            kernels have to be compiled first), no lasting memory, and leaves torch's random state alone; forward hooks
+            on what comes before that mixer see these tokens. `swap_report` says what was found, or why a mixer could
+            not be run. The names of the arguments of mixers and decoder are looked at in any case.
+
     Raises:
         TypeError: `model` is not a torch module.
         ValueError: it holds no mixer of a supported family, one that cannot be replaced, or some that are replaced
-            already and some that are not.
+            already and some that are not; or this version of transformers does something that the replacements do
+            not. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_modules: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(check, bool):
+        raise TypeError(f"swap_modules: check must be True or False, got {check!r}")
     found = {name: (module, family) for name, module in model.named_modules() if (family := family_of(module))}
     if find_site(model) is not None:
         if found:
@@ -38,16 +47,50 @@ def swap_modules(model: nn.Module) -> nn.Module:
             f"swap_modules: {type(model).__name__} has no recurrent mixer of a supported family ({supported()})"
         )
     _check(model, found)
-    _check_version()
-    site = Site(
-        {mixer.layer_idx: tuple(family.state_shape(mixer)) for mixer, family in found.values()},
-        next(iter(found.values()))[1].arch,
-    )
-    for name, (mixer, family) in found.items():
-        _replace(model, name, _with_accelerate_hook(family.replacement(mixer, site), mixer))
-    decoder = model.get_submodule(_decoder_name(next(iter(found))))
-    decoder.register_forward_pre_hook(BindStates(site), with_kwargs=True)
+    warn_untested()
+    try:
+        _swap(model, found, check)
+    except Refused as why:
+        said = ", ".join(f"{name} {version}" for name, version in installed("transformers", "torch").items())
+        raise ValueError(f"swap_modules: {why} ({said})") from why
     return model
+
+
+def _swap(model: nn.Module, found: dict[str, tuple[nn.Module, Family]], check: bool) -> None:
+    """Raises Refused, and leaves the model as it was, where the replacements do not do what the originals do."""
+    places = {name: _place(model, name) for name in found}
+    (first, place), (mixer, family) = next(iter(places.items())), next(iter(found.values()))
+    try:
+        arguments = Arguments(place.decoder if place.layers else None, mixer, place.way, family.harmless)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    site = Site({m.layer_idx: tuple(family.state_shape(m)) for m, _ in found.values()}, family.arch, arguments)
+    replacements = {name: _with_accelerate_hook(family.replacement(m, site), m) for name, (m, _) in found.items()}
+    kinds: dict[type, SelfCheck] = {}
+    for name, (m, _) in sorted(found.items(), key=lambda item: item[1][0].layer_idx) if check else ():
+        kinds.setdefault(type(m), SelfCheck(places[name], m, replacements[name], site))
+    checks = [result for kind in kinds.values() for result in kind.beside_original()]
+    for name, replacement in replacements.items():
+        _replace(model, name, replacement)
+    place.decoder.register_forward_pre_hook(BindStates(site), with_kwargs=True)
+    for module in _initialisers(model, first):
+        module._init_weights = InitialiseOriginals(module)
+    try:
+        checks += [result for kind in kinds.values() for result in kind.through_decoder()]
+    except BaseException:
+        restore_modules(model)
+        raise
+    site.report = SwapReport(family.name, len(found), installed("transformers", "torch"), tuple(checks))
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """What `swap_modules` replaced in `model`, and what it found out by running it; `print` shows it.
+
+    Raises:
+        TypeError: `model` is not a torch module.
+        ValueError: it is not swapped.
+    """
+    return swapped_site(model, "swap_report").report
 
 
 def restore_modules(model: nn.Module) -> nn.Module:
@@ -66,6 +109,8 @@ def restore_modules(model: nn.Module) -> nn.Module:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BindStates)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(module.__dict__.get("_init_weights"), InitialiseOriginals):
+            del module._init_weights
     return model
 
 
@@ -137,18 +182,33 @@ def _check(model: nn.Module, found: dict) -> None:
             )
 
 
-def _check_version() -> None:
-    version = importlib.metadata.version("transformers")
-    oldest, newest = ([int(part) for part in tested.split(".")[:2]] for tested in TESTED)
-    if not oldest <= [int(part) for part in version.split(".")[:2]] <= newest:
-        warnings.warn(
-            f"s0kernels was tested with transformers {TESTED[0]} and {TESTED[1]}, not {version}", stacklevel=3
-        )
+def _place(model: nn.Module, mixer_name: str) -> Place:
+    """The decoder is the module whose `layers` the mixer is in: the one that passes keyword arguments on to it."""
+    *path, attribute = mixer_name.split(".")
+    depth = len(path) - 1 - path[::-1].index("layers") if "layers" in path[:-1] else None
+    if depth is None:  # a layer that was swapped alone
+        return Place(model, [], [], model.get_submodule(".".join(path)), attribute)
+    decoder = model.get_submodule(".".join(path[:depth]))
+    way = [model.get_submodule(".".join(path[:end])) for end in range(depth + 2, len(path) + 1)]
+    return Place(decoder, list(decoder.layers)[: int(path[depth + 1]) + 1], way, way[-1], attribute)
 
 
-def _decoder_name(mixer_name: str) -> str:
-    """The module whose `layers` the mixer is in: the one that passes keyword arguments on to it."""
-    return "" if mixer_name.startswith("layers.") else mixer_name.rpartition(".layers.")[0]
+def _initialisers(model: nn.Module, mixer_name: str) -> list[nn.Module]:
+    """The models of transformers around the mixers, each of which may be asked to initialise its weights."""
+    around = [name for name, _ in model.named_modules() if not name or mixer_name.startswith(f"{name}.")]
+    return [module for name in around if hasattr(type(module := model.get_submodule(name)), "_init_weights")]
+
+
+class InitialiseOriginals:
+    """`_init_weights` of a swapped model. transformers initialises by the class of a mixer, so it is shown the
+    original, whose parameters are the same."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: nn.Module) -> None:
+        original = module.original if isinstance(module, S0Mixer) else module
+        type(self.model)._init_weights(self.model, original)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Scans and steps with a differentiable initial state. Needs torch only."""
 
+from s0kernels.ops import mixer_steps  # noqa: F401  its operators are registered with the others
 from s0kernels.ops.gated_delta_rule import (
     gated_delta_rule,
     gated_delta_rule_reference,

@@ -26,10 +26,24 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+def ready(name: str) -> ModuleType:
+    """The module of a backend that was chosen, perhaps in another process, by which a program was exported.
+
+    Raises:
+        RuntimeError: its library is not here.
+    """
+    module = load(name)
+    reason = module.missing() if hasattr(module, "missing") else None
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was chosen for this call, and {reason}")
+    return module
+
+
 def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0) -> str | None:
     """None where backend `name` can run `op`, else the reason why not.
 
-    `size` is the largest dimension of a head, `width` that of a convolution, where they matter.
+    `size` is the largest dimension of a head, `width` that of a convolution, where they matter. A caller makes ints of
+    them by `operator.index`, by which a graph of dynamic sizes holds for these alone.
     """
     if name == "reference":
         return None

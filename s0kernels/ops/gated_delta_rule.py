@@ -10,6 +10,7 @@ S_0 is `initial_state`. It enters once, before the first token of every sequence
 """
 
 import functools
+import operator
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def gated_delta_rule_step(
             and an input requires one (there is no backward).
     """
     _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices)
-    name = _dispatch.choose(_STEP, backend, q.device, q.dtype, int(max(state.shape[-2:])))
+    name = _dispatch.choose(_STEP, backend, q.device, q.dtype, operator.index(max(state.shape[-2:])))
     scale = _scale(scale, q)
     return torch.ops.s0kernels.gated_delta_rule_step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, name)
 
@@ -269,7 +270,7 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor]:
     _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
     with _dispatch.without_autocast(q.device):
-        return _dispatch.load(backend).gated_delta_rule_forward(
+        return _dispatch.ready(backend).gated_delta_rule_forward(
             *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
             scale=scale,
             use_qk_l2norm=use_qk_l2norm,
@@ -309,7 +310,7 @@ def _backward_op(
     initial state's is wanted; its shape is `state_shape`."""
     wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
     with _dispatch.without_autocast(q.device):
-        found = _dispatch.load(backend).gated_delta_rule_backward(
+        found = _dispatch.ready(backend).gated_delta_rule_backward(
             *(doutput, dfinal_state, q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
             state_shape=tuple(state_shape),
             scale=scale,
@@ -357,7 +358,7 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _step_op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
-    step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.load(backend).gated_delta_rule_step
+    step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.ready(backend).gated_delta_rule_step
     with _dispatch.without_autocast(q.device):
         return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)
 

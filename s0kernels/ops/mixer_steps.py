@@ -4,6 +4,8 @@ As Qwen3.5 and Falcon-H1 compute it. The convolution's window and the recurrent 
 gradients; whole sequences go through `gated_delta_rule` and `ssd`.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +77,9 @@ def gated_delta_mixer_step(
     tensors = {"mixed": mixed, "z": z, "b": b, "a": a, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_DELTA, tensors)
-    name = _dispatch.choose(_DELTA, backend, mixed.device, mixed.dtype, int(max(K, V)), window.shape[2])
+    name = _dispatch.choose(
+        _DELTA, backend, mixed.device, mixed.dtype, operator.index(max(K, V)), operator.index(window.shape[2])
+    )
     return torch.ops.s0kernels.gated_delta_mixer_step(
         *(mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state, state_indices, tickets, eps),
         name,
@@ -144,7 +148,9 @@ def ssd_mixer_step(
     tensors = {"gate": gate, "mixed": mixed, "dt": dt, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "D": D, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_SSD, tensors)
-    name = _dispatch.choose(_SSD, backend, mixed.device, mixed.dtype, int(max(P, N)), window.shape[2])
+    name = _dispatch.choose(
+        _SSD, backend, mixed.device, mixed.dtype, operator.index(max(P, N)), operator.index(window.shape[2])
+    )
     return torch.ops.s0kernels.ssd_mixer_step(
         *(gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm, window, state, state_indices, tickets, eps),
         *(gate_first, float(dt_limit[0]), float(dt_limit[1]), name),
@@ -265,7 +271,7 @@ def _delta_op(
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return gated_delta_mixer_step_reference(*inputs, eps=eps, state_indices=indices)
-        step = _dispatch.load(backend).gated_delta_mixer_step
+        step = _dispatch.ready(backend).gated_delta_mixer_step
         return step(*inputs, eps=eps, state_indices=indices, tickets=tickets)
 
 
@@ -279,7 +285,7 @@ def _ssd_op(
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return ssd_mixer_step_reference(*inputs, **options)
-        return _dispatch.load(backend).ssd_mixer_step(*inputs, **options, tickets=tickets)
+        return _dispatch.ready(backend).ssd_mixer_step(*inputs, **options, tickets=tickets)
 
 
 _library.impl("gated_delta_mixer_step", _delta_op, "CompositeExplicitAutograd")

@@ -10,6 +10,7 @@ once, before the first token of every sequence, and is differentiable.
 """
 
 import functools
+import operator
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def ssd_step(
             input requires one (there is no backward).
     """
     _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
-    name = _dispatch.choose(_STEP, backend, x.device, x.dtype, int(max(state.shape[-2:])))
+    name = _dispatch.choose(_STEP, backend, x.device, x.dtype, operator.index(max(state.shape[-2:])))
     return torch.ops.s0kernels.ssd_step(
         *(x, dt, A, B, C, state, D, z, dt_bias, state_indices),
         *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), name),
@@ -307,7 +308,7 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor]:
     _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
     with _dispatch.without_autocast(x.device):
-        return _dispatch.load(backend).ssd_forward(
+        return _dispatch.ready(backend).ssd_forward(
             *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
             dt_softplus=dt_softplus,
             dt_limit=(dt_min, dt_max),
@@ -352,7 +353,7 @@ def _backward_op(
     the initial state's is wanted; its shape is `state_shape`."""
     wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
     with _dispatch.without_autocast(dt.device):
-        found = _dispatch.load(backend).ssd_backward(
+        found = _dispatch.ready(backend).ssd_backward(
             *(doutput, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
             state_shape=tuple(state_shape),
             dt_softplus=dt_softplus,
@@ -397,7 +398,7 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _step_op(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
-    step = ssd_step_reference if backend == "reference" else _dispatch.load(backend).ssd_step
+    step = ssd_step_reference if backend == "reference" else _dispatch.ready(backend).ssd_step
     options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": (dt_min, dt_max)}
     with _dispatch.without_autocast(x.device):
         return step(x, dt, A, B, C, state, state_indices=state_indices, **options)

@@ -1,0 +1,136 @@
+"""What a decoder hands to its mixers: arguments that are understood, that say nothing to a mixer, or that are errors.
+
+Versions of transformers rename arguments, and mixers take `**kwargs`: a cache under a name that nobody looks at would
+be swallowed, and everything generated with it would be wrong.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: names of the cache, by version of transformers and by who is called; the first is today's
+CACHES = ("cache", "past_key_values", "cache_params")
+#: name of the argument that carries the bound states from the decoder to its mixers
+KEYWORD = "s0_states"
+#: what both look at beside the cache
+_UNDERSTOOD = {*CACHES, KEYWORD, "attention_mask", "cu_seq_lens_q", "position_ids", "seq_idx"}
+#: what says nothing to a recurrence, whatever its value; `cu_seq_lens_k` and the lengths repeat `cu_seq_lens_q`
+_HARMLESS = {
+    "cu_seq_lens_k",
+    "is_causal",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "use_cache",
+}
+_TOKENS = ("hidden_states", "input_ids", "inputs_embeds")
+_SUSPECT = ("mask", "cache", "past", "state", "seq", "segment")
+
+
+class Arguments:
+    """What one swapped model's decoder and mixers may be handed in this version of transformers.
+
+    Args:
+        decoder: the module that hands its keyword arguments down to the mixers; None where they are in none.
+        mixer: an original mixer.
+        between: the modules on the way from the decoder to the mixer.
+        harmless: further names that the family's row lists.
+
+    Raises:
+        ValueError: decoder or mixer has no cache argument under a known name, or the mixer wants something unknown.
+    """
+
+    def __init__(
+        self, decoder: nn.Module | None, mixer: nn.Module, between: Iterable[nn.Module], harmless: Iterable[str]
+    ):
+        #: names in the order in which they may be given by position
+        self.decoder = () if decoder is None else _named(decoder)
+        self.mixer = _named(mixer)
+        self._harmless = _HARMLESS | set(harmless)
+        known = set().union(self.decoder, self.mixer, *map(_named, between), _keys_of_transformers(), _TOKENS)
+        self._known = known | _UNDERSTOOD | self._harmless
+        #: the decoder's name for its cache
+        self.cache = None if decoder is None else cache_argument(decoder)
+        cache_argument(mixer)
+        strange = [n for n in self.mixer if n not in {"hidden_states"} | _UNDERSTOOD | self._harmless]
+        order = [n if n not in CACHES else CACHES[0] for n in self.mixer[:3]]
+        if strange or order != ["hidden_states", CACHES[0], "attention_mask"][: len(order)]:
+            raise ValueError(
+                f"{type(mixer).__name__}.forward takes {', '.join(self.mixer)}; s0kernels knows a mixer that takes "
+                f"hidden_states, a cache and attention_mask"
+            )
+
+    def check(self, who: str, given: Mapping[str, Any]) -> None:
+        """Raise TypeError where `given` holds what is neither understood nor known to say nothing to a mixer."""
+        for name, value in given.items():
+            if name in _UNDERSTOOD or name in self._harmless or value is None:
+                continue
+            if name not in self._known:
+                raise TypeError(f"{who} got an argument that s0kernels does not know: {name} ({_kind(value)})")
+            if name not in _TOKENS and not _says_nothing(name, value):
+                raise TypeError(
+                    f"{who} got {name} ({_kind(value)}), which may carry a cache, a mask or borders of sequences, and "
+                    f"s0kernels does not know what it means"
+                )
+
+
+def find_cache(given: Mapping[str, Any], who: str) -> Any:
+    """The cache among the arguments, under any of its names, or None."""
+    found = [(name, given[name]) for name in CACHES if given.get(name) is not None]
+    if len(found) > 1 and any(cache is not found[0][1] for _, cache in found):
+        raise TypeError(f"{who} got two caches: {' and '.join(name for name, _ in found)}")
+    return found[0][1] if found else None
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name under which `module.forward` takes a cache.
+
+    Raises:
+        ValueError: it takes none under a known name.
+    """
+    names = _named(module)
+    found = [name for name in CACHES if name in names]
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__}.forward takes {', '.join(names)}, and none of them is a cache under a name that "
+            f"s0kernels knows ({', '.join(CACHES)})"
+        )
+    return found[0]
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """The cache in what a model of transformers returns, under this version's name, or None."""
+    return next((output[name] for name in CACHES if name in output), None)
+
+
+def _named(module: nn.Module) -> tuple[str, ...]:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind not in variable)[1:]
+
+
+def _keys_of_transformers() -> set[str]:
+    from transformers.utils import generic
+
+    keywords = getattr(generic, "TransformersKwargs", None)
+    return set() if keywords is None else set(inspect.get_annotations(keywords))
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a value under a name that is only known to exist cannot carry a cache, a mask or borders."""
+    if isinstance(value, (list, tuple)):
+        return all(_says_nothing(name, item) for item in value)
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and not any(part in name for part in _SUSPECT)
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

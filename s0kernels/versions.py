@@ -1,0 +1,56 @@
+"""The versions that the tests run on: one table, read by the Makefile's pins, the tests, the README and a warning.
+
+Run as a script it needs nothing but Python: `pins` prints what the environment of the Makefile installs, and
+`others NAME` the other tested versions of a package.
+"""
+
+import importlib.metadata
+import sys
+import warnings
+
+#: oldest first
+TESTED = {
+    "Python": ("3.11", "3.12", "3.13"),
+    "torch": ("2.11.0", "2.13.0", "2.14.1"),
+    "transformers": ("5.17.0", "5.23.0", "5.24.0"),
+    "triton": ("3.7.1",),
+}
+#: what every test runs on; the other versions run those that depend on them
+PINNED = {"torch": "2.13.0", "transformers": "5.24.0", "triton": "3.7.1"}
+
+
+def installed(*packages: str) -> dict[str, str | None]:
+    """Versions of packages here, None where one is missing."""
+    return {package: _version(package) for package in packages}
+
+
+def warn_untested() -> None:
+    """Warn where the transformers here is older or newer than any that the tests run on."""
+    version = _version("transformers")
+    tested = TESTED["transformers"]
+    if version is not None and not _minor(tested[0]) <= _minor(version) <= _minor(tested[-1]):
+        warnings.warn(
+            f"s0kernels was tested with transformers {', '.join(tested)}, not {version}; swap_modules runs each kind "
+            f"of mixer beside its original to find out whether it fits",
+            stacklevel=4,
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["pins"]:
+        print(*(f"{package}=={version}" for package, version in PINNED.items()))
+    elif sys.argv[1:2] == ["others"]:
+        print(*(version for version in TESTED[sys.argv[2]] if version != PINNED[sys.argv[2]]))
+    else:
+        sys.exit("usage: versions.py pins | others NAME")

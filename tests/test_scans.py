@@ -320,6 +320,7 @@ def test_compiles_in_one_graph(op, state):
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, hidden by it
 @pytest.mark.parametrize("op", OPS)
 def test_registration(op):
     """Schema, fake tensors and autograd of the registered op agree with what it does."""

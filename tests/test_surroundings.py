@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from models import MODELS, random_states, tokenizer
 
 import s0kernels
-from s0kernels import S0Config, swap_modules
+from s0kernels import S0Config, swap_modules, versions
 from s0kernels.cli import main
 
 ROOT = Path(s0kernels.__file__).resolve().parents[1]
@@ -219,3 +220,24 @@ def test_check_finds_a_backend_that_computes_something_else(broken, monkeypatch,
         monkeypatch.setattr(torch_chunked, "ssd_backward", wrong)
     assert main(["check"]) == (1 if broken else 0)
     assert ("FAILED" in capsys.readouterr().out) == bool(broken)
+
+
+def test_the_table_of_versions_is_what_everybody_reads():
+    readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    for package, tested in versions.TESTED.items():
+        assert f"| {package} | {', '.join(tested)} |" in readme
+        assert versions.PINNED.get(package, tested[0]) in tested
+    pins = [f"{package}=={version}" for package, version in versions.PINNED.items()]
+    assert ", ".join(pin.replace("==", " ") for pin in pins) in " ".join(readme.split())
+    done = python(str(ROOT / "s0kernels" / "versions.py"), "pins")
+    assert done.stdout.split() == pins
+    done = python(str(ROOT / "s0kernels" / "versions.py"), "others", "transformers")
+    assert {*done.stdout.split(), versions.PINNED["transformers"]} == set(versions.TESTED["transformers"])
+    assert "$(VERSIONS) pins" in makefile
+    assert "$(VERSIONS) others transformers" in makefile
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert not any(f"\n{package}=" in requirements for package in versions.PINNED), "pinned in two places"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={versions.TESTED['Python'][0]}"
+    assert f"torch>={versions.TESTED['torch'][0].rpartition('.')[0]}" in project["dependencies"]
+    assert versions.installed("transformers")["transformers"] in versions.TESTED["transformers"]

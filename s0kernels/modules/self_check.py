@@ -25,10 +25,10 @@ from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.mixer import S0Mixer
 
 #: relative Frobenius norm of a difference up to which two computations in a dtype are the same
-_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 #: on a GPU a convolution in fp32 may be computed in tf32
 _TF32 = 2e-3
-_PREFILL, _PADS = 5, 3
+_PREFILL, _PADS, _CHUNK = 5, 3, 16
 _PIECES = ((0, 4), (4, 6), (6, 7))
 
 
@@ -200,12 +200,18 @@ class SelfCheck:
         return given, given[caches[0]]
 
     def _run_original(self, given: dict[str, Any], cache: Any) -> Tensor:
+        chunk = getattr(self.original, "chunk_size", None)
         try:
+            if chunk is not None:  # a whole chunk is computed however few the tokens: seconds on a CPU
+                self.original.chunk_size = min(chunk, _CHUNK)
             output = self.original.forward(**_with_cache(given, cache))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise _NotRun(f"{self.name} itself fails here: {_line(error)}") from error
+        finally:
+            if chunk is not None:
+                self.original.chunk_size = chunk
         if not output.isfinite().all():
             raise _NotRun(f"{self.name} itself gives values that are not finite here")
         return output

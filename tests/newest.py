@@ -1,0 +1,54 @@
+"""Tries the newest transformers that the package index has and prints what came out; it never fails.
+
+python tests/newest.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from s0kernels.versions import TESTED  # noqa: E402
+
+FILES = ("self_check", "modules", "injection", "attaching")
+
+
+def main() -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    asked = subprocess.run([*pip, "index", "versions", "transformers"], capture_output=True, text=True)
+    found = re.search(r"transformers \((\S+)\)", asked.stdout)
+    if found is None:
+        print(f"newest transformers: the index did not say ({asked.stderr.strip()[-200:]})")
+        return
+    newest = found[1]
+    if newest in TESTED["transformers"]:
+        print(f"newest transformers: {newest}, which the tests run on")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        install = [*pip, "install", "--quiet", "--no-deps", "--target", folder, f"transformers=={newest}"]
+        if subprocess.run(install).returncode:
+            print(f"newest transformers: {newest} cannot be installed")
+            return
+        files = [str(ROOT / "tests" / f"test_{name}.py") for name in FILES]
+        options = ["-q", "-W", "default", "--no-header", "--tb=line", "--numprocesses", "auto", "--maxprocesses", "8"]
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *files],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        lines = done.stdout.splitlines()
+        failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        print(f"newest transformers: {newest}, not tested before; {lines[-1] if lines else done.stderr[-200:]}")
+        print("\n".join(failures[:20]))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import MODELS, cached, close, every_family, every_model, fails_upstream, falcon, random_states, tokens
+from test_surroundings import python
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
@@ -334,6 +335,25 @@ def test_meta_offloaded_and_quantised_models_say_why():
         quantised = torch.ao.quantization.quantize_dynamic(MODELS["qwen"](), {torch.nn.Linear}, torch.qint8)
     report = swap_report(swap_modules(quantised))
     assert all(check.reason.startswith("its weights are quantised") for check in report.checks)
+
+
+def test_sharded_models_say_why():
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from models import MODELS
+from s0kernels import swap_modules, swap_report
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = MODELS["qwen"]()
+for layer in model.model.layers:
+    fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+print({check.reason for check in swap_report(swap_modules(model)).checks})
+dist.destroy_process_group()
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "its weights are sharded or packed" in done.stdout
+    assert "DTensor" in done.stdout
 
 
 def test_what_a_missing_layer_says():

@@ -33,6 +33,7 @@ SHARED = {80: 166912, 90: 232448, 100: 232448}
         (FALCON, 100),
         ("Falcon-H1-7B bf16, one sequence", 90),
         ("Falcon-H1-0.5B bf16", 90),
+        ("Falcon-H1-7B bf16, no optional input", 90),
         ("Falcon-H1-7B fp32", 90),
     ],
 )

@@ -74,8 +74,11 @@ def delta_calls(B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16) ->
     }
 
 
-def mamba_calls(B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
-    """Calls of Mamba-2 SSD with a gate and a shared initial state, on tensors without memory."""
+def mamba_calls(
+    B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16, options=("D", "z", "dt_bias")
+) -> dict[str, Callable[[], object]]:
+    """Calls of Mamba-2 SSD with a shared initial state, on tensors without memory. `options` are the optional inputs
+    that are given."""
     from s0kernels.backends.triton import mamba
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -84,18 +87,22 @@ def mamba_calls(B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16) -> d
     x, z, dt, b, c = empty(B, T, H, P), empty(B, T, H, P), empty(B, T, H), empty(B, T, G, N), empty(B, T, G, N)
     A, D, bias = (empty(H, dtype=torch.float32) for _ in range(3))
     state = empty(H, P, N, dtype=torch.float32)
-    inputs, options = (x, dt, A, b, c, D, z, bias, state, None, None), {"dt_softplus": True, "dt_limit": (0.0, 1.0)}
+    given = {name: value if name in options else None for name, value in (("D", D), ("z", z), ("dt_bias", bias))}
+    inputs, how = (x, dt, A, b, c, *given.values(), state, None, None), {"dt_softplus": True, "dt_limit": (0.0, 1.0)}
 
     def backward(wanted: set[str]):
-        shape = tuple(state.shape)
-        mamba.ssd_backward(x, None, *inputs, state_shape=shape, chunk_size=None, wanted=wanted, **options)
+        shape, wanted = tuple(state.shape), wanted - ({*given} - {*options})
+        mamba.ssd_backward(x, None, *inputs, state_shape=shape, chunk_size=None, wanted=wanted, **how)
 
     def step():
-        pool, extras = empty(B, H, P, N, dtype=torch.float32), {"D": D, "z": z[:, 0], "dt_bias": bias}
-        mamba.ssd_step(x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], pool, state_indices=None, **extras, **options)
+        pool, extras = (
+            empty(B, H, P, N, dtype=torch.float32),
+            given | {"z": z[:, 0] if given["z"] is not None else None},
+        )
+        mamba.ssd_step(x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], pool, state_indices=None, **extras, **how)
 
     return {
-        "forward": lambda: mamba.ssd_forward(*inputs, output_final_state=True, chunk_size=None, **options),
+        "forward": lambda: mamba.ssd_forward(*inputs, output_final_state=True, chunk_size=None, **how),
         "backward": lambda: backward({"x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"}),
         "frozen backward": lambda: backward({"x", "dt", "B", "C", "z", "initial_state"}),
         "state-only backward": lambda: backward({"initial_state"}),
@@ -119,6 +126,7 @@ CASES: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
     "Bamba, Granite bf16": functools.partial(mamba_calls, B=8, T=1024, H=128, P=64, N=128),
     "Nemotron-H bf16": functools.partial(mamba_calls, B=8, T=1024, H=128, P=64, N=128, G=8),
     "Mamba-2 2.7B fp16": functools.partial(mamba_calls, B=8, T=1024, H=80, P=64, N=128, dtype=torch.float16),
+    "Falcon-H1-7B bf16, no optional input": functools.partial(mamba_calls, B=8, T=1024, options=()),
     "Falcon-H1-7B fp32": functools.partial(mamba_calls, B=8, T=1024, dtype=torch.float32),
 }
 

@@ -51,8 +51,8 @@ def load_dy(do, z, o_t, o_p, so_t, so_p, sz_t, sz_p, rows, P):
 
 @triton.jit
 def at_token(x, stride, i_b, i_t, i_h):
-    """Where the row of a head at a token begins; None stays."""
-    return x if x is None else x + i_b * stride[0] + i_t * stride[1] + i_h * stride[2]
+    """Where the row of a head at a token begins. Not for None: in Triton 3.6 no function returns it."""
+    return x + i_b * stride[0] + i_t * stride[1] + i_h * stride[2]
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def walk_backward(
         p_gates = gates + at * ROWS * BT + START * BT
         if dh is not None:
             tl.store(dh + at * P * N + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
-        p_do, p_z = at_token(do, so, i_b, i_t, i_h), at_token(z, sz, i_b, i_t, i_h)
+        p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
         b_C = load_tile(at_token(C, sC, i_b, i_t, i_h // (H // G)), o_t, o_n, sC[1], sC[3], rows, N)
         b_read = (tl.trans(b_dy).to(tl.float32) * tl.load(p_gates + o_t)[None, :]).to(b_dy.dtype)
@@ -277,7 +277,7 @@ def ssd_heads_bwd_kernel(
             *(rows, inner, P - i_p * BP, N, BT, BP, BI, PRECISION),
         )
         b_carried += b_both
-        p_do, p_z = at_token(do, so, i_b, i_t, i_h), at_token(z, sz, i_b, i_t, i_h)
+        p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_x = load_tile(at_token(x, sx, i_b, i_t, i_h), o_t, o_p, sx[1], sx[3], rows, P)
         b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
         b_k = tl.dot(b_dy, tl.trans(b_x), b_k, input_precision=PRECISION)
@@ -466,7 +466,8 @@ def ssd_groups_bwd_kernel(
     if dC is not None and i_w == 0:
         p_B = at_token(B, sB, i_b, i_t, i_g) + i_n * sB[3]
         b_dC = group_grad(
-            *(at_token(do, so, i_b, i_t, i_h), at_token(z, sz, i_b, i_t, i_h), p_gates, h + at * P * N + i_n, p_pairs),
+            *(at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))),
+            *(p_gates, h + at * P * N + i_n, p_pairs),
             *(p_B, so, sz, sB, rows, R, inner, N - i_n, START, False, P, N, PRECISION, BT, BP, BN),
         )
         tl.store(dC + o_out, b_dC.to(dC.dtype.element_ty), mask=mask)

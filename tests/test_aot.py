@@ -18,23 +18,27 @@ SPILLS = {
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 
+def _slow(case: str, capability: int):
+    return pytest.param(case, capability, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("case", "capability"),
     [
-        (FLAGSHIP, 80),
         (FLAGSHIP, 90),
-        (FLAGSHIP, 100),
-        ("delta rule 128/128 bf16, few heads", 90),
-        ("delta rule 64/64 fp16", 90),
-        ("delta rule 256/256 bf16", 90),
-        ("delta rule 128/128 fp32", 90),
-        (FALCON, 80),
         (FALCON, 90),
-        (FALCON, 100),
-        ("Falcon-H1-7B bf16, one sequence", 90),
-        ("Falcon-H1-0.5B bf16", 90),
         ("Falcon-H1-7B bf16, no optional input", 90),
-        ("Falcon-H1-7B fp32", 90),
+        _slow(FLAGSHIP, 80),
+        _slow(FLAGSHIP, 100),
+        _slow("delta rule 128/128 bf16, few heads", 90),
+        _slow("delta rule 64/64 fp16", 90),
+        _slow("delta rule 256/256 bf16", 90),
+        _slow("delta rule 128/128 fp32", 90),
+        _slow(FALCON, 80),
+        _slow(FALCON, 100),
+        _slow("Falcon-H1-7B bf16, one sequence", 90),
+        _slow("Falcon-H1-0.5B bf16", 90),
+        _slow("Falcon-H1-7B fp32", 90),
     ],
 )
 def test_kernels_fit_the_chip(case, capability):

@@ -9,6 +9,7 @@ pytest.importorskip("pytest_benchmark")
 BENCHMARKS = ROOT / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are in the source tree alone")
 def test_suite_runs_once():
     options = ("--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist")

@@ -174,6 +174,7 @@ tuned.save(sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @every_family
 def test_a_killed_process_is_resumed_with_the_same_bits(name, tmp_path):
     """SIGKILL in the middle of things, then to the end."""

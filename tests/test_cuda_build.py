@@ -59,6 +59,7 @@ def test_states_are_read_and_written_16_bytes_at_a_time_and_once(kernel, count, 
     assert len(re.findall(r"st\.global\S*\.v4\.f32", text)) == count
 
 
+@pytest.mark.slow
 def test_the_library_links_and_has_the_operators_of_the_one_for_a_cpu(tmp_path):
     """With a stand-in for the one function of libtorch_cuda that it calls."""
     folder = Path(torch.__file__).parent

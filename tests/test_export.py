@@ -21,8 +21,10 @@ class Logits(nn.Module):
 
 
 @every_family
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("strict", "scale"),
+    [(False, 0.5), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((True, 1.0), (True, 0.5)))],
+)
 def test_exported_with_what_is_attached(name, strict, scale):
     model, ids = swap_modules(MODELS[name]()), tokens(2, 9)
     states = random_states(model, tasks=2)

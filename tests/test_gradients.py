@@ -131,6 +131,7 @@ def test_gradient_through_a_cache(name, swapped):
         assert close(states[layer].grad, grad), layer
 
 
+@pytest.mark.slow
 @every_family
 def test_compiled_models_follow_what_is_attached(name):
     model = swap_modules(MODELS[name]()).requires_grad_(False)

@@ -228,6 +228,7 @@ def test_static_cache(name, swapped):
         cache.reset()
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()

@@ -138,6 +138,7 @@ def test_save_pretrained_writes_what_the_original_writes(name, tmp_path):
         assert torch.equal(value, model.state_dict()[key])
 
 
+@pytest.mark.slow
 @every_family
 @torch.no_grad()
 def test_attach_detach_swap_and_restore_in_any_order(name):

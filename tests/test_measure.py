@@ -93,6 +93,7 @@ def allocating(megabytes: int):
     return lambda: torch.ones(megabytes * 2**18).add(1)
 
 
+@pytest.mark.slow
 def test_peak_memory():
     found = measure.peak_memory(allocating, 40, warm_up=(1,))
     assert 79 * 2**20 < found < 88 * 2**20  # what is added to, and the sum

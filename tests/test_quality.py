@@ -182,6 +182,7 @@ def small_run(folder: Path, experiment: str) -> experiments.Run:
     return experiments.Run(one, (42, 7), results, found, folder / "cache")
 
 
+@pytest.mark.slow
 def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "LEARNING_RATES", (1e-3, 1e-2))
     monkeypatch.setattr(experiments, "ALPHAS", {"gated_delta_net": (0.5, 1.0)})

@@ -342,6 +342,7 @@ def test_registration(op):
     torch.library.opcheck(registered.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_with_inductor_whatever_the_strides(op):
     """Outputs and gradients have the strides that the compiler was promised, for permuted inputs and gradients too."""

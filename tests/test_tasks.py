@@ -359,6 +359,7 @@ def score(doc, results):
 """
 
 
+@pytest.mark.slow
 @needs_eval
 def test_harness(tmp_path):
     """The harness on the tiny Falcon-H1 without and with S0; without, its verdicts are those of the experiments."""

@@ -60,6 +60,7 @@ def test_without_normalising_and_with_a_scale():
     assert_within_budget(problem.to(torch.float32))
 
 
+@pytest.mark.slow
 def test_only_asked_gradients_and_the_state_only_backward():
     problem = delta_problem(70, B=2, state="bank", **SMALL).to(torch.float32)
     weights = problem.weights()

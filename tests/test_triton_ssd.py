@@ -66,6 +66,7 @@ def test_softplus_does_not_round_to_zero():
             assert error(found[:, head], truth[:, head]) < 1e-6
 
 
+@pytest.mark.slow
 def test_only_asked_gradients_and_the_state_only_backward():
     problem = ssd_problem(state="bank", lengths=[40, 6], **SMALL | {"H": 1}).to(torch.float32)
     weights = problem.weights()

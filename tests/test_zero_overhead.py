@@ -125,6 +125,7 @@ def tiny_settings() -> dict:
     return {name: {**hybrids.SMALL[name], **narrow} for name in ("Qwen3.5", "Falcon-H1")}
 
 
+@pytest.mark.slow
 def test_levels(tmp_path, monkeypatch):
     heads = {"gated_delta_rule": {"H": 2, "HV": 4, "K": 8, "V": 8}, "ssd": {"H": 2, "G": 1, "P": 8, "N": 8}}
     op, bank = zero_overhead.op_level, zero_overhead.bank_level
@@ -148,6 +149,7 @@ def test_levels(tmp_path, monkeypatch):
             assert set(line["ratio"]) == set(line["verdict"]) == set(line["work"]) - {"zero", "untouched"}
 
 
+@pytest.mark.slow
 def test_headline(tmp_path, monkeypatch, capsys):
     for family, model in (("Qwen3.5", "Qwen3.5-4B"), ("Falcon-H1", "Falcon-H1-7B")):
         monkeypatch.setitem(headline.STAND_INS, (model, "small"), tiny_settings()[family])
@@ -184,6 +186,7 @@ def test_headline(tmp_path, monkeypatch, capsys):
     assert len(third["Qwen3.5-4B, small, train"]["losses"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", training.MODELS)
 def test_ways_of_training_agree(name, tmp_path):
     """The three that need nothing but what is installed: the same losses, step by step."""

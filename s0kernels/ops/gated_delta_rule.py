@@ -13,6 +13,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends import _states
 from s0kernels.ops import _dispatch, _sequences, _validation
@@ -357,6 +358,7 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _step_op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
+    increment_version(state)  # kernels write behind autograd's back
     step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.load(backend).gated_delta_rule_step
     with _dispatch.without_autocast(q.device):
         return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)

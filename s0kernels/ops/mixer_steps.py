@@ -7,6 +7,7 @@ gradients; whole sequences go through `gated_delta_rule` and `ssd`.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends._states import gather_states, state_dtype, store_states
 from s0kernels.ops import _dispatch, _sequences, _validation
@@ -262,6 +263,7 @@ def _delta_op(
 ) -> Tensor:
     inputs = (mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state)
     _sequences.check_values(1, None, indices, state, unique=True)
+    increment_version((window, state))  # kernels write behind autograd's back
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return gated_delta_mixer_step_reference(*inputs, eps=eps, state_indices=indices)
@@ -276,6 +278,7 @@ def _ssd_op(
     inputs = (gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm, window, state)
     options = {"eps": eps, "gate_first": gate_first, "dt_limit": (dt_min, dt_max), "state_indices": indices}
     _sequences.check_values(1, None, indices, state, unique=True)
+    increment_version((window, state))  # kernels write behind autograd's back
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return ssd_mixer_step_reference(*inputs, **options)

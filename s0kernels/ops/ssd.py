@@ -13,6 +13,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends import _states
 from s0kernels.ops import _dispatch, _sequences, _validation
@@ -397,6 +398,7 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _step_op(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
+    increment_version(state)  # kernels write behind autograd's back
     step = ssd_step_reference if backend == "reference" else _dispatch.load(backend).ssd_step
     options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": (dt_min, dt_max)}
     with _dispatch.without_autocast(x.device):

@@ -7,7 +7,7 @@ from s0kernels.backends._states import state_dtype
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import KEYWORD, BoundStates, Site
 from s0kernels.modules.padding import Padding
-from s0kernels.ops import _dispatch
+from s0kernels.ops import _dispatch, _transforms
 
 _SHARED = (
     "_parameters",
@@ -178,6 +178,8 @@ class MixerCache:
         if not self.live:
             return False
         tensors = (*inputs, self.state)
+        if _transforms.find(*tensors) is not None:
+            return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
     def starting_state(self, dtype: torch.dtype) -> Tensor:

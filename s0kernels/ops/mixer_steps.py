@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from s0kernels.backends._states import gather_states, state_dtype, store_states
-from s0kernels.ops import _dispatch, _sequences, _validation
+from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
 from s0kernels.ops.gated_delta_rule import gated_delta_rule_step_reference
 from s0kernels.ops.ssd import ssd_step_reference
 
@@ -76,6 +76,7 @@ def gated_delta_mixer_step(
     tensors = {"mixed": mixed, "z": z, "b": b, "a": a, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_DELTA, tensors)
+    _transforms.refuse(_DELTA, *tensors.values())
     name = _dispatch.choose(_DELTA, backend, mixed.device, mixed.dtype, int(max(K, V)), window.shape[2])
     return torch.ops.s0kernels.gated_delta_mixer_step(
         *(mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state, state_indices, tickets, eps),
@@ -145,6 +146,7 @@ def ssd_mixer_step(
     tensors = {"gate": gate, "mixed": mixed, "dt": dt, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "D": D, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_SSD, tensors)
+    _transforms.refuse(_SSD, *tensors.values())
     name = _dispatch.choose(_SSD, backend, mixed.device, mixed.dtype, int(max(P, N)), window.shape[2])
     return torch.ops.s0kernels.ssd_mixer_step(
         *(gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm, window, state, state_indices, tickets, eps),

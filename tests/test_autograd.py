@@ -229,3 +229,44 @@ def test_tangents_go_through_a_whole_model(name):
         for transform in (dual, DERIVATIVES["jvp"]):
             found = transform(f, x, direction)
             assert (found - differences).norm() < 5e-3 * differences.norm()  # parts of the models are in fp32
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize("lengths", [None, [0, 3, 0, 2]], ids=["dense", "packed"])
+@pytest.mark.parametrize("empty", ["T", "B", "first", "second", "both"])
+def test_sizes_of_zero(op, backend, empty, lengths, poisoned):
+    """`first` and `second` are K and V, or P and N. Nothing is left as the memory was."""
+    first, second = ("K", "V") if op == "gated_delta_rule" else ("P", "N")
+    sizes = {"T": 5, "B": 2, first: 3, second: 5}
+    sizes |= dict.fromkeys({"first": [first], "second": [second], "both": [first, second]}.get(empty, [empty]), 0)
+    if lengths and empty in ("T", "B"):
+        lengths = [0, 0] if empty == "T" else []
+    problem = MAKERS[op](sizes.pop("T"), state="shared" if empty == "B" else "each", lengths=lengths, **sizes)
+    problem = problem.to(torch.float32 if backend == "triton" else torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in problem.run("reference")]
+    truth, found = (problem.gradients(name, tuple(weights)) for name in ("reference", backend))
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize("empty", ["first", "second"])
+def test_steps_of_size_zero(op, backend, empty, poisoned):
+    first, second = ("K", "V") if op == "gated_delta_rule" else ("P", "N")
+    problem = MAKERS[op](1, state="each", **{first if empty == "first" else second: 0}).to(torch.float32)
+    inputs, state, options = token(problem, 0), problem.tensors["initial_state"], options_of(problem)
+    truth = step(op, inputs, state.clone(), backend="reference", **options)
+    torch.testing.assert_close(step(op, inputs, state.clone(), backend=backend, **options), truth)
+
+
+@every_op
+def test_a_mixers_step_needs_sizes(op):
+    inputs = {name: x.float() for name, x in mixer(op, "odd").items()}
+    heads, first, second = inputs["state"].shape[1:]
+    inputs["state"] = inputs["state"].new_zeros(3, heads, *((0, second) if op == "gated_delta_rule" else (first, 0)))
+    call = gated_delta_mixer_step if op == "gated_delta_rule" else ssd_mixer_step
+    with pytest.raises(ValueError, match=r"mixed must have .* channels"):
+        call(**inputs, eps=1e-6)

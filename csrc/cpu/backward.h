@@ -26,7 +26,7 @@ class BackwardEngine : Engine<T> {
 
  public:
   BackwardEngine(const Scan& s, const Backward& b, void* memory)
-      : Base(s, memory), b_(b), others_(b.dq != nullptr) {
+      : Base(s, memory), b_(b), others_(b.ddecay != nullptr) {  // of K = 0 the others have no memory
     residual_ = s.delta || others_ || b.dv != nullptr;
     dstates_ = arena_.take(s.block * K_ * Vl_);
     pair_ = arena_.take(2 * C_ * Vl_);

@@ -67,7 +67,7 @@ def gated_delta_mixer_step(
     _check_mixer(check, conv_weight, conv_bias, A_log, dt_bias, window, state, state_indices, "HV K V", mixed.dtype)
     heads, K, V = state.shape[1:]
     keys = mixed.shape[1] - heads * V
-    if keys <= 0 or keys % (2 * K) or heads % (keys // (2 * K)):
+    if keys <= 0 or K == 0 or keys % (2 * K) or heads % (keys // (2 * K)):
         raise ValueError(
             f"{_DELTA}: mixed must have 2 H K + HV V channels, H a divisor of HV, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
@@ -135,7 +135,7 @@ def ssd_mixer_step(
     if norm is not None:
         check.tensor("norm", norm, "H*P", check.floats)
     shared = mixed.shape[1] - heads * P
-    if shared <= 0 or shared % (2 * N) or heads % (shared // (2 * N)):
+    if shared <= 0 or N == 0 or shared % (2 * N) or heads % (shared // (2 * N)):
         raise ValueError(
             f"{_SSD}: mixed must have H P + 2 G N channels, G a divisor of H, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"

@@ -159,12 +159,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from s0kernels import S0Config, S0Trainer
+    from s0kernels._files import check_output
     from s0kernels.learner import processes
+    from s0kernels.states import states_size
 
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
     data = _training_data(options.data)
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    check_output(options.output, states_size(options.model, len(data) if isinstance(data, dict) else 1))
     trainer = S0Trainer.from_pretrained(options.model, config)
     result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
     trainer.save(options.output)

@@ -345,8 +345,14 @@ class S0Trainer:
         if not processes().is_main_process:
             return
         folder = Path(path)
+        errors = []
         for task, name in enumerate(self.tasks or [""]):
-            self._states.save(folder / name, task=task, config=self.config)
+            try:
+                self._states.save(folder / name, task=task, config=self.config)
+            except OSError as error:  # the other tasks may have more luck
+                errors.append(error)
+        if errors:
+            raise errors[0]
         if self.tasks is None:
             (folder / TASKS).unlink(missing_ok=True)
             return

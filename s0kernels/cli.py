@@ -69,10 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ImportError as error:
-        print(f"s0kernels {options.command}: {error}; install the extra: pip install 's0kernels[hf]'", file=sys.stderr)
+        from s0kernels._extras import advice
+
+        print(f"s0kernels {options.command}: {advice(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\ns0kernels {options.command}: interrupted{_how_to_resume(options)}", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _how_to_resume(options: argparse.Namespace) -> str:
+    if options.command != "tune":
+        return ""
+    if options.checkpoint is None:
+        return "; nothing was kept: with --checkpoint FILE the same command goes on from the last step"
+    if options.checkpoint.exists():
+        return f"; the same command goes on from {options.checkpoint}"
+    return f" before the first step was saved to {options.checkpoint}"
 
 
 def _check(_: argparse.Namespace) -> int:

@@ -156,6 +156,20 @@ class S0States(nn.Module):
         }
         return S0States(mixed, self.arch, self.base_model, self.names)
 
+    def check_gradients(self) -> None:
+        """After a backward: every state that learns has a gradient.
+
+        Raises:
+            RuntimeError: some have none; it names their layers.
+        """
+        missing = [layer for layer in self if self[layer].requires_grad and self[layer].grad is None]
+        if missing:
+            raise RuntimeError(
+                f"S0Trainer.train: no gradient reaches the initial states of layers {missing}: something between them "
+                "and the loss cuts it, as layers in 4 or 8 bits may on a CPU. Load the model without quantisation, or "
+                "name other layers."
+            )
+
     def norms(self) -> dict[int, Tensor]:
         """[tasks] Frobenius norms of the states by layer, at scale 1."""
         return {layer: self[layer].detach().flatten(1).norm(dim=1) for layer in self}
@@ -248,7 +262,7 @@ class S0States(nn.Module):
         if isinstance(tasks, (list, tuple)):
             tasks = [self._number(task) if isinstance(task, str) else task for task in tasks]
         try:
-            rows = torch.as_tensor(tasks)
+            rows = tasks if isinstance(tasks, Tensor) else torch.as_tensor(tasks, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"S0States: tasks must be an index or one per row, got {tasks!r}") from error
         if rows.dtype not in (torch.int32, torch.int64):

@@ -45,10 +45,10 @@ class Chunks:
 
     def _slots(self, ends: list[int], order: list[int], starts: list[int]) -> Tensor:
         """Where token t of the packed row lies in [NC * C]."""
-        first_chunks = torch.tensor(starts[:-1] or [0], dtype=torch.int64)
-        slots = torch.empty(self.length, dtype=torch.int64)
+        first_chunks = torch.tensor(starts[:-1] or [0], dtype=torch.int64, device="cpu")
+        slots = torch.empty(self.length, dtype=torch.int64, device="cpu")
         for place, i in enumerate(order):
-            t = torch.arange(ends[i + 1] - ends[i])
+            t = torch.arange(ends[i + 1] - ends[i], device="cpu")
             slots[ends[i] : ends[i + 1]] = (first_chunks[t // self.size] + place) * self.size + t % self.size
         return slots.to(self.like.device)
 

@@ -103,7 +103,7 @@ def test_states_and_batches_do_not_depend_on_the_default_device(tmp_path):
     states, ids = random_states(model, tasks=2), tokens(2, 9)
     examples = read_examples(PAIRS, tokenizer(), 100)
     states.attach(model, tasks=1)
-    losses = [float(b.losses(model)) for b in make_batches(examples, 1, False, model, 0, torch.device("cpu"))]
+    losses = [float(b.losses(model).detach()) for b in make_batches(examples, 1, False, model, 0, torch.device("cpu"))]
     states.attach(model, tasks=[1, 0])
     expected = model(ids).logits
     states.save(tmp_path)
@@ -114,7 +114,7 @@ def test_states_and_batches_do_not_depend_on_the_default_device(tmp_path):
         loaded = S0States.load(tmp_path, model)
     assert torch.equal(model(ids).logits, expected)
     states.attach(model, tasks=1)
-    assert [float(batch.losses(model)) for batch in batches] == losses
+    assert [float(batch.losses(model).detach()) for batch in batches] == losses
     assert torch.equal(loaded[states.layers[0]][0], states[states.layers[0]][0])
 
 

@@ -211,7 +211,7 @@ void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Option
   b.dv = target(dv, type);
   b.ddecay = target(ddecay, type);
   b.dweight = target(dweight, type);
-  if (b.dq == nullptr) spread(s);
+  if (b.ddecay == nullptr) spread(s);
   const bool wide = type == ScalarType::Double;
   run(units(s), 1, entries().backward_bytes(s, b, wide),
       [&](int64_t unit, void* memory) { entries().backward(s, b, wide, unit, memory); });

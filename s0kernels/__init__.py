@@ -23,7 +23,13 @@ __all__ = ["S0Config", "S0States", "S0Trainer", "restore_modules", "swap_modules
 
 def __getattr__(name: str):
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            home = importlib.import_module(_HOMES[name])
+        except ModuleNotFoundError as error:
+            from s0kernels._extras import advice
+
+            raise ImportError(f"s0kernels.{name}: {advice(error)}", name=error.name) from error
+        return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -58,7 +58,8 @@ class Batch:
         counts = [len(example.ids) - max(example.prompt_length, 1) for example in examples]
         owners = [task for task, count in zip(self.tasks, counts, strict=True) for _ in range(count)]
         self._owners = torch.tensor(owners, device=device)
-        self._weights = torch.tensor([1.0 / count for count in counts for _ in range(count)], device=device)
+        weights = [1.0 / count for count in counts for _ in range(count)]
+        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
 
     def logits(self, model: nn.Module) -> Tensor:
         """[predicted tokens, vocabulary]."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from s0kernels._files import parse_json, read_tensors, replace_file
+from s0kernels._files import check_output, parse_json, read_tensors, replace_file
 from s0kernels.config import S0Config
 from s0kernels.data import Example
 from s0kernels.states import S0States
@@ -51,9 +52,8 @@ class Checkpoint:
         self._file, self._run = Path(file), dict(run)
         if self._file.is_dir():
             raise ValueError(f"S0Trainer: checkpoint must name a file, and {file} is a directory")
-        self._file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        if not os.access(self._file.parent, os.W_OK):
-            raise PermissionError(f"S0Trainer: checkpoint {file} lies in a directory that cannot be written to")
+        numbers = sum(math.prod(shape) for shape in run.get("states", {}).values())
+        check_output(self._file.parent, 4 * (1 + len(_MOMENTS)) * numbers)
 
     def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping], ended: bool) -> None:
         """`ended`: a callback wants no more steps."""
@@ -97,7 +97,10 @@ class Checkpoint:
                 parameter.copy_(found[0])
                 if history:
                     moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(len(history), dtype=torch.float32, device="cpu"),
+                        **moments,
+                    }
         return history, content.get("ended") is True
 
 

@@ -69,10 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ImportError as error:
-        print(f"s0kernels {options.command}: {error}; install the extra: pip install 's0kernels[hf]'", file=sys.stderr)
+        from s0kernels._extras import advice
+
+        print(f"s0kernels {options.command}: {advice(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\ns0kernels {options.command}: interrupted{_how_to_resume(options)}", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _how_to_resume(options: argparse.Namespace) -> str:
+    if options.command != "tune":
+        return ""
+    if options.checkpoint is None:
+        return "; nothing was kept: with --checkpoint FILE the same command goes on from the last step"
+    if options.checkpoint.exists():
+        return f"; the same command goes on from {options.checkpoint}"
+    return f" before the first step was saved to {options.checkpoint}"
 
 
 def _check(_: argparse.Namespace) -> int:
@@ -159,12 +174,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from s0kernels import S0Config, S0Trainer
+    from s0kernels._files import check_output
     from s0kernels.learner import processes
+    from s0kernels.states import states_size
 
     given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
     config = S0Config(**{name: value for name, value in given.items() if value is not None})
     data = _training_data(options.data)
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    check_output(options.output, states_size(options.model, len(data) if isinstance(data, dict) else 1))
     trainer = S0Trainer.from_pretrained(options.model, config)
     result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
     trainer.save(options.output)

@@ -99,10 +99,24 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+            yield f"{file}:{number}", _parse_line(line, file, number)
+
+
+def _parse_line(line: str, file: Path, number: int) -> Any:
+    start, whole = line.strip()[0], "an example on each line, whole"
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        where, reason = f"{file}:{number}, column {error.colno}", error.msg
+        if start in "[{" and error.pos >= len(line.rstrip()):  # it goes on on the next line
+            kind = "array" if start == "[" else "object"
+            raise ValueError(f"{where}: a JSON {kind} over several lines; JSON lines are wanted, {whole}") from error
+        raise ValueError(f"{where}: not JSON: {reason}; JSON lines are wanted, {whole}") from error
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
+        raise ValueError(f"{file}:{number}: not JSON that can be read: {error}") from error
+    if isinstance(value, list) and any(isinstance(entry, (Mapping, list)) for entry in value):
+        raise ValueError(f"{file}:{number}: a JSON array of {len(value)} examples; JSON lines are wanted, {whole}")
+    return value
 
 
 def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -> Example:
@@ -188,10 +202,25 @@ def _join(prompt: str, completion: str, where: str, tokenizer: Any, **options: b
 
 
 def encode(text: str, where: str, tokenizer: Any, **options: bool) -> list[int]:
-    """Tokens of a text, whole, whatever the tokenizer's own limit is."""
-    if not callable(tokenizer):
-        raise TypeError(f"{where} needs a tokenizer, and the trainer's is {tokenizer!r}")
+    """Tokens of a text, whole, whatever the tokenizer's own limit is; what it puts behind texts (an end token) not,
+    because they go on."""
+    check_tokenizer(tokenizer)
     try:
-        return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+        ids = [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+        if not ids or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
+            return ids
+        return ids[: len(ids) - _suffix_length(tokenizer, **options)]
     except (TypeError, UnicodeError) as error:  # of a text with half a surrogate pair, as JSON can hold
         raise ValueError(f"{where} has a text that the tokenizer does not take: {text[:80]!r}") from error
+
+
+def _suffix_length(tokenizer: Any, **options: bool) -> int:
+    """How many tokens it puts behind any text, found with a short one."""
+    whole, bare = (tokenizer("0", **added)["input_ids"] for added in (options, {"add_special_tokens": False}))
+    starts = [i for i in range(len(whole)) if bare and list(whole[i : i + len(bare)]) == list(bare)]
+    return len(whole) - starts[0] - len(bare) if starts else 0
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer):
+        raise TypeError(f"S0Trainer: tokenizer must be the model's tokenizer, got {tokenizer!r}")

@@ -28,7 +28,7 @@ class Learner:
     def __init__(self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch], scale: float):
         self._model, self._config, self._states, self._batches = model, config, states, batches
         self._scale = scale
-        owners = torch.tensor([task for batch in batches for task in batch.tasks])
+        owners = torch.tensor([task for batch in batches for task in batch.tasks], device="cpu")
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = processes()
         self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
@@ -71,7 +71,7 @@ class Learner:
             with self._states.attached(self._model, self._scale):
                 answers = [callback(entry, self._states) for callback in callbacks]
             ended = any(isinstance(answer, (bool, numpy.bool_)) and bool(answer) for answer in answers)
-            ended = bool(self._sum(torch.tensor(float(ended))) > 0)
+            ended = bool(self._sum(torch.tensor(int(ended), device="cpu")) > 0)
             due = ended or len(history) % every == 0 or len(history) == self._config.n_steps
             if file is not None and due and self._processes.is_main_process:
                 file.write(self._states, self._optimizer, history, ended)
@@ -87,7 +87,9 @@ class Learner:
         for batch in share:
             with _checkpointed_layers(self._model):
                 found = self._losses(batch)
-                (found / self._counts.to(found)).sum().backward()
+                if found.requires_grad:
+                    (found / self._counts.to(found)).sum().backward()
+            self._states.check_gradients()
             losses += found.detach().cpu()
             for total, parameter in zip(sums, parameters, strict=True):
                 total += parameter.grad
@@ -140,9 +142,10 @@ class Learner:
         batch = make_batches([example], 1, False, self._model, 0, self._batches[0].device)[0]
         with self._states.attached(self._model, self._scale):
             before = batch.logits(self._model)
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator("cpu").manual_seed(0)
             for state in self._parameters:
-                state.copy_(torch.randn(state.shape[1:], generator=generator).expand(state.shape))
+                noise = torch.randn(state.shape[1:], generator=generator, dtype=state.dtype, device="cpu")
+                state.copy_(noise.expand(state.shape))
             after = batch.logits(self._model)
         for state in self._parameters:
             state.zero_()

@@ -21,7 +21,7 @@ from s0kernels.config import S0Config
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
-from s0kernels.modules.swap import base_model, layer_devices, swapped_site
+from s0kernels.modules.swap import base_model, find_site, layer_devices, swap_modules, swapped_site
 
 #: which task rows start from: one index or name for all of them, or one each
 Tasks = int | str | Sequence[int | str] | Tensor | None
@@ -157,6 +157,20 @@ class S0States(nn.Module):
         }
         return S0States(mixed, self.arch, self.base_model, self.names)
 
+    def check_gradients(self) -> None:
+        """After a backward: every state that learns has a gradient.
+
+        Raises:
+            RuntimeError: some have none; it names their layers.
+        """
+        missing = [layer for layer in self if self[layer].requires_grad and self[layer].grad is None]
+        if missing:
+            raise RuntimeError(
+                f"S0Trainer.train: no gradient reaches the initial states of layers {missing}: something between them "
+                "and the loss cuts it, as layers in 4 or 8 bits may on a CPU. Load the model without quantisation, or "
+                "name other layers."
+            )
+
     def norms(self) -> dict[int, Tensor]:
         """[tasks] Frobenius norms of the states by layer, at scale 1."""
         return {layer: self[layer].detach().flatten(1).norm(dim=1) for layer in self}
@@ -249,7 +263,7 @@ class S0States(nn.Module):
         if isinstance(tasks, (list, tuple)):
             tasks = [self._number(task) if isinstance(task, str) else task for task in tasks]
         try:
-            rows = torch.as_tensor(tasks)
+            rows = tasks if isinstance(tasks, Tensor) else torch.as_tensor(tasks, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"S0States: tasks must be an index or one per row, got {tasks!r}") from error
         if rows.dtype not in (torch.int32, torch.int64):
@@ -308,7 +322,10 @@ class S0States(nn.Module):
         the fields of `S0Config`; `meta.json` with `arch`, `recurrent_layers`, `state_shape`, and, beyond that package,
         `base_model` (its name, and a hash of some weights) and `versions`. The tensors' file repeats what is needed
         to load it in its header and is replaced last, each file in one move: a crash leaves the old states or the new
-        ones.
+        ones. A mount that cannot do that gets a warning, and the files.
+
+        Raises:
+            OSError: the states cannot be written; it names the file.
         """
         task = self._one_task(task, "S0States.save")
         broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
@@ -326,9 +343,15 @@ class S0States(nn.Module):
         }
         config = S0Config() if config is None else config
         header = {"s0": json.dumps({"meta": meta, "config": config.to_dict()})}
-        replace_file(folder / CONFIG, json.dumps(config.to_dict(), indent=2).encode())
-        replace_file(folder / META, json.dumps(meta, indent=2).encode())
+        refused = []
+        for name, value in ((CONFIG, config.to_dict()), (META, meta)):
+            try:
+                replace_file(folder / name, json.dumps(value, indent=2).encode())
+            except PermissionError as error:  # somebody else's file; the header of the states says the same
+                refused.append(error)
         replace_file(folder / STATES, save(tensors, metadata=header))
+        for error in refused:
+            warnings.warn(f"{error}; the states beside it were written", stacklevel=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> "S0States":
@@ -372,6 +395,20 @@ class S0States(nn.Module):
                 f"(weights {model['weights']})",
                 stacklevel=3,
             )
+
+
+def states_size(model_name: str, tasks: int = 1) -> int:
+    """Bytes that the states of a model take in files, before it is loaded: it is laid out without weights. 0 where that
+    fails, of which loading it tells more."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_name))
+        shapes = find_site(swap_modules(model)).shapes.values()
+    except Exception:
+        return 0
+    return tasks * sum(4 * math.prod(shape) for shape in shapes)
 
 
 def _check_number(value: float, name: str) -> None:

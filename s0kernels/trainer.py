@@ -20,6 +20,7 @@ from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
 from s0kernels.data import Example, check_names, encode, read_tasks
 from s0kernels.learner import Callback, EvalMode, Frozen, Learner, processes
+from s0kernels.loading import check_model, load_tokenizer
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States
@@ -61,14 +62,14 @@ class S0Trainer:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        check_model(model_name, **model_kwargs)
         gpu = torch.cuda.is_available()
         if "torch_dtype" not in model_kwargs:
             model_kwargs.setdefault("dtype", torch.bfloat16 if gpu else torch.float32)
         if gpu:
             alone = processes().num_processes == 1
             model_kwargs.setdefault("device_map", "auto" if alone else {"": processes().local_process_index})
-        shared = {"revision", "token", "trust_remote_code", "cache_dir", "local_files_only"} & set(model_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(model_name, **{key: model_kwargs[key] for key in shared})
+        tokenizer = load_tokenizer(AutoTokenizer, model_name, model_kwargs)
         model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
 
@@ -317,8 +318,8 @@ class S0Trainer:
         pad = kwargs.pop("pad_token_id", None)
         pad = self._pad_token if pad is None else pad
         width = max(len(ids) for ids in encoded)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device="cpu")
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device="cpu")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if selection is not None:
@@ -345,8 +346,14 @@ class S0Trainer:
         if not processes().is_main_process:
             return
         folder = Path(path)
+        errors = []
         for task, name in enumerate(self.tasks or [""]):
-            self._states.save(folder / name, task=task, config=self.config)
+            try:
+                self._states.save(folder / name, task=task, config=self.config)
+            except OSError as error:  # the other tasks may have more luck
+                errors.append(error)
+        if errors:
+            raise errors[0]
         if self.tasks is None:
             (folder / TASKS).unlink(missing_ok=True)
             return

@@ -50,7 +50,7 @@ class Problem:
         result = replace(self, tensors=leaves).run(backend)
         loss = (result.output * weights[0].to(result.output.dtype)).sum()
         loss = loss + (result.final_state * weights[1].to(result.final_state.dtype)).sum()
-        grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
+        grads = torch.autograd.grad(loss, [leaves[name] for name in wanted], materialize_grads=True)
         found = {"output": result.output.detach(), "final_state": result.final_state.detach()}
         return found | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 

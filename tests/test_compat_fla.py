@@ -62,6 +62,34 @@ def test_packed_sequences_and_a_shared_state():
             assert error(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("dtypes", "gates"),
+    [
+        ({"v": torch.float16}, {"beta": torch.float16}),  # as FLA's own tests have them
+        ({"q": torch.bfloat16, "k": torch.bfloat16}, {"g": torch.float64}),
+        ({"q": torch.bfloat16, "k": torch.float16, "v": torch.bfloat16}, {}),
+    ],
+    ids=["v in fp16", "q and k in bf16", "three"],
+)
+def test_tensors_of_several_dtypes(function, dtypes, gates):
+    tensors, state = inputs()
+    given = {name: x.to({**dtypes, **gates}.get(name, torch.float32)).requires_grad_() for name, x in tensors.items()}
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    found, final = function(**given, initial_state=state.float(), **options)
+    exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    truth, expected = function(**exact, initial_state=state, **options)
+    assert found.dtype == given["v"].dtype
+    assert final.dtype == torch.float32
+    assert error(found, truth) < (1e-6 if found.dtype == torch.float32 else 4e-3)  # computed exactly, rounded once
+    assert error(final, expected) < 1e-6
+    grads = torch.autograd.grad((found.float() * truth.detach().float()).sum(), given.values())
+    wanted = torch.autograd.grad((truth * truth.detach()).sum(), exact.values())
+    for name, grad, right in zip(given, grads, wanted, strict=True):
+        assert grad.dtype == given[name].dtype
+        assert error(grad, right) < 1e-2, name
+
+
 def test_without_decay_and_with_full_writes():
     tensors, _ = inputs()
     plain = {"g": torch.zeros_like(tensors["g"]), "beta": torch.ones_like(tensors["beta"])}
@@ -77,7 +105,12 @@ def test_without_decay_and_with_full_writes():
         (chunk_gated_delta_rule, {"head_first": True}, "head_first"),
         (chunk_gated_delta_rule, {"use_gate_in_kernel": True}, "A_log"),
         (chunk_gated_delta_rule, {"allow_neg_eigval": True}, "use_beta_sigmoid_in_kernel"),
-        (chunk_gated_delta_rule, {"initial_state": torch.zeros(1, 4, 8, 12)}, "initial_state must have shape"),
+        (
+            chunk_gated_delta_rule,
+            {"initial_state": torch.zeros(1, 4, 8, 12)},
+            "^chunk_g.*: initial_state must have shape",
+        ),
+        (fused_recurrent_gated_delta_rule, {"k": torch.zeros(2, 20, 2, 9)}, "^fused_recurrent_g.*: k must have shape"),
         (fused_recurrent_gated_delta_rule, {"gk": torch.zeros(1)}, "gk"),
         (fused_recurrent_gated_delta_rule, {"g": None, "use_gate_in_kernel": True}, "needs g"),
         (fused_recurrent_gated_delta_rule, {"state_v_first": True, "transpose_state_layout": True}, "not both"),

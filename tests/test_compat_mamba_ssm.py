@@ -220,17 +220,53 @@ def plain_step(state, x, dt, A, B, C, D, z, dt_bias):
     return (y if z is None else y * F.silu(z)), state
 
 
-@pytest.mark.parametrize("D", ["per head", "per channel"])
+@pytest.mark.parametrize("D", ["per head", "one number each", "per channel", "as Mamba2 has it per channel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_step(D, dtype):
     inputs, moved = step_inputs(3, dtype), normal(3, H, P, N).to(dtype)
-    if D == "per head":
+    if "per channel" not in D:
         inputs["D"] = normal(H).to(dtype)[:, None].expand(H, P)
     truth, expected = plain_step(moved.double(), **{n: x.double() for n, x in inputs.items()})
+    if D == "one number each":
+        inputs["D"] = inputs["D"][:, 0]
+    if D == "as Mamba2 has it per channel":
+        inputs["D"] = inputs["D"].reshape(H * P, 1).expand(H * P, P)
     found = selective_state_update(moved, **inputs, dt_softplus=True)
     assert found.dtype == moved.dtype == dtype
     assert error(found, truth) < (1e-12 if dtype == torch.float64 else 2e-2)
     assert error(moved, expected) < (1e-12 if dtype == torch.float64 else 1e-2)
+
+
+def test_tensors_of_several_dtypes():
+    """B, C and z in fp32 beside x in bf16 are not rounded to it."""
+    inputs, moved = step_inputs(3, torch.float32), normal(3, H, P, N).float()
+    inputs["x"] = inputs["x"].bfloat16()
+    truth, expected = plain_step(moved.double(), **{n: x.double() for n, x in inputs.items()})
+    found = selective_state_update(moved, **inputs, dt_softplus=True)
+    assert found.dtype == torch.bfloat16
+    assert error(found, truth) < 4e-3
+    assert error(moved, expected) < 1e-6
+    tensors = {n: x.to(torch.bfloat16 if n == "x" else torch.float32) for n, x in scan_inputs().items()}
+    truth, states = plain_scan(**{n: x.double() for n, x in tensors.items()})
+    options = {"chunk_size": 4, "dt_softplus": True, "return_final_states": True}
+    found, final = mamba_chunk_scan_combined(**tensors, **options)
+    assert found.dtype == torch.bfloat16
+    assert error(found, truth) < 4e-3
+    assert error(final, states[:, -1]) < 1e-6
+
+
+def test_errors_have_the_name_that_was_called():
+    step = {**step_inputs(2), "state": normal(2, H, P, N)}
+    chunks = {**scan_inputs(), "chunk_size": 4}
+    for function, inputs, name, bad, message in (
+        (selective_state_update, step, "B", normal(1, G, N), "selective_state_update: B must have shape"),
+        (selective_state_update, step, "D", normal(H, P + 1), r"selective_state_update: D must have shape \[H\] or"),
+        (selective_state_update, step, "D", normal(H + 1), "selective_state_update: D must have shape"),
+        (mamba_chunk_scan_combined, chunks, "D", normal(H, 1), r"mamba_chunk_scan_combined: D must have shape"),
+        (mamba_chunk_scan_combined, chunks, "initial_states", normal(3, H, P, N), "combined: initial_states must have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(**{**inputs, name: bad})
 
 
 def test_step_of_a_pool_and_without_heads():

@@ -136,7 +136,17 @@ def test_bad_data_and_files_are_named(tmp_path):
     file = tmp_path / "data.jsonl"
     for content, message in (
         (b"\n\n", "data.jsonl is empty"),
-        (b'["ab", 1]\n{"prompt": \n', "data.jsonl:2 is not JSON"),
+        (
+            b'["ab", 1]\n{"prompt": x\n',
+            r"data\.jsonl:2, column 12: not JSON: Expecting value; JSON lines are wanted[^:]*$",
+        ),
+        (b'["ab", 1]\n{"prompt":\n', r"data\.jsonl:2, column \d+: a JSON object over several lines; JSON lines are"),
+        (b'[\n{"prompt": "a"}\n]', r"data\.jsonl:1, column \d: a JSON array over several lines; JSON lines are wanted"),
+        (
+            b'[{"prompt": "a", "completion": "b"}, {}]',
+            r"data\.jsonl:1: a JSON array of 2 examples; JSON lines are wanted",
+        ),
+        (b'{"text": "a", "prompt_length": 1' + b"0" * 5000 + b"}", r"data\.jsonl:1: not JSON that can be read: "),
         (b'["ab", 1]\n\n["ab", 9]', "data.jsonl:3 has nothing to predict"),
         (b"\xff\xfe", "data.jsonl is not UTF-8"),
         (b'{"prompt": "a", "completion": "\\ud800"}', "data.jsonl:1 has a text that the tokenizer does not take"),

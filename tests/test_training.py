@@ -279,7 +279,7 @@ def test_a_trainer_without_a_tokenizer_says_so(tmp_path):
     without = S0Trainer(tuned.model, None)
     without.load(tmp_path)  # needs none
     for call in (lambda: without.train(PAIRS), lambda: without.evaluate(PAIRS), lambda: without.generate("a")):
-        with pytest.raises(TypeError, match="needs a tokenizer, and the trainer's is None"):
+        with pytest.raises(TypeError, match="tokenizer must be the model's tokenizer, got None"):
             call()
     with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not take"):
         tuned.generate("\ud800")

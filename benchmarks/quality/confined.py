@@ -13,6 +13,7 @@ them in the memory it was forked with.
 import builtins
 import contextlib
 import ctypes
+import dis
 import errno
 import gc
 import importlib
@@ -259,6 +260,7 @@ def _judge(request: bytes, limits: Limits) -> bytes:
         return _report(f"the tests do not load: {type(error).__name__}: {error}")
     try:
         check(candidate)
+        candidate.check_seen()
     except BaseException as error:
         if error is candidate.raised:
             return _report(f"the candidate raised {candidate.raised_text}")
@@ -286,6 +288,7 @@ class _StandIn:
             question = encode([arguments, keywords])
         except (TypeError, ValueError) as error:
             self._finish(_report(f"the tests pass an argument that cannot be sent: {error}"))
+        self.check_seen()
         self.calls += 1
         try:
             send(_FIRST_PIPE + 2, frame(0, question.encode()))
@@ -312,10 +315,25 @@ class _StandIn:
             raise self.raised
         return answer
 
+    def check_seen(self) -> None:
+        """End the judge where what the candidate last raised was swallowed by C: all, map, getattr and others take
+        StopIteration, IndexError or AttributeError for an answer of theirs, so that tests would pass unseen."""
+        if self.raised is not None and not _is_caught(self.raised):
+            self._finish(_report(f"the candidate raised {self.raised_text}, which the tests do not catch"))
+
     @staticmethod
     def _finish(verdict: bytes, status: int = 0) -> None:
         send(_FIRST_PIPE, verdict)
         os._exit(status)
+
+
+def _is_caught(error: BaseException) -> bool:
+    """Whether the outermost frame that an exception has come to, first in its traceback, has a handler there."""
+    reached = error.__traceback__
+    if reached is None or reached.tb_frame.f_code.co_filename == __file__:
+        return False
+    handlers = dis._parse_exception_table(reached.tb_frame.f_code)
+    return any(entry.start <= reached.tb_lasti < entry.end for entry in handlers)
 
 
 def _exception(base: str, _name: str, text: str) -> Exception:

@@ -24,7 +24,8 @@ sends the arguments to the first child over a pipe and returns what comes back, 
 to the one raised there. Only this judge tells the launcher, and only `check` having returned there, with the candidate
 called at least once, passes. So a forged answer must still be the right one, and nothing redefined, printed or left
 early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job even
-where the tests catch everything.
+where the tests catch everything, and so does an exception that no code of the tests catches because C has taken it for
+an answer: StopIteration within all(map(candidate, ...)), AttributeError under getattr with a default.
 
 Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
 types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed; a Counter,

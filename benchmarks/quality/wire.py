@@ -4,6 +4,7 @@ Values are read without pickle, so that nothing a child writes can run code or f
 bound when this is imported: a solution may replace json's.
 """
 
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,8 @@ TIMED_OUT, FLOOD, NO_VERDICT = 1001, 1002, 1003  # beyond any exit code or negat
 REASON_LIMIT = 300  # characters
 FRAME = struct.Struct("<iI")  # what it is, or how the child ended; payload bytes
 _DICTS = (dict, Counter, OrderedDict, defaultdict)  # equal where their items are
+_HASHED = ("dict", "set", "frozenset")
+_COLLISIONS = 10_000  # pairs of keys with equal hashes; those of honest values are few
 _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -129,6 +132,19 @@ def _untagged(value):
     if kind == "complex":
         return complex(*items)
     items = [_untagged(item) for item in items]
+    if kind in _HASHED:
+        _refuse_collisions(items[::2] if kind == "dict" else items)
     if kind == "dict":
         return dict(zip(items[::2], items[1::2], strict=True))
     return _CONTAINERS[kind](items)
+
+
+def _refuse_collisions(keys: list) -> None:
+    """A table of keys whose hashes are equal takes the square of their number to build, and numbers can be made so."""
+    hashes = sorted(map(hash, keys))  # sorted, because a table of these would be as slow
+    pairs = run = 0
+    for one, following in itertools.pairwise(hashes):
+        run = run + 1 if one == following else 0
+        pairs += run
+        if pairs > _COLLISIONS:
+            raise ValueError("garbled value")

@@ -26,7 +26,7 @@ class BackwardEngine : Engine<T> {
 
  public:
   BackwardEngine(const Scan& s, const Backward& b, void* memory)
-      : Base(s, memory), b_(b), others_(b.dq != nullptr) {
+      : Base(s, memory), b_(b), others_(b.ddecay != nullptr) {  // of K = 0 the others have no memory
     residual_ = s.delta || others_ || b.dv != nullptr;
     dstates_ = arena_.take(s.block * K_ * Vl_);
     pair_ = arena_.take(2 * C_ * Vl_);
@@ -169,9 +169,8 @@ class BackwardEngine : Engine<T> {
     }
     for (int i = 0; i < n; ++i) dweight_[i] = dot(residual + i * Vl_, values + i * Vl_, Vp_);
     transpose_padded(deltas_transposed_, Cl_, deltas, Vl_, n, V_);
-    multiply(Shape::kLowerProduct, n, Cp_, V_, {dout, Vl_, 1}, deltas_transposed_, Cl_, set(dattention_, Cl_));
-    if (s_.delta)
-      multiply(Shape::kLowerProduct, n, Cp_, V_, {residual, Vl_, 1}, deltas_transposed_, Cl_, set(dsimilarity_, Cl_));
+    this->lower_product(dattention_, n, V_, dout, Vl_, deltas_transposed_);
+    if (s_.delta) this->lower_product(dsimilarity_, n, V_, residual, Vl_, deltas_transposed_);
     weigh_pairs(n);
   }
 
@@ -182,9 +181,7 @@ class BackwardEngine : Engine<T> {
     for (int i = n - 1; i >= 0; --i) {
       const int end = padded<T>(i + 1), at = i * Cl_;
       T *datt = dattention_ + at, *dsim = dsimilarity_ + at;
-      for (int j = i + 1; j < end; ++j) datt[j] = 0;
-      if (s_.delta)
-        for (int j = i; j < end; ++j) dsim[j] = 0;
+      if (s_.delta) dsim[i] = 0;
       Vec<T> through_similarity{};
       for (int j = 0; j < end; j += kLanes<T>) {
         const Vec<T> d = load(decay_ + at + j), da = load(datt + j);

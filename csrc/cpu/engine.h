@@ -118,10 +118,15 @@ class Engine {
     if (s_.normalise)
       for (int i = with_queries ? 0 : n; i < 2 * n; ++i) norms_[i] = normalise(qk_ + i * Kl_, Kp_);
     if (with_queries || s_.delta) transpose_padded(k_transposed_, Cl_, k_row(0, n), Kl_, n, K_);
-    if (with_queries)
-      multiply(Shape::kLowerProduct, n, Cp_, K_, {qk_, Kl_, 1}, k_transposed_, Cl_, set(queries_keys_, Cl_));
-    if (s_.delta)
-      multiply(Shape::kLowerProduct, n, Cp_, K_, {k_row(0, n), Kl_, 1}, k_transposed_, Cl_, set(keys_keys_, Cl_));
+    if (with_queries) lower_product(queries_keys_, n, K_, qk_, Kl_, k_transposed_);
+    if (s_.delta) lower_product(keys_keys_, n, K_, k_row(0, n), Kl_, k_transposed_);
+  }
+
+  // A B^T of n tokens, its vectors that reach the diagonal from the left, with zeros beyond it.
+  void lower_product(T* to, int n, int depth, const T* a, int lda, const T* b_transposed) {
+    multiply(Shape::kLowerProduct, n, Cp_, depth, {a, lda, 1}, b_transposed, Cl_, set(to, Cl_));
+    for (int i = 0; i < n; ++i)
+      for (int j = i + 1; j < padded<T>(i + 1); ++j) to[i * Cl_ + j] = 0;
   }
 
   void load_gates(const Unit& u, int64_t t, int n, int64_t head) {

@@ -101,8 +101,10 @@ S0_INLINE Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0
   return {data, ld, to, keep, data};
 }
 
-// Which entries of the left matrix are not zero; whole blocks of the others are passed over. Of a product that is wanted
-// below its diagonal alone, kLowerProduct computes the vectors that reach the diagonal from the left.
+// Which entries of the left matrix are not zero: all; or of a square one those up to the diagonal, or from it on. The
+// others are not touched, and what they would be multiplied by is not either, so that a number that is not finite stays
+// where it is. Of a product that is wanted below its diagonal alone, kLowerProduct computes the vectors that reach the
+// diagonal from the left.
 enum class Shape { kFull, kLower, kUpper, kLowerProduct };
 
 template <class T>
@@ -113,9 +115,25 @@ struct Product {
   Target<T> c;
 };
 
-// M rows from i on and N vectors from column j on, over the depths from `first` to `last`.
+// sums += depth d of the product, for the M rows from `a` on, of which those from `top` to `bottom`
 template <class T, int M, int N>
-__attribute__((noinline)) void block(const Product<T>& p, int i, int j, int first, int last) {
+S0_INLINE void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, const T* b, int top, int bottom) {
+  Vec<T> right[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes<T>);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    if (m < top || m > bottom) continue;
+    const Vec<T> left = a[m * row] - Vec<T>{};
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
+  }
+}
+
+// M rows from i on and N vectors from column j on, over `depth` depths.
+template <class T, int M, int N, Shape S>
+__attribute__((noinline)) void block(const Product<T>& p, int i, int j, int depth) {
+  const int first = S == Shape::kUpper ? i : 0;
   const T *a = p.a.data + i * p.a.row + first * p.a.column, *b = p.b + first * p.ldb + j;
   const std::ptrdiff_t row = p.a.row, column = p.a.column, ldb = p.ldb;
   Vec<T> sums[M][N];
@@ -123,16 +141,15 @@ __attribute__((noinline)) void block(const Product<T>& p, int i, int j, int firs
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[m][n] = Vec<T>{};
-  for (int d = first; d < last; ++d, a += column, b += ldb) {
-    Vec<T> right[N];
+  if constexpr (S == Shape::kUpper) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes<T>);
+    for (int d = 0; d < M; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, 0, d);
+  }
+  const int rest = S == Shape::kUpper ? depth - i - M : S == Shape::kLower ? i : depth;
+  for (int d = 0; d < rest; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, 0, M - 1);
+  if constexpr (S == Shape::kLower) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> left = a[m * row] - Vec<T>{};
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
-    }
+    for (int d = 0; d < M; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, d, M - 1);
   }
   const Target<T>& c = p.c;
   T* to = c.data + i * c.ld + j;
@@ -152,42 +169,48 @@ __attribute__((noinline)) void block(const Product<T>& p, int i, int j, int firs
   }
 }
 
-template <class T, int N>
-void block_of_rows(int rows, const Product<T>& p, int i, int j, int first, int last) {
+template <class T, int N, Shape S>
+void block_of_rows(int rows, const Product<T>& p, int i, int j, int depth) {
   switch (rows) {
-    case 6: return block<T, 6, N>(p, i, j, first, last);
-    case 5: return block<T, 5, N>(p, i, j, first, last);
-    case 4: return block<T, 4, N>(p, i, j, first, last);
-    case 3: return block<T, 3, N>(p, i, j, first, last);
-    case 2: return block<T, 2, N>(p, i, j, first, last);
-    case 1: return block<T, 1, N>(p, i, j, first, last);
+    case 6: return block<T, 6, N, S>(p, i, j, depth);
+    case 5: return block<T, 5, N, S>(p, i, j, depth);
+    case 4: return block<T, 4, N, S>(p, i, j, depth);
+    case 3: return block<T, 3, N, S>(p, i, j, depth);
+    case 2: return block<T, 2, N, S>(p, i, j, depth);
+    case 1: return block<T, 1, N, S>(p, i, j, depth);
   }
 }
 
-// The product of a [m, depth] and b [depth, n], n padded to whole vectors.
-template <class T>
-void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::ptrdiff_t ldb, Target<T> c) {
+template <class T, Shape S>
+void multiply_shaped(bool below, int m, int n, int depth, const Product<T>& p) {
   constexpr int width = kVectors * kLanes<T>;
-  const Product<T> p{a, b, ldb, c};
-  const bool below = shape == Shape::kLowerProduct;
   for (int j = 0; j < n; j += width) {
     for (int i = below ? j / kRows * kRows : 0; i < m; i += kRows) {
       const int rows = m - i < kRows ? m - i : kRows;
       const int end = below && i + rows < n ? i + rows : n;
       if (end <= j) continue;
-      const int first = shape == Shape::kUpper ? i : 0;
-      const int last = shape == Shape::kLower && i + rows < depth ? i + rows : depth;
       switch (end - j >= width ? kVectors : (end - j + kLanes<T> - 1) / kLanes<T>) {
         case 4:
-          if constexpr (kVectors >= 4) block_of_rows<T, 4>(rows, p, i, j, first, last);
+          if constexpr (kVectors >= 4) block_of_rows<T, 4, S>(rows, p, i, j, depth);
           break;
         case 3:
-          if constexpr (kVectors >= 3) block_of_rows<T, 3>(rows, p, i, j, first, last);
+          if constexpr (kVectors >= 3) block_of_rows<T, 3, S>(rows, p, i, j, depth);
           break;
-        case 2: block_of_rows<T, 2>(rows, p, i, j, first, last); break;
-        case 1: block_of_rows<T, 1>(rows, p, i, j, first, last); break;
+        case 2: block_of_rows<T, 2, S>(rows, p, i, j, depth); break;
+        case 1: block_of_rows<T, 1, S>(rows, p, i, j, depth); break;
       }
     }
+  }
+}
+
+// The product of a [m, depth] and b [depth, n], n padded to whole vectors; depth is m where a is a triangle.
+template <class T>
+void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::ptrdiff_t ldb, Target<T> c) {
+  const Product<T> p{a, b, ldb, c};
+  switch (shape) {
+    case Shape::kLower: return multiply_shaped<T, Shape::kLower>(false, m, n, depth, p);
+    case Shape::kUpper: return multiply_shaped<T, Shape::kUpper>(false, m, n, depth, p);
+    default: return multiply_shaped<T, Shape::kFull>(shape == Shape::kLowerProduct, m, n, depth, p);
   }
 }
 

@@ -55,7 +55,7 @@ class Stepper {
     }
     const T decay = exponential(static_cast<const T*>(s_.decay)[unit]), weight = static_cast<const T*>(s_.weight)[unit];
     const int64_t which = s_.indices == nullptr ? row : s_.indices[row];
-    if (which == -1) {
+    if (which == -1 || step.state.data == nullptr) {  // zero, or of size zero
       const T factor = static_cast<T>(s_.scale) * weight * dot(q_, k_, padded<T>(K));
       for (int j = 0; j < V; ++j) output_[j] = factor * v_[j];
     } else {

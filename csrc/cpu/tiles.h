@@ -64,6 +64,7 @@ S0_INLINE void read_as(T* to, int ld, const void* data, int64_t at, int64_t toke
 // Rows of one head from element `at` on, filled up with zeros to whole vectors.
 template <class T>
 void read(T* to, int ld, const Rows& x, int64_t at, int rows, int columns) {
+  if (columns == 0) return;  // there may be no memory
   switch (x.kind) {
     case Kind::kFloat: return read_as<T, float>(to, ld, x.data, at, x.token, x.element, rows, columns);
     case Kind::kDouble: return read_as<T, double>(to, ld, x.data, at, x.token, x.element, rows, columns);
@@ -88,6 +89,7 @@ S0_INLINE void write_as(void* data, int64_t at, int64_t token, const T* from, in
 // The reverse, to contiguous rows `token` elements apart.
 template <class T>
 void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
+  if (columns == 0) return;
   switch (kind) {
     case Kind::kFloat: return write_as<T, float>(data, at, token, from, ld, rows, columns);
     case Kind::kDouble: return write_as<T, double>(data, at, token, from, ld, rows, columns);

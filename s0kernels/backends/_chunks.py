@@ -45,10 +45,10 @@ class Chunks:
 
     def _slots(self, ends: list[int], order: list[int], starts: list[int]) -> Tensor:
         """Where token t of the packed row lies in [NC * C]."""
-        first_chunks = torch.tensor(starts[:-1] or [0], dtype=torch.int64)
-        slots = torch.empty(self.length, dtype=torch.int64)
+        first_chunks = torch.tensor(starts[:-1] or [0], dtype=torch.int64, device="cpu")
+        slots = torch.empty(self.length, dtype=torch.int64, device="cpu")
         for place, i in enumerate(order):
-            t = torch.arange(ends[i + 1] - ends[i])
+            t = torch.arange(ends[i + 1] - ends[i], device="cpu")
             slots[ends[i] : ends[i + 1]] = (first_chunks[t // self.size] + place) * self.size + t % self.size
         return slots.to(self.like.device)
 
@@ -123,3 +123,43 @@ def decay_matrix_grad(weights: Tensor) -> Tensor:
 
 def reverse_cumsum(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
+
+
+def unit_lower_inverse(system: Tensor) -> Tensor:
+    """(I + system)^-1 of a strictly lower triangular [..., C, C]. An entry (r, c) that is not finite reaches (i, j)
+    with i >= r and j <= c alone."""
+    inverse = _solve(system)
+    if _is_finite(inverse):
+        return inverse
+    return _solve(_or_zero(system)) + reverse_cumsum((system * 0.0).cumsum(-2))
+
+
+def _solve(system: Tensor) -> Tensor:
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
+    return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+
+
+def lower_product(triangle: Tensor, rows: Tensor) -> Tensor:
+    """`triangle @ rows` of a lower triangular matrix. What is not finite in a row reaches that row and those below it
+    alone, which a product with zeros does not see to."""
+    product = triangle @ rows
+    if _is_finite(product):
+        return product
+    return triangle @ _or_zero(rows) + (rows * 0.0).cumsum(-2)
+
+
+def upper_product(triangle: Tensor, rows: Tensor) -> Tensor:
+    """The same of an upper triangular matrix, and the rows above."""
+    product = triangle @ rows
+    if _is_finite(product):
+        return product
+    return triangle @ _or_zero(rows) + (rows * 0.0).flip(-2).cumsum(-2).flip(-2)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Known at once on a CPU; elsewhere it would have to be waited for, and False is always right."""
+    return x.device.type == "cpu" and bool(x.sum().isfinite())
+
+
+def _or_zero(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)

@@ -52,7 +52,11 @@ def missing() -> str | None:
 
 
 def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    return None if cu_seqlens is None else torch.tensor(read_boundaries(cu_seqlens, length), dtype=torch.int64)
+    return (
+        None
+        if cu_seqlens is None
+        else torch.tensor(read_boundaries(cu_seqlens, length), dtype=torch.int64, device="cpu")
+    )
 
 
 def _sequences(x: Tensor, boundaries: Tensor | None) -> int:
@@ -76,8 +80,8 @@ def gated_delta_rule_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype, boundaries = state_dtype(q.dtype), _boundaries(cu_seqlens, q.shape[1])
     shape = (_sequences(q, boundaries), v.shape[2], q.shape[3], v.shape[3])
-    output = torch.empty(v.shape, dtype=v.dtype)
-    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype)
+    output = torch.empty(v.shape, dtype=v.dtype, device="cpu")
+    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype, device="cpu")
     torch.ops.s0kernels_cpu.scan_forward(
         q,
         k,
@@ -175,12 +179,14 @@ def _backward(
     out: dict[str, Tensor | None] = dict.fromkeys(("initial_state", "q", "k", "v", "decay", "weight"))
     if "initial_state" in wanted:
         layout = shape if delta else (*shape[:2], shape[3], shape[2])
-        out["initial_state"] = torch.empty(layout, dtype=dtype)
+        out["initial_state"] = torch.empty(layout, dtype=dtype, device="cpu")
     if others:
-        out["q"], out["k"] = (torch.empty(batch, length, q.shape[2], parts, q.shape[3], dtype=dtype) for _ in range(2))
+        out["q"], out["k"] = (
+            torch.empty(batch, length, q.shape[2], parts, q.shape[3], dtype=dtype, device="cpu") for _ in range(2)
+        )
         out["decay"], out["weight"] = torch.empty_like(decay), torch.empty_like(decay)
     if "v" in wanted:
-        out["v"] = torch.empty(batch, length, heads, value, dtype=dtype)
+        out["v"] = torch.empty(batch, length, heads, value, dtype=dtype, device="cpu")
     torch.ops.s0kernels_cpu.scan_backward(
         doutput,
         dfinal,
@@ -237,8 +243,8 @@ def _ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     dtype = steps.dtype
     shape = (_sequences(x, boundaries), *x.shape[2:], B.shape[3])
-    output = torch.empty(x.shape, dtype=output_dtype if z is None else dtype)
-    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype)
+    output = torch.empty(x.shape, dtype=output_dtype if z is None else dtype, device="cpu")
+    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype, device="cpu")
     torch.ops.s0kernels_cpu.scan_forward(
         C,
         B,
@@ -347,7 +353,7 @@ def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, sta
 
 def _step(q, k, v, decay, weight, skip, state, state_indices, kind, delta, normalise, scale) -> Tensor:
     dtype = state.dtype
-    output = torch.empty(v.shape, dtype=kind)
+    output = torch.empty(v.shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()
     torch.ops.s0kernels_cpu.scan_step(
         q[:, None],

@@ -8,7 +8,15 @@ stand beside the code; C is the chunk, S the state at its start, S' at its end.
 import torch
 from torch import Tensor
 
-from s0kernels.backends._chunks import Chunks, decay_matrix, decay_matrix_grad, reverse_cumsum
+from s0kernels.backends._chunks import (
+    Chunks,
+    decay_matrix,
+    decay_matrix_grad,
+    lower_product,
+    reverse_cumsum,
+    unit_lower_inverse,
+    upper_product,
+)
 from s0kernels.backends._states import dt_grad, gather_states, process_dt, reduce_state_grad, silu_slope, store_states
 
 
@@ -44,17 +52,14 @@ class _DeltaChunks:
         self.decay = decay_matrix(g)
         self.to_end = self.decay[..., -1, :, None]
         self.last = self.from_start[..., -1:, :]
-        self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(scale)
+        self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(scale).tril_()
         self.similarity = (self.k @ self.k.mT).mul_(self.decay).tril_(-1)
-        eye = torch.eye(g.shape[-1], dtype=dtype, device=g.device)
-        self.inverse = torch.linalg.solve_triangular(
-            self.beta * self.similarity, eye.expand_as(self.similarity), upper=False, unitriangular=True
-        )
+        self.inverse = unit_lower_inverse((self.beta * self.similarity).tril_(-1))
 
     def write(self, at: slice, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(V - diag(G) K S, delta) of the chunks `at`."""
         error = values - self.from_start[at] * (self.k[at] @ state)
-        return error, self.inverse[at] @ (self.beta[at] * error)
+        return error, lower_product(self.inverse[at], self.beta[at] * error)
 
     def advance(self, at: slice, state: Tensor, delta: Tensor) -> None:
         """S to S', in place."""
@@ -82,7 +87,8 @@ def gated_delta_rule_forward(
     for at in chunks.steps:
         state = states[: at.stop - at.start]
         _, delta = inputs.write(at, values[at], state)
-        output[at] = inputs.scale * inputs.from_start[at] * (inputs.q[at] @ state) + inputs.attention[at] @ delta
+        read = inputs.scale * inputs.from_start[at] * (inputs.q[at] @ state)
+        output[at] = read + lower_product(inputs.attention[at], delta)
         inputs.advance(at, state, delta)
     final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
     return chunks.join(output, v.dtype), final
@@ -123,11 +129,11 @@ def gated_delta_rule_backward(
     others = wanted & {"q", "k", "g", "beta"}
     dstates = dstate.new_empty(chunks.count if others else 0, *shape[1:])  # dS' of every chunk
     dvalues = torch.empty_like(dout if wanted - {"initial_state"} else dout[:0])
+    through_output = upper_product(inputs.attention.mT, dout)
     for at in reversed(chunks.steps):
         grad = dstate[: at.stop - at.start]
-        dvalue = inputs.inverse[at].mT @ (
-            inputs.attention[at].mT @ dout[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
-        )
+        dvalue = through_output[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
+        dvalue = upper_product(inputs.inverse[at].mT, dvalue)
         if others:
             dstates[at] = grad
         if dvalues.numel():
@@ -168,8 +174,8 @@ def _delta_input_grads(chunks, inputs, dout, dvalue, dstates, v, states) -> dict
     dq_start = inputs.scale * inputs.from_start * (dout @ at_start.mT)
     dk_start = -inputs.from_start * inputs.beta * (dvalue @ at_start.mT)
     dk_end = inputs.to_end * (delta @ dstates.mT)
-    dq = dattention @ inputs.k + dq_start
-    dk = dattention.mT @ inputs.q + (dsimilarity + dsimilarity.mT) @ inputs.k + dk_start + dk_end
+    dq = lower_product(dattention, inputs.k) + dq_start
+    dk = upper_product(dattention.mT, inputs.q) + (dsimilarity + dsimilarity.mT) @ inputs.k + dk_start + dk_end
 
     through_start = (dq_start * inputs.q).sum(-1) + (dk_start * inputs.k).sum(-1)
     through_end = (dk_end * inputs.k).sum(-1)
@@ -237,7 +243,7 @@ class _SSDChunks:
         self.scaled = self.dt * self.x
         self.decay = decay_matrix(self.log_decay)
         self.to_end = self.decay[..., -1, :, None]
-        self.mixing = (self.C @ self.B.mT)[:, :, None] * self.decay
+        self.mixing = (self.C @ self.B.mT).tril_()[:, :, None] * self.decay
 
     def read(self, at: slice, state: Tensor) -> Tensor:
         """diag(G) C S^T of the chunks `at`, [., G, R, C, P]."""
@@ -274,7 +280,7 @@ def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
     output = torch.empty_like(inputs.x)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
-        output[at] = inputs.read(at, state) + inputs.mixing[at] @ inputs.scaled[at]
+        output[at] = inputs.read(at, state) + lower_product(inputs.mixing[at], inputs.scaled[at])
         inputs.advance(at, state)
     return output
 
@@ -386,20 +392,20 @@ def _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted) -> dict[str,
     if "z" in wanted or through_decay:
         read = inputs.read(everything, at_start)
     if "z" in wanted:
-        found["y"] = chunks.join((read + inputs.mixing @ inputs.scaled).flatten(1, 2), chunks.dtype)
+        found["y"] = chunks.join((read + lower_product(inputs.mixing, inputs.scaled)).flatten(1, 2), chunks.dtype)
     if wanted & {"B", "C"} or through_decay:
         dmixing = (dout @ inputs.scaled.mT).tril_()
     if wanted & {"B", "C"}:
         dproduct = (dmixing * inputs.decay).sum(2)  # d(C B^T), summed over the heads of the group
     if "C" in wanted:
         dread = _side_by_side(inputs.from_start * dout) @ _as_matrix(at_start, groups)
-        found["C"] = chunks.join(dproduct @ inputs.B + dread, chunks.dtype)
+        found["C"] = chunks.join(lower_product(dproduct, inputs.B) + dread, chunks.dtype)
     if "B" in wanted:
         dwrite = _side_by_side(inputs.to_end * inputs.scaled) @ _as_matrix(dstates, groups)
-        found["B"] = chunks.join(dproduct.mT @ inputs.C + dwrite, chunks.dtype)
+        found["B"] = chunks.join(upper_product(dproduct.mT, inputs.C) + dwrite, chunks.dtype)
     if "x" in wanted or through_decay:
         from_end = inputs.to_end * _head_major(inputs.B @ _as_matrix(dstates, groups).mT, heads)
-        dscaled = inputs.mixing.mT @ dout + from_end
+        dscaled = upper_product(inputs.mixing.mT, dout) + from_end
     if "x" in wanted:
         found["x"] = chunks.join((inputs.dt * dscaled).flatten(1, 2), chunks.dtype)
     if through_decay:

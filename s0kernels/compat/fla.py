@@ -1,7 +1,8 @@
 """flash-linear-attention's functions for the gated delta rule (`fla.ops.gated_delta_rule`, version 0.6.0).
 
 Signatures and meanings are FLA's: the final state is returned only when asked for, states may be [K, V] or [V, K], and
-may be in any floating dtype (they are computed, and returned, in fp32). What is different comes on top of it: any
+may be in any floating dtype (they are computed, and returned, in fp32). q, k and v of different dtypes are computed in
+the widest, and the output is in v's. What is different comes on top of it: any
 device, `initial_state` without a leading dimension is shared by all sequences, and every gradient is there, also that
 of the initial state and in `fused_recurrent_gated_delta_rule`. What cannot be honoured is a ValueError or TypeError.
 """
@@ -11,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from s0kernels.compat._dtypes import as_scalar, under_the_name, widest
 from s0kernels.ops import gated_delta_rule
 
 __all__ = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
@@ -61,7 +63,8 @@ def chunk_gated_delta_rule(
     chunk_size = kwargs.pop("chunk_size", None)
     _refuse("chunk_gated_delta_rule", kwargs)
     return _run(
-        *(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate, A_log),
+        *("chunk_gated_delta_rule", q, k, v, g, beta, scale, initial_state, output_final_state),
+        *(use_qk_l2norm_in_kernel, use_gate, A_log),
         *(dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, chunk_size),
     )
 
@@ -101,7 +104,8 @@ def fused_recurrent_gated_delta_rule(
     g = v.new_zeros(v.shape[:3]) if g is None else g
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     return _run(
-        *(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel),
+        *("fused_recurrent_gated_delta_rule", q, k, v, g, beta, scale, initial_state, output_final_state),
+        *(use_qk_l2norm_in_kernel, use_gate_in_kernel),
         *(A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, None),
     )
 
@@ -121,6 +125,7 @@ def _refuse(function: str, kwargs: dict) -> None:
 
 
 def _run(
+    function,
     q,
     k,
     v,
@@ -140,24 +145,28 @@ def _run(
     chunk_size,
 ) -> tuple[Tensor, Tensor | None]:
     if allow_neg_eigval and not use_sigmoid:
-        raise ValueError("allow_neg_eigval needs use_beta_sigmoid_in_kernel")
+        raise ValueError(f"{function}: allow_neg_eigval needs use_beta_sigmoid_in_kernel")
     if use_gate:
         if A_log is None:
-            raise ValueError("use_gate_in_kernel needs A_log")
+            raise ValueError(f"{function}: use_gate_in_kernel needs A_log")
         g = g.float() if dt_bias is None else g.float() + dt_bias.float()
         g = -A_log.float().exp() * torch.nn.functional.softplus(g)
     if use_sigmoid:
         beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+    dtype = widest(q, k, v)
     if initial_state is not None:
-        initial_state = initial_state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        initial_state = initial_state.to(torch.float64 if dtype == torch.float64 else torch.float32)
         initial_state = initial_state.mT if state_v_first else initial_state
-    output, final_state = gated_delta_rule(
-        *(q, k, v, g, beta),
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        use_qk_l2norm=l2norm,
-        output_final_state=output_final_state,
-        chunk_size=chunk_size,
-    )
-    return output, final_state.mT if state_v_first and final_state is not None else final_state
+    with under_the_name(function, "gated_delta_rule"):
+        output, final_state = gated_delta_rule(
+            *(x.to(dtype) for x in (q, k, v)),
+            *(as_scalar(x, dtype) for x in (g, beta)),
+            scale=scale,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            use_qk_l2norm=l2norm,
+            output_final_state=output_final_state,
+            chunk_size=chunk_size,
+        )
+    final_state = final_state.mT if state_v_first and final_state is not None else final_state
+    return output.to(v.dtype), final_state

@@ -4,13 +4,15 @@ Signatures and meanings are mamba_ssm's, with three differences on top. Sequence
 start from that row's initial state, where mamba_ssm gives it to the first of them alone; its gradient is the sum over
 them. An initial state without the batch's dimension is shared by all sequences. Only the gradients asked for are
 computed, also that of `return_varlen_states`. States may have any floating dtype; they are computed, and returned, in
-fp32. `seq_idx` is read on the host, to count sequences. What cannot be honoured is a ValueError or TypeError.
+fp32. x, B, C and z of different dtypes are computed in the widest, and the output is in x's. `seq_idx` is read on the
+host, to count sequences. What cannot be honoured is a ValueError or TypeError.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s0kernels.compat._dtypes import as_scalar, under_the_name, widest
 from s0kernels.modules.convolution import causal_conv, packed_causal_conv
 from s0kernels.modules.packing import find_boundaries
 from s0kernels.ops import ssd, ssd_step
@@ -65,7 +67,7 @@ def mamba_chunk_scan_combined(
                 raise ValueError(f"{name}: return_varlen_states needs {what}")
     boundaries = cu_seqlens if return_varlen_states else _boundaries(name, seq_idx, x.shape[0], x.shape[1])
     y, final, ends = _scan(
-        *(x, dt, A, B, C, D, z, dt_bias, initial_states, boundaries, dt_softplus, dt_limit),
+        *(name, x, dt, A, B, C, D, z, dt_bias, initial_states, boundaries, dt_softplus, dt_limit),
         return_final_states or return_varlen_states,
     )
     if not return_final_states and not return_varlen_states:
@@ -139,7 +141,7 @@ def mamba_split_conv1d_scan_combined(
     B, C = (t.unflatten(-1, (ngroups, N)) for t in (B, C))
     gate = z if rmsnorm_weight is None else None
     y, final, ends = _scan(
-        *(x, dt, A, B, C, D, gate, dt_bias, initial_states, boundaries, True, dt_limit), return_final_states
+        *(name, x, dt, A, B, C, D, gate, dt_bias, initial_states, boundaries, True, dt_limit), return_final_states
     )
     y = y.flatten(2)
     if rmsnorm_weight is not None:
@@ -176,7 +178,7 @@ def selective_state_update(
         x, z: [B, H, P].
         dt: [B, H, P], A: [H, P, N], dt_bias: [H, P]: one number per head, expanded (stride 0), as Mamba-2 has them.
         B, C: [B, G, N].
-        D: [H, P].
+        D: [H, P], or [H]; or [H * P, P], expanded, as `Mamba2` gives one number per channel.
         state_batch_indices: [B], rows of the pool; -1 computes from zero and stores nothing.
 
     Returns:
@@ -193,21 +195,33 @@ def selective_state_update(
             state_batch_indices=state_batch_indices,
         )
         return y.squeeze(1)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    work = state.to(dtype)
-    steps = _per_head("dt", dt, 1)
-    skip = D if D is None or _is_expanded(D, 1) else None
-    y = ssd_step(
-        *(x, _scalar(steps, x), _scalar(_per_head("A", A, 2), x), B.to(x.dtype), C.to(x.dtype), work),
-        D=None if skip is None else _scalar(skip[..., 0], x),
-        z=None if z is None or (D is not None and skip is None) else z.to(x.dtype),
-        dt_bias=None if dt_bias is None else _scalar(_per_head("dt_bias", dt_bias, 1), x),
-        dt_softplus=dt_softplus,
-        state_indices=state_batch_indices,
-    )
+    name, dtype = "selective_state_update", widest(x, B, C, z)
+    work = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    D, outside = _skip(D, x)
+    with under_the_name(name, "ssd_step", state_indices="state_batch_indices"):
+        y = ssd_step(
+            *(x.to(dtype), as_scalar(_per_head("dt", dt, 1), dtype), as_scalar(_per_head("A", A, 2), dtype)),
+            *(B.to(dtype), C.to(dtype), work),
+            D=None if D is None or outside else as_scalar(D, dtype),
+            z=None if z is None or outside else z.to(dtype),
+            dt_bias=None if dt_bias is None else as_scalar(_per_head("dt_bias", dt_bias, 1), dtype),
+            dt_softplus=dt_softplus,
+            state_indices=state_batch_indices,
+        )
     if work is not state:
         state.copy_(work)
-    return _finish(y, x, D, z) if D is not None and skip is None else y
+    return (_finish(name, y, x, D, z) if outside else y).to(x.dtype)
+
+
+def _skip(D: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
+    """D as [H], or as [H, P] and True where it is one number for each channel."""
+    if D is None or D.dim() == 1:
+        return D, False
+    heads, P = x.shape[-2:]
+    if D.dim() == 2 and _is_expanded(D, 1):
+        D = D[:, 0]
+        return (D, False) if D.shape[0] != heads * P or P == 1 else (D.view(heads, P), True)
+    return D, True
 
 
 def _check(name: str, chunk_size: int, state_dtype: torch.dtype | None) -> None:
@@ -227,35 +241,36 @@ def _boundaries(name: str, seq_idx: Tensor | None, batch: int, length: int) -> T
 
 
 def _scan(
-    x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_limit, want_states
+    name, x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_limit, want_states
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, the state of every sequence if wanted, which of them are the last of their rows or None for all)."""
-    (batch, length), outside = x.shape[:2], D is not None and D.dim() == 2
-    tokens = {"x": x, "dt": _scalar(dt, x), "B": B.to(x.dtype), "C": C.to(x.dtype)}
+    (batch, length), outside, dtype = x.shape[:2], D is not None and D.dim() == 2, widest(x, B, C, z)
+    tokens = {"x": x.to(dtype), "dt": as_scalar(dt, dtype), "B": B.to(dtype), "C": C.to(dtype)}
     if z is not None and not outside:
-        tokens["z"] = z.to(x.dtype)
+        tokens["z"] = z.to(dtype)
     indices = ends = None
     if cu_seqlens is not None:
-        tokens = {name: t.flatten(0, 1)[None] for name, t in tokens.items()}
+        tokens = {key: t.flatten(0, 1)[None] for key, t in tokens.items()}
         ends = _last_of_rows(cu_seqlens, batch, length)
         if state is not None and state.dim() == 4:
             indices = torch.div(cu_seqlens[:-1], max(length, 1), rounding_mode="floor").clamp(max=batch - 1)
     if state is not None:
-        state = state.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    y, final = ssd(
-        **tokens,
-        A=_scalar(A, x),
-        D=None if D is None or outside else _scalar(D, x),
-        dt_bias=None if dt_bias is None else _scalar(dt_bias, x),
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        initial_state=state,
-        state_indices=indices,
-        cu_seqlens=cu_seqlens,
-        output_final_state=want_states,
-    )
+        state = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    with under_the_name(name, "ssd", initial_state="initial_states"):
+        y, final = ssd(
+            **tokens,
+            A=as_scalar(A, dtype),
+            D=None if D is None or outside else as_scalar(D, dtype),
+            dt_bias=None if dt_bias is None else as_scalar(dt_bias, dtype),
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_state=state,
+            state_indices=indices,
+            cu_seqlens=cu_seqlens,
+            output_final_state=want_states,
+        )
     y = y.view(x.shape)
-    return _finish(y, x, D, z) if outside else y, final, ends
+    return (_finish(name, y, x, D, z) if outside else y).to(x.dtype), final, ends
 
 
 def _last_of_rows(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
@@ -264,10 +279,12 @@ def _last_of_rows(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], last, right=True)
 
 
-def _finish(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+def _finish(name: str, y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     """(y + D x) silu(z) for a D of every channel."""
+    if D.shape != x.shape[-2:]:
+        raise ValueError(f"{name}: D must have shape [H] or [H, P], here {list(x.shape[-2:])}, got {list(D.shape)}")
     out = y + D.to(torch.promote_types(D.dtype, torch.float32)) * x
-    return (out if z is None else out * F.silu(z.to(out.dtype))).to(y.dtype)
+    return out if z is None else out * F.silu(z.to(out.dtype))
 
 
 def _convolve(x, weight, bias, cu_seqlens, activate: bool) -> Tensor:
@@ -284,11 +301,6 @@ def _gated_norm(x, z, weight, eps: float, group: int, norm_before_gate: bool) ->
     x = x if norm_before_gate else x * gate
     x = F.rms_norm(x.unflatten(-1, (-1, group)), (group,), eps=eps).flatten(-2) * weight.to(wide)
     return (x * gate if norm_before_gate else x).to(dtype)
-
-
-def _scalar(t: Tensor, x: Tensor) -> Tensor:
-    """In x's dtype or fp32, which the ops take."""
-    return t if t.dtype in (x.dtype, torch.float32) else t.to(x.dtype)
 
 
 def _is_expanded(t: Tensor, dims: int) -> bool:

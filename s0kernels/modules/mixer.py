@@ -10,7 +10,7 @@ from s0kernels.modules.arguments import KEYWORD, find_cache
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import BoundStates, Site
 from s0kernels.modules.padding import Padding
-from s0kernels.ops import _dispatch
+from s0kernels.ops import _dispatch, _transforms
 
 _SHARED = (
     "_parameters",
@@ -196,6 +196,8 @@ class MixerCache:
         if not self.live:
             return False
         tensors = (*inputs, self.state)
+        if _transforms.find(*tensors) is not None:
+            return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
     def starting_state(self, dtype: torch.dtype) -> Tensor:

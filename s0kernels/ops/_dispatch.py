@@ -61,8 +61,17 @@ def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size:
 
 @torch.compiler.assume_constant_result  # nothing in it depends on tensors, and it imports modules
 def choose(
-    op: str, backend: str | None, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int = 0,
+    width: int = 0,
+    transform: str | None = None,
 ) -> str:
+    """`transform` is one that the call takes part in and that the references alone can be put through."""
+    if transform is not None and backend in (None, "reference"):
+        return "reference"
     if backend is None:
         reasons = {}
         for name in ORDER:
@@ -77,6 +86,11 @@ def choose(
     reason = unusable(backend, op, device, dtype, size, width)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot run this call: {reason}")
+    if transform is not None:
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} does not support {transform}; backend='reference' does, and is what "
+            "backend=None then takes"
+        )
     return backend
 
 

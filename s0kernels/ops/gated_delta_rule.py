@@ -14,9 +14,10 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends import _states
-from s0kernels.ops import _dispatch, _sequences, _validation
+from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
 from s0kernels.ops.output import ScanOutput
 
 _SCAN = "gated_delta_rule"
@@ -66,9 +67,12 @@ def gated_delta_rule(
 
     Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
     but `initial_state` requires grad neither v nor the states are looked at. The gradient of `initial_state` has its
-    shape, in its dtype, summed over sequences in a fixed order.
+    shape, in its dtype, summed over sequences in a fixed order. Forward mode and torch.func's derivatives go through
+    `reference` alone, which None takes for them; so do second derivatives, for which it has to be named. vmap calls a
+    backend for one entry after the other.
 
     Raises:
+        NotImplementedError: a derivative that the backend does not have.
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message. The values
             of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
             for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
@@ -76,7 +80,8 @@ def gated_delta_rule(
     _validate_scan(q, k, v, g, beta, scale, initial_state, state_indices, cu_seqlens, use_qk_l2norm)
     _validation.check_flag(_SCAN, "output_final_state", output_final_state)
     _validation.check_chunk_size(_SCAN, chunk_size)
-    name = _dispatch.choose(_SCAN, backend, q.device, q.dtype)
+    transform = _transforms.find(q, k, v, g, beta, initial_state)
+    name = _dispatch.choose(_SCAN, backend, q.device, q.dtype, transform=transform)
     if name == "reference":
         return gated_delta_rule_reference(
             q,
@@ -170,6 +175,7 @@ def _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices)
     _validation.check_scale(_STEP, scale)
     _validation.check_flag(_STEP, "use_qk_l2norm", use_qk_l2norm)
     _validation.check_no_grad(_STEP, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state})
+    _transforms.refuse(_STEP, q, k, v, g, beta, state)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -344,6 +350,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, doutput, dfinal_state):
     if doutput is None and dfinal_state is None:
         return (None,) * ctx.arguments
+    _transforms.check_gradients(_SCAN, doutput, dfinal_state)
     found = iter(
         torch.ops.s0kernels.gated_delta_rule_backward(
             doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs
@@ -354,10 +361,14 @@ def _backward(ctx, doutput, dfinal_state):
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
+_scan_op.register_vmap(_transforms.one_by_one(_scan_op))
+_backward_op.register_autograd(_transforms.no_second_derivative(_SCAN))
+_backward_op.register_vmap(_transforms.one_by_one(_backward_op))
 
 
 def _step_op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
+    increment_version(state)  # kernels write behind autograd's back
     step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.ready(backend).gated_delta_rule_step
     with _dispatch.without_autocast(q.device):
         return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)

@@ -9,9 +9,10 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends._states import gather_states, state_dtype, store_states
-from s0kernels.ops import _dispatch, _sequences, _validation
+from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
 from s0kernels.ops.gated_delta_rule import gated_delta_rule_step_reference
 from s0kernels.ops.ssd import ssd_step_reference
 
@@ -68,7 +69,7 @@ def gated_delta_mixer_step(
     _check_mixer(check, conv_weight, conv_bias, A_log, dt_bias, window, state, state_indices, "HV K V", mixed.dtype)
     heads, K, V = state.shape[1:]
     keys = mixed.shape[1] - heads * V
-    if keys <= 0 or keys % (2 * K) or heads % (keys // (2 * K)):
+    if keys <= 0 or K == 0 or keys % (2 * K) or heads % (keys // (2 * K)):
         raise ValueError(
             f"{_DELTA}: mixed must have 2 H K + HV V channels, H a divisor of HV, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
@@ -77,6 +78,7 @@ def gated_delta_mixer_step(
     tensors = {"mixed": mixed, "z": z, "b": b, "a": a, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_DELTA, tensors)
+    _transforms.refuse(_DELTA, *tensors.values())
     name = _dispatch.choose(
         _DELTA, backend, mixed.device, mixed.dtype, operator.index(max(K, V)), operator.index(window.shape[2])
     )
@@ -137,7 +139,7 @@ def ssd_mixer_step(
     if norm is not None:
         check.tensor("norm", norm, "H*P", check.floats)
     shared = mixed.shape[1] - heads * P
-    if shared <= 0 or shared % (2 * N) or heads % (shared // (2 * N)):
+    if shared <= 0 or N == 0 or shared % (2 * N) or heads % (shared // (2 * N)):
         raise ValueError(
             f"{_SSD}: mixed must have H P + 2 G N channels, G a divisor of H, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
@@ -148,6 +150,7 @@ def ssd_mixer_step(
     tensors = {"gate": gate, "mixed": mixed, "dt": dt, "conv_weight": conv_weight, "conv_bias": conv_bias}
     tensors |= {"A_log": A_log, "D": D, "dt_bias": dt_bias, "norm": norm, "window": window, "state": state}
     _validation.check_no_grad(_SSD, tensors)
+    _transforms.refuse(_SSD, *tensors.values())
     name = _dispatch.choose(
         _SSD, backend, mixed.device, mixed.dtype, operator.index(max(P, N)), operator.index(window.shape[2])
     )
@@ -268,6 +271,7 @@ def _delta_op(
 ) -> Tensor:
     inputs = (mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state)
     _sequences.check_values(1, None, indices, state, unique=True)
+    increment_version((window, state))  # kernels write behind autograd's back
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return gated_delta_mixer_step_reference(*inputs, eps=eps, state_indices=indices)
@@ -282,6 +286,7 @@ def _ssd_op(
     inputs = (gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm, window, state)
     options = {"eps": eps, "gate_first": gate_first, "dt_limit": (dt_min, dt_max), "state_indices": indices}
     _sequences.check_values(1, None, indices, state, unique=True)
+    increment_version((window, state))  # kernels write behind autograd's back
     with _dispatch.without_autocast(mixed.device):
         if backend == "reference":
             return ssd_mixer_step_reference(*inputs, **options)

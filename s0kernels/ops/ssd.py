@@ -14,9 +14,10 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from s0kernels.backends import _states
-from s0kernels.ops import _dispatch, _sequences, _validation
+from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
 from s0kernels.ops.output import ScanOutput
 
 _SCAN = "ssd"
@@ -73,9 +74,12 @@ def ssd(
 
     Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
     but `initial_state` requires grad neither x nor the states are looked at. The gradient of `initial_state` has its
-    shape, in its dtype, summed over sequences in a fixed order.
+    shape, in its dtype, summed over sequences in a fixed order. Forward mode and torch.func's derivatives go through
+    `reference` alone, which None takes for them; so do second derivatives, for which it has to be named. vmap calls a
+    backend for one entry after the other.
 
     Raises:
+        NotImplementedError: a derivative that the backend does not have.
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message. The values
             of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
             for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
@@ -83,7 +87,8 @@ def ssd(
     _validate_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, state_indices, cu_seqlens)
     _validation.check_flag(_SCAN, "output_final_state", output_final_state)
     _validation.check_chunk_size(_SCAN, chunk_size)
-    name = _dispatch.choose(_SCAN, backend, x.device, x.dtype)
+    transform = _transforms.find(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    name = _dispatch.choose(_SCAN, backend, x.device, x.dtype, transform=transform)
     if name == "reference":
         return ssd_reference(
             x,
@@ -177,6 +182,7 @@ def _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, 
     _validation.check_dt_limit(_STEP, dt_limit)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state}
     _validation.check_no_grad(_STEP, tensors)
+    _transforms.refuse(_STEP, *tensors.values())
 
 
 def _check_inputs(check: _validation.Checker, x, dt, A, B, C, D, z, dt_bias, rows: str) -> None:
@@ -388,16 +394,21 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, doutput, dfinal_state):
     if doutput is None and dfinal_state is None:
         return (None,) * ctx.arguments
+    _transforms.check_gradients(_SCAN, doutput, dfinal_state)
     found = iter(torch.ops.s0kernels.ssd_backward(doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs))
     grads = [next(found) if need else None for need in ctx.needs]
     return (*grads, *[None] * (ctx.arguments - len(grads)))
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
+_scan_op.register_vmap(_transforms.one_by_one(_scan_op))
+_backward_op.register_autograd(_transforms.no_second_derivative(_SCAN))
+_backward_op.register_vmap(_transforms.one_by_one(_backward_op))
 
 
 def _step_op(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend) -> Tensor:
     _sequences.check_values(1, None, state_indices, state, unique=True)
+    increment_version(state)  # kernels write behind autograd's back
     step = ssd_step_reference if backend == "reference" else _dispatch.ready(backend).ssd_step
     options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": (dt_min, dt_max)}
     with _dispatch.without_autocast(x.device):

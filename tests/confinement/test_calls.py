@@ -5,6 +5,7 @@ import math
 import os
 import random
 import sqlite3
+import time
 
 import pytest
 from escapes import HANG, LONG, attempt, sandbox, untouched
@@ -246,3 +247,30 @@ def test_damaged_values_are_refused_or_plain():
         except ValueError:
             continue
         assert json.dumps(encode(value))
+
+
+FORGED = """
+import os
+def f(how):
+    values = [f'["int", "{hex(i * (2**61 - 1))}"]' for i in range(8, 25_000)]
+    text = ", ".join(values) if how != "dict" else ", ".join(value + ", 0" for value in values)
+    data = f'["list", ["{how}", {text}]]'.encode()
+    while data: data = data[os.write(3, data):]
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["set", "frozenset", "dict"])
+def test_forged_hashes_do_not_keep_the_caller_busy(how):
+    """0.8 MB of numbers with one hash: as a table they take seconds, whatever the timeout was."""
+    start = time.monotonic()
+    found = run(FORGED, how, timeout=5.0)
+    assert time.monotonic() - start < 5.0
+    assert (found.ok, found.reason) == (False, "garbled result")
+
+
+def test_honest_tables_of_many_values_cross():
+    source = "def f(n): return {*range(-n, n)}, {str(i): i for i in range(n)}, {(i, -i) for i in range(n)}"
+    found = run(source, 8000)
+    assert found.ok
+    assert found.value == ({*range(-8000, 8000)}, {str(i): i for i in range(8000)}, {(i, -i) for i in range(8000)})

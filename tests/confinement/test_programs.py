@@ -230,6 +230,50 @@ def test_what_no_test_may_forgive(name, tests):
     assert reason in run(source, tests).reason
 
 
+# What C takes for an answer of its own when a candidate raises it: (what it raises, tests that then have nothing to
+# look at).
+SEQUENCE = "class S:\n def __init__(self, c): self.c = c\n def __getitem__(self, i): return self.c(i)\n"
+PROPERTY = "class P:\n def __init__(self, c): self.c = c\n @property\n def p(self): return self.c(1)\n"
+UNSEEN = {
+    "all": ("StopIteration", "def check(c): assert all(map(c, [1, 2]))"),
+    "list": ("StopIteration", "def check(c): assert list(map(c, [1, 2])) == []"),
+    "loop": ("StopIteration", "def check(c):\n for x in map(c, [1, 2]): assert x == 4"),
+    "later right": ("StopIteration() if x == 1 else IndexError", "def check(c): assert not sum(map(c, [1, 2]))"),
+    "caught later": (
+        "StopIteration",
+        "def check(c):\n assert all(map(c, [1]))\n try: c(2)\n except StopIteration: pass",
+    ),
+    "sequence": ("IndexError", f"{SEQUENCE}def check(c): assert list(S(c)) == []"),
+    "in": ("IndexError", f"{SEQUENCE}def check(c): assert 5 not in S(c)"),
+    "getattr": ("AttributeError", f"{PROPERTY}def check(c): assert getattr(P(c), 'p', 4) == 4"),
+    "hasattr": ("AttributeError", f"{PROPERTY}def check(c): assert not hasattr(P(c), 'p')"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_tests_do_not_see_is_not_forgiven(name):
+    error, tests = UNSEEN[name]
+    verdict = run(f"def f(x): raise {error}", tests)
+    assert not verdict.passed
+    assert "which the tests do not catch" in verdict.reason
+
+
+@pytest.mark.parametrize("error", ["StopIteration", "IndexError", "AttributeError", "KeyError"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(c):\n try: c(1)\n except {0}: pass\n else: assert False",
+        "import contextlib\ndef check(c):\n with contextlib.suppress({0}): c(1); assert False",
+        "class Raises:\n def __enter__(self): pass\n def __exit__(self, kind, *_): return kind is {0}\n"
+        "def check(c):\n with Raises(): c(1)",
+        "def check(c):\n def raises(x):\n  try: c(x)\n  except {0}: return True\n assert all(map(raises, [1, 2]))",
+    ],
+    ids=["try", "suppress", "with", "within map"],
+)
+def test_an_error_that_the_tests_want_is_right(error, tests):
+    assert run(f"def f(x): raise {error}", tests.format(error)).reason == "passed"
+
+
 # Tests that are at fault or find fault, with a candidate that is right: (tests, prelude, the reason's beginning).
 JUDGES = {
     "never-calls": ("def check(candidate): pass", "", "the tests never call the candidate"),

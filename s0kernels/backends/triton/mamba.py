@@ -136,7 +136,7 @@ class _Call:
         return tiles, min(tiles.tile, power_of_two(self.P)), BN if whole else min(tiles.tile, BN)
 
     def _walks(self, BP: int, BN: int) -> int:
-        return self.sequences * self.H * triton.cdiv(self.P, BP) * triton.cdiv(self.N, BN)
+        return self.sequences * self.H * triton.cdiv(self.P, BP) * max(1, triton.cdiv(self.N, BN))
 
     def is_split(self) -> bool:
         """Whether a kernel of its own makes the output, for all chunks at once: where a tile of P with all of N has no

@@ -222,7 +222,7 @@ def walk_forward(
 def split_index(pid, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
     """(tile of N, tile of P, head, sequence or slot) of a program."""
     tiles_p: tl.constexpr = (P + BP - 1) // BP
-    tiles_n: tl.constexpr = (N + BN - 1) // BN
+    tiles_n: tl.constexpr = 1 if N == 0 else (N + BN - 1) // BN  # what has no state has D x
     i_ph = pid // tiles_n
     i_h = i_ph // tiles_p
     return pid % tiles_n, i_ph % tiles_p, i_h % H, i_h // H

@@ -1,0 +1,16 @@
+"""Libraries that are not installed, and how to get them."""
+
+from pathlib import Path
+
+_HF = ("transformers", "accelerate", "tqdm")
+_EXTRAS = dict.fromkeys(_HF, "hf") | {"triton": "dev", "peft": "quality", "scipy": "quality", "matplotlib": "bench"}
+
+
+def advice(error: ImportError) -> str:
+    """What is missing, and the command that installs it, from the index or from the source tree that this is."""
+    missing = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(missing, "hf")
+    tree = Path(__file__).resolve().parents[1]
+    source = (tree / "pyproject.toml").is_file()
+    target = f"--no-build-isolation -e '{tree}[{extra}]'" if source else f"'s0kernels[{extra}]'"
+    return f"{missing or error} is not installed; pip install {target}"

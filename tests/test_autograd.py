@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import BACKENDS, MAKERS
-from models import MODELS, random_states, tokens
+from models import MODELS, cached, random_states, tokens
 from test_steps import options_of, step, token
 from test_tokens import mixer
 from torch.autograd import forward_ad
@@ -218,10 +218,10 @@ def test_tangents_go_through_a_whole_model(name):
     model.requires_grad_(False)
     prompt, following = (model.get_input_embeddings()(ids).detach() for ids in tokens(1, 9).split([8, 1], 1))
     cache = DynamicCache(config=model.config.get_text_config())
-    model(inputs_embeds=prompt, past_key_values=cache)
+    model(inputs_embeds=prompt, **cached(model, cache))
 
     def after(x):
-        return model(inputs_embeds=x, past_key_values=copy.deepcopy(cache)).logits
+        return model(inputs_embeds=x, **cached(model, copy.deepcopy(cache))).logits
 
     for f, x in ((lambda x: model(inputs_embeds=x).logits, prompt), (after, following)):
         direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)

@@ -27,6 +27,11 @@ _numbers = itertools.count()
 _attachments: weakref.WeakValueDictionary[int, "Attachment"] = weakref.WeakValueDictionary()
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 takes every graph for one that is exported, if it is asked directly
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 @torch.compiler.assume_constant_result
 def _constant_override(site: int) -> int | None:
     """Number of the attachment that the calling context uses for a site. For torch.export, which cannot trace the
@@ -73,7 +78,7 @@ class Attachment:
         if layer_index not in self._states:
             return None
         bank = self._states[layer_index]
-        if torch.compiler.is_exporting():  # a parameter outside the model is nothing that torch.export could name
+        if _is_exporting():  # a parameter outside the model is nothing that torch.export could name
             bank = _constant_bank(self.number, layer_index)
         if self.scale == 1.0:
             return bank
@@ -170,7 +175,7 @@ class Site:
     def current(self) -> Attachment | None:
         if not _open:
             return self.attachment
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             number = _constant_override(self.number)
             return self.attachment if number is None else _open[number]
         return next((chosen for site, chosen in reversed(_overrides.get()) if site is self), self.attachment)

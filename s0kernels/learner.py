@@ -31,6 +31,7 @@ class Learner:
         owners = torch.tensor([task for batch in batches for task in batch.tasks])
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = processes()
+        self._head = batches[0].head(model)
         self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
 
@@ -116,7 +117,7 @@ class Learner:
     def _losses(self, batch: Batch) -> Tensor:
         several = self._states.tasks > 1
         with self._states.attached(self._model, self._scale, batch.tasks if several else 0):
-            return batch.losses(self._model, self._states.tasks)
+            return batch.losses(self._model, self._states.tasks, self._head)
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Scale each task's gradient down to the norm allowed; the norms before that, [tasks]."""
@@ -139,11 +140,11 @@ class Learner:
         """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
         batch = make_batches([example], 1, False, self._model, 0, self._batches[0].device)[0]
         with self._states.attached(self._model, self._scale):
-            before = batch.logits(self._model)
+            before = batch.hidden(self._head)
             generator = torch.Generator().manual_seed(0)
             for state in self._parameters:
                 state.copy_(torch.randn(state.shape[1:], generator=generator).expand(state.shape))
-            after = batch.logits(self._model)
+            after = batch.hidden(self._head)
         for state in self._parameters:
             state.zero_()
         if torch.equal(before, after):

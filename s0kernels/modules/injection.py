@@ -123,9 +123,9 @@ class Site:
         return next((chosen for site, chosen in reversed(_overrides.get()) if site is self), self.attachment)
 
     @contextlib.contextmanager
-    def override(self, attachment: Attachment) -> Iterator[None]:
-        """Use `attachment` in the calling context, for as long as it lasts. The last to begin wins; they may end in
-        any order."""
+    def override(self, attachment: Attachment | None) -> Iterator[None]:
+        """Use `attachment`, None being no states, in the calling context, for as long as it lasts. The last to begin
+        wins; they may end in any order."""
         global _open_overrides
         entry = (self, attachment)
         _overrides.set((*_overrides.get(), entry))

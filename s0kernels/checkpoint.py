@@ -55,25 +55,34 @@ class Checkpoint:
         if not os.access(self._file.parent, os.W_OK):
             raise PermissionError(f"S0Trainer: checkpoint {file} lies in a directory that cannot be written to")
 
-    def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping], ended: bool) -> None:
-        """`ended`: a callback wants no more steps."""
+    def write(
+        self,
+        states: S0States,
+        optimizer: torch.optim.Adam,
+        history: Sequence[Mapping],
+        ended: bool,
+        sizes: Mapping[str, Any],
+    ) -> None:
+        """`ended`: a callback wants no more steps. `sizes`: how a step is cut into forwards, and what was asked for."""
         tensors: dict[str, Tensor] = {}
         for layer in _learning(states):
             tensors[f"{layer}.state"] = states[layer].detach()
             for moment in _MOMENTS:
                 tensors[f"{layer}.{moment}"] = optimizer.state[states[layer]][moment]
-        content = json.dumps({"run": self._run, "history": list(history), "ended": ended}, default=_plain)
+        content = {"run": self._run, "history": list(history), "ended": ended, "sizes": dict(sizes)}
+        content = json.dumps(content, default=_plain)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         replace_file(self._file, save(tensors, metadata={"s0_run": content}))
 
-    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool]:
-        """Fill both in and return the history and whether the run has ended; an empty one if there is no file yet.
+    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool, dict | None]:
+        """Fill both in and return the history, whether the run has ended, and the sizes of its forwards, if it has any;
+        an empty history if there is no file yet.
 
         Raises:
             ValueError: the file is of another run, with the differences named, or it is none of ours.
         """
         if not self._file.exists():
-            return [], False
+            return [], False, None
         tensors, header = read_tensors(self._file)
         content = parse_json(header.get("s0_run", "{}"), f"the header of {self._file}")
         run, history = content.get("run"), content.get("history")
@@ -98,7 +107,8 @@ class Checkpoint:
                 if history:
                     moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
                     optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
-        return history, content.get("ended") is True
+        sizes = content.get("sizes")
+        return history, content.get("ended") is True, sizes if _are_sizes(sizes) else None
 
 
 def _is_history(value: Any) -> bool:
@@ -106,6 +116,17 @@ def _is_history(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(entry, dict) and entry.get("step") == number and isinstance(entry.get("loss"), (int, float))
         for number, entry in enumerate(value)
+    )
+
+
+def _are_sizes(value: Any) -> bool:
+    """Files of earlier versions have none."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("asked"), list)
+        and type(value.get("tokens")) is int
+        and value["tokens"] > 0
+        and isinstance(value.get("checkpointed"), bool)
     )
 
 

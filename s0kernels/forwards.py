@@ -16,6 +16,9 @@ from s0kernels.memory import Choice, Make, Needs, Sizes
 from s0kernels.processes import Processes
 from s0kernels.states import S0States
 
+#: bytes of the gradient of a value that learns, of Adam's moments, and of the sum in fp64
+_PER_VALUE = 4 + 8 + 8
+
 
 class Asked(NamedTuple):
     """What the user says about the size of forwards; None: to be found out."""
@@ -137,14 +140,17 @@ class Forwards:
             with self._attached(self._longest), self._layers.recomputed():
                 if self._longest.device.type != "cpu":
                     memory.measure(self._longest, self._head)  # kernels are compiled
-                return memory.measure(self._longest, self._head)
+                needs = memory.measure(self._longest, self._head)
+                return needs._replace(
+                    beside=_PER_VALUE * sum(p.numel() for p in self._states.parameters() if p.requires_grad)
+                )
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            return None
         finally:
             self._forget_gradients()
-            memory.release()
+        memory.release()
+        return None
 
     def _timed(self, sizes: Sizes) -> float:
         """Seconds a token of the largest forward."""

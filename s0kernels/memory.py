@@ -31,9 +31,9 @@ _MOST = {"cuda": 2**15, "cpu": 4096}
 _FILLED = 2048
 #: on a CPU a forward is large enough when it multiplies this often for each layer: starting a layer's operators is
 #: then lost in it, and a larger one takes more memory for nothing
-_WORK_PER_LAYER = 4e9
+_WORK_PER_LAYER = 2e9
 #: resident memory over what is counted on a CPU
-_UNCOUNTED = 1.1
+_UNCOUNTED = 1.2
 
 
 class Sizes(NamedTuple):
@@ -53,16 +53,22 @@ class Needs(NamedTuple):
     forward: int
     #: of what is kept for the backward
     kept: int
-    #: of the head and the loss on top of that, of a whole chunk
+    #: of the head and the loss on top of that, and how many predicted tokens it was for
     head: int
+    predicted: int
+    #: most predicted tokens that the head looks at together
+    chunk: int
     #: at the peak of the backward
     backward: int
     seconds: float
+    #: of what stays from step to step, whatever the batch
+    beside: int = 0
 
-    def at(self, tokens: int) -> int:
-        """Bytes that a forward of so many tokens is expected to take at its peak."""
-        factor = tokens / self.tokens
-        return int(max(factor * self.forward, factor * self.kept + self.head, factor * self.backward))
+    def of(self, batch: Batch) -> int:
+        """Bytes that a batch is expected to take at its peak."""
+        factor = batch.tokens / self.tokens
+        head = self.head * min(len(batch.targets), self.chunk) / self.predicted
+        return int(self.beside + max(factor * self.forward, factor * self.kept + head, factor * self.backward))
 
 
 def measure(batch: Batch, head: Head) -> Needs:
@@ -72,11 +78,13 @@ def measure(batch: Batch, head: Head) -> Needs:
         hidden = batch.hidden(head)
         forward, kept = meter.peak(), meter.now()
         loss = cross_entropy(head, hidden, batch.targets).sum()
-        in_head = int((meter.peak() - kept) * head.chunk / min(len(batch.targets), head.chunk))
+        in_head = meter.peak() - kept
         del hidden
         loss.backward()
         backward = meter.peak()
-    return Needs(batch.tokens, forward, kept, in_head, backward, time.perf_counter() - began)
+    predicted = min(len(batch.targets), head.chunk)
+    seconds = time.perf_counter() - began
+    return Needs(batch.tokens, forward, kept, in_head, predicted, head.chunk, backward, seconds)
 
 
 def _meter(device: torch.device) -> "_Allocator | _Counted":
@@ -185,9 +193,9 @@ class Choice(NamedTuple):
 
 def expected(needs: Needs, sizes: Sizes, cut: Callable[[int], list[Batch]], limit: int | None = None) -> Choice:
     """Of forwards of these sizes, by what one example took."""
-    batches = [batch.tokens for batch in cut(sizes.tokens)]
-    peak = needs.at(max(batches))
-    seconds = needs.seconds * sum(batches) / needs.tokens
+    batches = cut(sizes.tokens)
+    peak = max(map(needs.of, batches))
+    seconds = needs.seconds * sum(batch.tokens for batch in batches) / needs.tokens
     return Choice(sizes, peak, seconds, limit is None or peak <= limit)
 
 

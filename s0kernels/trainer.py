@@ -60,10 +60,14 @@ class S0Trainer:
         """Load model and tokenizer through transformers' Auto classes.
 
         `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`. Unless they say otherwise the model is bf16 spread
-        by `device_map="auto"` where there is a GPU, and fp32 on the CPU where there is none.
+        by `device_map="auto"` where there is a GPU, and fp32 on the CPU where there is none. A name that does not exist
+        or that cannot be looked up, and a model of another family, are refused before weights are loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from s0kernels.hub import find_model
+
+        model_kwargs |= find_model(model_name, model_kwargs)
         gpu = torch.cuda.is_available()
         if "torch_dtype" not in model_kwargs:
             model_kwargs.setdefault("dtype", torch.bfloat16 if gpu else torch.float32)

@@ -40,6 +40,8 @@ class Forwards:
         self._layers = Layers(model)
         self._processes = Processes()
         self._batches: list[Batch] = []
+        self._cut_for: int | None = None
+        self._told = False
         #: how a step is cut; None before `cut`, or what an interrupted run had
         self.sizes: Sizes | None = None
 
@@ -66,8 +68,8 @@ class Forwards:
         memory.for_each(mine, work, self._less)
         if share:
             self._agree()
-        elif self.sizes != before:
-            self._batches = self._make(self._examples, self.sizes.tokens)
+        else:
+            self._cut_again()
         return self.note() if self.sizes != before else {}
 
     def note(self) -> dict[str, Any]:
@@ -78,12 +80,14 @@ class Forwards:
         less = memory.halved(self.sizes, batch, self._make, self._layers.can)
         if less is None:
             return None
-        how = "with layers checkpointed" if less.checkpointed else f"with up to {less.tokens} tokens"
-        warnings.warn(
-            f"S0Trainer: a forward of {batch.tokens} tokens ran out of memory; it is done again {how}, like those to "
-            "come",
-            stacklevel=2,
-        )
+        if not self._told:
+            self._told = True
+            how = "with layers checkpointed" if less.checkpointed else f"with up to {less.tokens} tokens"
+            warnings.warn(
+                f"S0Trainer: a forward of {batch.tokens} tokens ran out of memory; it is done again {how}, like those "
+                "to come. The history says where that happens again.",
+                stacklevel=7,
+            )
         self.sizes = less
         self._layers.checkpoint(less.checkpointed)
         return lambda examples: self._make(examples, less.tokens)
@@ -172,11 +176,14 @@ class Forwards:
     def _agree(self) -> None:
         """The least of what the processes can do, for all of them, and the batches that this makes."""
         tokens, kept = self._processes.least([self.sizes.tokens, int(not self.sizes.checkpointed)])
-        agreed = Sizes(tokens, not kept)
-        if agreed != self.sizes or not self._batches:
-            self._batches = self._make(self._examples, agreed.tokens)
-        self.sizes = agreed
-        self._layers.checkpoint(agreed.checkpointed)
+        self.sizes = Sizes(tokens, not kept)
+        self._layers.checkpoint(self.sizes.checkpointed)
+        self._cut_again()
+
+    def _cut_again(self) -> None:
+        if self._cut_for != self.sizes.tokens:
+            self._batches = self._make(self._examples, self.sizes.tokens)
+            self._cut_for = self.sizes.tokens
 
     def _expected(self, choice: Choice | None, limit: int | None, steps: int) -> str:
         text = (

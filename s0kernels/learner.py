@@ -1,7 +1,7 @@
 """The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -70,20 +70,19 @@ class Learner:
         callbacks: Sequence[Callback],
         file: Checkpoint | None,
         every: int,
-        bar: tqdm,
+        progress: bool,
     ) -> float:
         """Steps up to `n_steps`, or until a callback ends them, added to `history`; the loss of the last, or of the
         states as they are if there is none."""
         steps = self._config.n_steps
-        if len(history) == steps > 0:
-            return history[-1]["loss"]
-        tell = None if bar.disable else lambda text: bar.write(text, file=sys.stderr)
-        with self._forwards.cut(asked, tell, steps - len(history)) as note:
+        tell = _say if progress and self._processes.is_main else None
+        with self._forwards.cut(asked, tell, steps - len(history)) as note, self._bar(history, tell) as bar:
             if steps == 0:
                 return self._loss()
             ended = False
             while len(history) < steps and not ended:
-                history.append(self._step(len(history)) | note)
+                entry = self._step(len(history))
+                history.append({**entry, **{name: value for name, value in note.items() if name not in entry}})
                 note = {}
                 with self._states.attached(self._model, self._scale):
                     answers = [callback(history[-1], self._states) for callback in callbacks]
@@ -96,6 +95,15 @@ class Learner:
                 bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", refresh=False)
                 bar.update()
         return history[-1]["loss"]
+
+    def show(self, history: Sequence[Mapping], progress: bool) -> float:
+        """A run that has nothing left to do: its bar and its last loss."""
+        self._bar(history, progress and self._processes.is_main).close()
+        return history[-1]["loss"]
+
+    def _bar(self, history: Sequence[Mapping], shown: object) -> tqdm:
+        total, done = self._config.n_steps, len(history)
+        return tqdm(total=total, initial=done, desc="S0 tuning", unit="step", disable=not shown)
 
     def _step(self, number: int) -> dict[str, Any]:
         config, parameters = self._config, self._parameters
@@ -159,6 +167,10 @@ class Learner:
                 "Either the mixers were replaced after swap_modules, or the model forgets its state at once "
                 "(decays near zero)."
             )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class EvalMode:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_file
 from s0kernels.batches import Batch, make_batches
@@ -187,13 +186,10 @@ class S0Trainer:
                 with self._in_training(states, history):
                     if not history:
                         learner.check_effect()
-                    hidden = not (progress and processes().is_main_process)
-                    steps, done = self.config.n_steps, len(history)
-                    with tqdm(total=steps, initial=done, desc="S0 tuning", unit="step", disable=hidden) as bar:
-                        if ended:
-                            final_loss = history[-1]["loss"]
-                        else:
-                            final_loss = learner.learn(history, asked, callbacks, file, every, bar)
+                    if ended or len(history) == self.config.n_steps > 0:
+                        final_loss = learner.show(history, progress)
+                    else:
+                        final_loss = learner.learn(history, asked, callbacks, file, every, progress)
         norms = torch.stack([norm.cpu() for layer, norm in states.norms().items() if layer in learning])
         return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
 

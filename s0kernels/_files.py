@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import tempfile
+import secrets
 import time
 import warnings
 from pathlib import Path
@@ -20,18 +20,15 @@ TASKS = "tasks.json"
 def replace_file(file: Path, content: bytes) -> None:
     """Write beside and move over, so that readers see the old file or the new one."""
     _sweep(file)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+    temporary = file.parent / f".{file.name}.{secrets.token_hex(8)}.tmp"
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:  # with the rights of any new file; the umask is every thread's
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s0kernels._files import parse_json, read_tensors, replace_file
 from s0kernels.config import S0Config
-from s0kernels.data import Example
+from s0kernels.data import Example, some
 from s0kernels.states import S0States
 
 #: settings that a run is made of; the others say how long it is or how its states are used
@@ -93,7 +93,7 @@ class Checkpoint:
         if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
             del differing["weights"]
         if differing:
-            text = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing.items())
+            text = "; ".join(f"{key}: {_short(a)} there, {_short(b)} here" for key, (a, b) in differing.items())
             raise ValueError(f"{self._file} is the checkpoint of another run ({text}); name another file or remove it")
         with torch.no_grad():
             for layer in _learning(states):
@@ -109,6 +109,10 @@ class Checkpoint:
                     optimizer.state[parameter] = {"step": torch.tensor(float(len(history))), **moments}
         sizes = content.get("sizes")
         return history, content.get("ended") is True, sizes if _are_sizes(sizes) else None
+
+
+def _short(value: Any) -> str:
+    return some(value) if isinstance(value, list) else str(value)
 
 
 def _is_history(value: Any) -> bool:

@@ -115,8 +115,9 @@ class Learner:
             found = self._forwards.losses(batch)
             (found / self._counts.to(found)).sum().backward()
             losses.add_(found.detach().cpu())
+            rows = slice(None) if len(self._counts) == 1 else sorted(set(batch.tasks))  # of a bank, few
             for total, parameter in zip(sums, parameters, strict=True):
-                total += parameter.grad
+                total[rows] += parameter.grad[rows]
                 parameter.grad = None
 
         note = self._forwards.each(add, share=True)

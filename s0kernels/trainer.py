@@ -7,6 +7,7 @@ import numbers
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_fi
 from s0kernels.batches import Batch, make_batches
 from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
-from s0kernels.data import Example, check_names, encode, read_tasks
+from s0kernels.data import Example, check_names, encode, read_tasks, some
 from s0kernels.forwards import Asked
 from s0kernels.learner import Callback, EvalMode, Frozen, Learner
 from s0kernels.memory import Make, Sizes, for_each, halved, most_tokens
@@ -312,14 +313,14 @@ class S0Trainer:
             raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
         if task is None:
             if self._states.tasks > 1:
-                raise ValueError(f"S0Trainer.{method}: task must name one of {self.tasks}, or one for each row")
+                raise ValueError(f"S0Trainer.{method}: task must name one of {some(self.tasks)}, or one for each row")
             return None
         names = [task] if isinstance(task, str) else task
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise TypeError(f"S0Trainer.{method}: task must be a name or a list of names, got {task!r}")
         unknown = [name for name in names if name not in (self.tasks or ())]
         if unknown:
-            have = "the one there is has no name" if self.tasks is None else f"they are {self.tasks}"
+            have = "the one there is has no name" if self.tasks is None else f"they are {some(self.tasks)}"
             raise ValueError(f"S0Trainer.{method}: task: none is called {unknown[0]!r}; {have}")
         return task if isinstance(task, str) else list(names)
 
@@ -381,8 +382,14 @@ class S0Trainer:
         if not processes().is_main_process:
             return
         folder = Path(path)
-        for task, name in enumerate(self.tasks or [""]):
-            self._states.save(folder / name, task=task, config=self.config)
+        names = self.tasks or [""]
+        with ThreadPoolExecutor(min(len(names), 16)) as pool:  # they wait for the disk most of the time
+            saved = [
+                pool.submit(self._states.save, folder / name, task=task, config=self.config)
+                for task, name in enumerate(names)
+            ]
+            for each in saved:
+                each.result()
         if self.tasks is None:
             (folder / TASKS).unlink(missing_ok=True)
             return
@@ -398,10 +405,9 @@ class S0Trainer:
         directories names them. They are used at one scale, so their configs have to agree on it.
         """
         self._refuse_while_training("load")
-        loaded, configs = {}, {}
-        for name, folder in _folders(path).items():
-            loaded[name], config = S0States.load_with_config(folder, self.model)
-            configs[name] = self.config if config is None else S0Config.from_dict(config)
+        found = S0States.load_many(_folders(path), self.model)
+        loaded = {name: states for name, (states, _) in found.items()}
+        configs = {name: self.config if c is None else S0Config.from_dict(c) for name, (_, c) in found.items()}
         states = loaded[None] if None in loaded else S0States.stack(loaded)
         first, config = next(iter(configs.items()))
         for name, other in configs.items():

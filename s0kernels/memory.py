@@ -33,7 +33,7 @@ _FILLED = 2048
 #: then lost in it, and a larger one takes more memory for nothing
 _WORK_PER_LAYER = 2e9
 #: resident memory over what is counted on a CPU
-_UNCOUNTED = 1.2
+_UNCOUNTED = 1.4
 
 
 class Sizes(NamedTuple):

@@ -109,7 +109,19 @@ def _layers(value: Any) -> list[int]:
 
 
 def _bytes(value: Any) -> int:
-    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units = {
+        "": 1,
+        "B": 1,
+        "K": 2**10,
+        "M": 2**20,
+        "G": 2**30,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+    }
     text = str(value).replace(" ", "")
     number = text.rstrip("BGKMibgkm")
     try:

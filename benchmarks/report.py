@@ -120,6 +120,22 @@ def vocabulary(results: dict) -> str:
     return _with_notes(lines, note + _where(results["machine"]), results["machine"])
 
 
+def counted(results: dict) -> str:
+    """What benchmarks/memory.py wrote: bytes of a forward and its backward, counted and expected from one example."""
+    head = ["model", "weights, GiB", "forward", "kept for the backward", "peak, counted", "expected from one example"]
+    lines = [head, ["---"] * len(head)]
+    for name, found in results["models"].items():
+        for row in found["forwards"]:
+            what = f"{row['tokens']} tokens{', layers checkpointed' if row['checkpointed'] else ''}"
+            cells = (f"{row[key]:.2f}" for key in ("kept_gib", "counted_gib", "expected_gib"))
+            lines.append([name, f"{found['weights_gib']:.2f}", what, *cells])
+        for row in found["largest"]:
+            what = f"within {row['limit_gib']} GiB: up to {row['tokens']} tokens"
+            what += ", layers checkpointed" if row["checkpointed"] else ""
+            lines.append([name, f"{found['weights_gib']:.2f}", what, "", "", f"{row['peak_gib']:.2f}"])
+    return _with_notes(lines, f"{results['examples']} examples of 300 tokens, bf16.", results["machine"])
+
+
 def headline(results: dict) -> str:
     """What benchmarks/headline.py wrote: sizes of whole models, and runs of what fits on the machine."""
     lines = [["part", "found"], ["---"] * 2]
@@ -176,7 +192,7 @@ def origin(results: dict) -> str:
 def filled(text: str) -> str:
     """The text with every table made anew."""
     makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline, "scaling": scaling}
-    makers["vocabulary"] = vocabulary
+    makers |= {"vocabulary": vocabulary, "memory": counted}
 
     def fill(found: re.Match) -> str:
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))

@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     for (model, way), found in runs.items():
         keys = ("seconds", "processor_seconds", "peak_gib")
         figures = {key: statistics.median(each[key] for each in found) for key in keys}
-        row = {"model": model, "way": way, "rounds": len(found), **found[0], **figures}
+        row = {"model": model, "way": way, "rounds": len(found), **found[-1], **figures}
         rows.append(row | (run(model, way, options, True) if options.profile and way != "one example" else {}))
     return rows
 

@@ -17,7 +17,8 @@ test: $(VENV)/.installed $(FLA)/.installed $(OLDER)/.installed $(METHOD)/.instal
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDER) $(PYTEST) tests/test_modules.py tests/test_injection.py tests/test_attaching.py \
 		tests/test_gradients.py tests/test_lifetimes.py tests/test_states.py tests/test_trainer.py \
-		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py \
+		tests/test_training.py tests/test_checkpoints.py tests/test_processes.py tests/test_data.py tests/test_head.py \
+		tests/test_memory.py \
 		tests/test_files.py tests/test_against_transformers.py tests/test_fused_steps.py
 
 # The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.

@@ -27,6 +27,11 @@ class Asked(NamedTuple):
     #: bytes beyond the model
     memory: int | None
 
+    @property
+    def exact(self) -> bool:
+        """Whether there is nothing to find out."""
+        return self.tokens is not None and self.memory is None
+
 
 class Forwards:
     """Examples through a frozen model, from states that are attached at `scale`, for losses and gradients of S0."""
@@ -106,11 +111,11 @@ class Forwards:
         """Decide on the size of a forward, unless `sizes` says it, and tell what is to be expected of `steps` steps.
         Gives what the history is to say about it. Layers are as they were afterwards."""
         try:
-            choice = self._choose(asked) if tell or (asked.tokens is None and self.sizes is None) else None
+            choice = self._choose(asked) if tell or (self.sizes is None and not asked.exact) else None
             note = {}
             if self.sizes is None:
-                self.sizes = Sizes(asked.tokens) if asked.tokens is not None else choice.sizes
-                note = {} if asked.tokens is not None else self.note()
+                self.sizes = Sizes(asked.tokens) if asked.exact else choice.sizes
+                note = {} if asked.exact else self.note()
             self._agree()
             if tell:
                 tell(self._expected(choice, memory.allowed(self._longest.device, asked.memory), steps))
@@ -119,14 +124,14 @@ class Forwards:
             self._layers.checkpoint(False)
 
     def _choose(self, asked: Asked) -> Choice | None:
-        given = self.sizes or (None if asked.tokens is None else Sizes(asked.tokens))
+        given = self.sizes or (Sizes(asked.tokens) if asked.exact else None)
         cut = lambda tokens: self._make(self._examples, tokens)  # noqa: E731
         if given is not None:
             needs = self._measured(given.checkpointed)
             return None if needs is None else memory.expected(needs, given, cut)
         device = self._longest.device
-        most = memory.most_tokens(self._model, device)
-        timed = None if device.type == "cpu" else self._timed
+        most = asked.tokens or memory.most_tokens(self._model, device)
+        timed = None if device.type == "cpu" or asked.tokens is not None else self._timed
         choice = memory.choose(self._measured, cut, memory.allowed(device, asked.memory), most, timed)
         too_much = choice is not None and asked.memory is not None and not choice.fits
         if self._processes.any(too_much):

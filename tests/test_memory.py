@@ -245,6 +245,15 @@ def test_what_is_asked_for_is_checked():
     assert all(parameter.requires_grad for parameter in tuned.model.parameters())
 
 
+def test_tokens_that_are_asked_for_keep_to_the_memory_that_is_allowed():
+    tuned = train(trainer())
+    roomy = train(trainer(), tokens_per_batch=3000, max_memory=2**30)
+    assert roomy.history[0]["tokens_per_batch"] == 3000
+    assert same_states(roomy.states, tuned.states)
+    with pytest.raises(ValueError, match="max_memory is 0 MiB"):
+        train(trainer(), tokens_per_batch=3000, max_memory=1)
+
+
 def test_what_is_to_be_expected_is_said_before_training(capfd):
     tuned = trainer()
     tokens = sum(len(tuned.tokenizer(text)["input_ids"]) for text, _ in PAIRS)

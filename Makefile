@@ -27,7 +27,7 @@ test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.in
 	$(VENV)/bin/python tests/newest.py
 
 OF_TRANSFORMERS := $(addprefix tests/test_,$(addsuffix .py,modules self_check injection attaching gradients lifetimes states \
-	trainer training checkpoints processes data files against_transformers fused_steps))
+	trainer training checkpoints processes data files head memory against_transformers fused_steps))
 
 # The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
 bench: $(VENV)/.installed

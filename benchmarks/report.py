@@ -105,6 +105,37 @@ def training(results: dict) -> str:
     return _with_notes(lines, note + _where(results["machine"]), results["machine"])
 
 
+def vocabulary(results: dict) -> str:
+    """What benchmarks/vocabulary.py wrote: a step of the trainer against that of the plain loop."""
+    head = ["model", "way", "s", "processor s", "plain loop takes", "GiB beyond the model", "expected", "loss"]
+    lines = [head, ["---"] * len(head)]
+    plain = {run["model"]: run for run in results["runs"] if run["way"] == "plain loop"}
+    for run in results["runs"]:
+        times = plain[run["model"]]["processor_seconds"] / run["processor_seconds"] if run["model"] in plain else None
+        cells = [run["model"], run["way"], f"{run['seconds']:.1f}", f"{run['processor_seconds']:.1f}"]
+        cells += ["" if times is None else f"{times:.2f}x", f"{run['peak_gib']:.2f}"]
+        lines.append([*cells, f"{run['expected_gib']:.2f}" if "expected_gib" in run else "", f"{run['loss']:.4f}"])
+    settings = results["settings"]
+    note = f"{settings['examples']} examples, one step, medians of {settings['rounds']} rounds. "
+    return _with_notes(lines, note + _where(results["machine"]), results["machine"])
+
+
+def counted(results: dict) -> str:
+    """What benchmarks/memory.py wrote: bytes of a forward and its backward, counted and expected from one example."""
+    head = ["model", "weights, GiB", "forward", "kept for the backward", "peak, counted", "expected from one example"]
+    lines = [head, ["---"] * len(head)]
+    for name, found in results["models"].items():
+        for row in found["forwards"]:
+            what = f"{row['tokens']} tokens{', layers checkpointed' if row['checkpointed'] else ''}"
+            cells = (f"{row[key]:.2f}" for key in ("kept_gib", "counted_gib", "expected_gib"))
+            lines.append([name, f"{found['weights_gib']:.2f}", what, *cells])
+        for row in found["largest"]:
+            what = f"within {row['limit_gib']} GiB: up to {row['tokens']} tokens"
+            what += ", layers checkpointed" if row["checkpointed"] else ""
+            lines.append([name, f"{found['weights_gib']:.2f}", what, "", "", f"{row['peak_gib']:.2f}"])
+    return _with_notes(lines, f"{results['examples']} examples of 300 tokens, bf16.", results["machine"])
+
+
 def headline(results: dict) -> str:
     """What benchmarks/headline.py wrote: sizes of whole models, and runs of what fits on the machine."""
     lines = [["part", "found"], ["---"] * 2]
@@ -161,6 +192,7 @@ def origin(results: dict) -> str:
 def filled(text: str) -> str:
     """The text with every table made anew."""
     makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline, "scaling": scaling}
+    makers |= {"vocabulary": vocabulary, "memory": counted}
 
     def fill(found: re.Match) -> str:
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))

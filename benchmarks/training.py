@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--models qwen3_5 falcon_h1] [--ways ...] [--steps 20] [--rounds 3] [--threads 1]
 
-- `batched`: the trainer as it comes; examples go through the model together, up to 4096 tokens.
+- `batched`: the trainer as it comes; examples go through the model together, here up to 4096 tokens.
 - `one by one`: the trainer, an example per forward.
 - `copied`: the model as transformers has it, an example per forward, each given S0 as a state of its own (`expand`,
   `contiguous`): what s0-tuning does, with the PyTorch functions of the transformers installed here.
@@ -69,7 +69,7 @@ def run_child(way: str, name: str, steps: int, count: int) -> dict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident()
     began, processor = time.perf_counter(), time.process_time()
-    losses = train(model, tokenizer, data, steps, 1 if way == "one by one" else 4096)
+    losses = train(model, tokenizer, data, steps, 1 if way == "one by one" else None)
     return {
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - processor,
@@ -84,7 +84,7 @@ def resident() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def train_here(model, tokenizer, data: list, steps: int, tokens_per_batch: int) -> list[float]:
+def train_here(model, tokenizer, data: list, steps: int, tokens_per_batch: int | None) -> list[float]:
     from s0kernels import S0Config, S0Trainer
 
     trainer = S0Trainer(model, tokenizer, S0Config(n_steps=steps))

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s0kernels.data import Example
+from s0kernels.head import Head, cross_entropy
 
 #: implementations of attention that transformers makes keep packed sequences apart
 _KEEP_APART = ("eager", "sdpa")
@@ -50,6 +50,13 @@ def _decide(packed: bool | None, model: nn.Module) -> bool:
 class Batch:
     """Examples for one forward. The model sees every token; the loss looks at the completions."""
 
+    #: arguments of the forward; `input_ids` [B, T] and `logits_to_keep` among them
+    _inputs: dict
+    #: which of the places that are kept come before predicted tokens, as an index
+    _before: tuple
+    #: the tokens that are predicted
+    targets: Tensor
+
     def __init__(self, examples: Sequence[Example], device: torch.device):
         self.examples = list(examples)
         self.tasks = [example.task for example in examples]
@@ -61,15 +68,25 @@ class Batch:
         weights = [1.0 / count for count in counts for _ in range(count)]
         self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
 
-    def logits(self, model: nn.Module) -> Tensor:
-        """[predicted tokens, vocabulary]."""
-        raise NotImplementedError
+    @property
+    def tokens(self) -> int:
+        """How many the model sees, pads included."""
+        return self._inputs["input_ids"].numel()
 
-    def losses(self, model: nn.Module, tasks: int = 1) -> Tensor:
-        """[tasks] sum over a task's examples of the mean cross-entropy of their completion tokens, in fp32."""
-        losses = F.cross_entropy(self.logits(model).float(), self.targets, reduction="none")
+    def hidden(self, head: Head) -> Tensor:
+        """[predicted tokens, ...]: what the head gets before each of them."""
+        return head.read(**self._inputs)[self._before]
+
+    def losses(self, model: nn.Module, tasks: int = 1, head: Head | None = None) -> Tensor:
+        """[tasks] sum over a task's examples of the mean cross-entropy of their completion tokens, in fp32. `head` is
+        the model's, where it has been found already."""
+        head = self.head(model) if head is None else head
+        losses = cross_entropy(head, self.hidden(head), self.targets).to(self.device)
         chosen = self._owners == torch.arange(tasks, device=self.device)[:, None]
         return (chosen * self._weights * losses).sum(1)  # not a product of matrices, which autocast would round
+
+    def head(self, model: nn.Module) -> Head:
+        return Head(model, self._inputs["input_ids"][:1])
 
 
 class PaddedBatch(Batch):
@@ -78,23 +95,17 @@ class PaddedBatch(Batch):
     def __init__(self, examples: Sequence[Example], device: torch.device, pad: int):
         super().__init__(examples, device)
         width = max(len(example.ids) for example in examples)
-        self._ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in examples], device=device)
+        ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in examples], device=device)
         lengths, prompts = (
             torch.tensor(values, device=device)[:, None]
             for values in ([len(e.ids) for e in examples], [max(e.prompt_length, 1) for e in examples])
         )
         places = torch.arange(width, device=device)
-        self._mask = (places < lengths).long()
         predicted = (places >= prompts) & (places < lengths)
-        #: logits are wanted from here on
-        self._start = int(prompts.min()) - 1
-        self._before = predicted[:, self._start + 1 :].nonzero(as_tuple=True)
-        self.targets = self._ids[predicted]
-
-    def logits(self, model: nn.Module) -> Tensor:
-        keep = self._ids.shape[1] - self._start
-        output = model(input_ids=self._ids, attention_mask=self._mask, use_cache=False, logits_to_keep=keep)
-        return output.logits[self._before]
+        start = int(prompts.min()) - 1
+        self._inputs = {"input_ids": ids, "attention_mask": (places < lengths).long(), "logits_to_keep": width - start}
+        self._before = predicted[:, start + 1 :].nonzero(as_tuple=True)
+        self.targets = ids[predicted]
 
 
 class PackedBatch(Batch):
@@ -110,7 +121,8 @@ class PackedBatch(Batch):
             for start, example in zip(starts, examples, strict=False)
             for place in range(max(example.prompt_length, 1), len(example.ids))
         ]
-        self._before = torch.tensor(predicted, device=device) - 1
+        before = torch.tensor(predicted, device=device) - 1
+        self._before = (0,)
         self._inputs = {
             "input_ids": torch.tensor([[token for example in examples for token in example.ids]], device=device),
             "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
@@ -118,8 +130,6 @@ class PackedBatch(Batch):
             "cu_seq_lens_k": ends,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
+            "logits_to_keep": before,
         }
-        self.targets = self._inputs["input_ids"][0, self._before + 1]
-
-    def logits(self, model: nn.Module) -> Tensor:
-        return model(**self._inputs, use_cache=False, logits_to_keep=self._before).logits[0]
+        self.targets = self._inputs["input_ids"][0, before + 1]

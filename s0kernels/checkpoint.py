@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s0kernels._files import check_output, parse_json, read_tensors, replace_file
 from s0kernels.config import S0Config
-from s0kernels.data import Example
+from s0kernels.data import Example, some
 from s0kernels.states import S0States
 
 #: settings that a run is made of; the others say how long it is or how its states are used
@@ -55,25 +55,34 @@ class Checkpoint:
         numbers = sum(math.prod(shape) for shape in run.get("states", {}).values())
         check_output(self._file.parent, 4 * (1 + len(_MOMENTS)) * numbers)
 
-    def write(self, states: S0States, optimizer: torch.optim.Adam, history: Sequence[Mapping], ended: bool) -> None:
-        """`ended`: a callback wants no more steps."""
+    def write(
+        self,
+        states: S0States,
+        optimizer: torch.optim.Adam,
+        history: Sequence[Mapping],
+        ended: bool,
+        sizes: Mapping[str, Any],
+    ) -> None:
+        """`ended`: a callback wants no more steps. `sizes`: how a step is cut into forwards, and what was asked for."""
         tensors: dict[str, Tensor] = {}
         for layer in _learning(states):
             tensors[f"{layer}.state"] = states[layer].detach()
             for moment in _MOMENTS:
                 tensors[f"{layer}.{moment}"] = optimizer.state[states[layer]][moment]
-        content = json.dumps({"run": self._run, "history": list(history), "ended": ended}, default=_plain)
+        content = {"run": self._run, "history": list(history), "ended": ended, "sizes": dict(sizes)}
+        content = json.dumps(content, default=_plain)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         replace_file(self._file, save(tensors, metadata={"s0_run": content}))
 
-    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool]:
-        """Fill both in and return the history and whether the run has ended; an empty one if there is no file yet.
+    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool, dict | None]:
+        """Fill both in and return the history, whether the run has ended, and the sizes of its forwards, if it has any;
+        an empty history if there is no file yet.
 
         Raises:
             ValueError: the file is of another run, with the differences named, or it is none of ours.
         """
         if not self._file.exists():
-            return [], False
+            return [], False, None
         tensors, header = read_tensors(self._file)
         content = parse_json(header.get("s0_run", "{}"), f"the header of {self._file}")
         run, history = content.get("run"), content.get("history")
@@ -84,7 +93,7 @@ class Checkpoint:
         if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
             del differing["weights"]
         if differing:
-            text = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing.items())
+            text = "; ".join(f"{key}: {_short(a)} there, {_short(b)} here" for key, (a, b) in differing.items())
             raise ValueError(f"{self._file} is the checkpoint of another run ({text}); name another file or remove it")
         with torch.no_grad():
             for layer in _learning(states):
@@ -101,7 +110,12 @@ class Checkpoint:
                         "step": torch.tensor(len(history), dtype=torch.float32, device="cpu"),
                         **moments,
                     }
-        return history, content.get("ended") is True
+        sizes = content.get("sizes")
+        return history, content.get("ended") is True, sizes if _are_sizes(sizes) else None
+
+
+def _short(value: Any) -> str:
+    return some(value) if isinstance(value, list) else str(value)
 
 
 def _is_history(value: Any) -> bool:
@@ -109,6 +123,17 @@ def _is_history(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(entry, dict) and entry.get("step") == number and isinstance(entry.get("loss"), (int, float))
         for number, entry in enumerate(value)
+    )
+
+
+def _are_sizes(value: Any) -> bool:
+    """Files of earlier versions have none."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("asked"), list)
+        and type(value.get("tokens")) is int
+        and value["tokens"] > 0
+        and isinstance(value.get("checkpointed"), bool)
     )
 
 

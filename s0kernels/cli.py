@@ -23,19 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.set_defaults(run=_check)
 
     tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions")
-    tune.add_argument("model", help="a model directory, or its name on the hub")
-    tune.add_argument(
-        "data",
-        type=Path,
-        help='JSON lines, each {"prompt": ..., "completion": ...} or {"messages": [...]}; a directory of such .jsonl '
-        "files trains a task for each, all at once",
-    )
-    tune.add_argument("output", type=Path, help="directory to write the learned states to")
-    tune.add_argument("--steps", type=int, help="optimization steps (default: 20)")
-    tune.add_argument("--lr", type=float, help="learning rate (default: 1e-3)")
-    tune.add_argument("--alpha", type=float, help="scale at which the states will be used")
-    tune.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens per forward (default: 4096)")
-    tune.add_argument("--checkpoint", type=Path, help="file to save the run to, and to resume it from if it is there")
     tune.set_defaults(run=_tune)
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without learned states")
@@ -55,11 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     bench = commands.add_parser("bench", help="times, memory and roofline of the scans, beside the libraries installed")
     bench.set_defaults(run=_bench)
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # its choices come from what needs torch
         from s0kernels.bench import add_arguments
 
         add_arguments(bench)
+
+    if given[:1] == ["tune"]:
+        from s0kernels.tune import add_arguments as add_tune_arguments
+
+        add_tune_arguments(tune)
 
     demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
     whole = given[:1] == ["demo"]  # what follows, --help too, is for the script
@@ -173,32 +165,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from s0kernels import S0Config, S0Trainer
-    from s0kernels._files import check_output
-    from s0kernels.learner import processes
-    from s0kernels.states import states_size
+    from s0kernels.tune import run
 
-    given = {"n_steps": options.steps, "lr": options.lr, "alpha": options.alpha}
-    config = S0Config(**{name: value for name, value in given.items() if value is not None})
-    data = _training_data(options.data)
-    check_output(options.output, states_size(options.model, len(data) if isinstance(data, dict) else 1))
-    trainer = S0Trainer.from_pretrained(options.model, config)
-    result = trainer.train(data, tokens_per_batch=options.tokens_per_batch, checkpoint=options.checkpoint)
-    trainer.save(options.output)
-    first = trainer.history[0]["loss"] if trainer.history else result["final_loss"]
-    if processes().is_main_process:
-        print(f"loss {first:.4f} -> {result['final_loss']:.4f}; states in {options.output}")
-
-
-def _training_data(path: Path) -> Path | dict[str, Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}")
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.jsonl"))
-    if not files:
-        raise ValueError(f"no .jsonl files in {path}")
-    return {file.stem: file for file in files}
+    run(options, _table)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -34,13 +34,19 @@ def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | 
     if any(keys <= set(data) for keys in _RECORDS):
         raise TypeError("S0Trainer: data is a single example; put it into a list")
     if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
-        raise TypeError(f"S0Trainer: data must be one split of the data set, of {list(data)}")
+        raise TypeError(f"S0Trainer: data must be one split of the data set, of {some(data)}")
     check_names(data)
     return list(data), [
         example
         for task, (name, its_data) in enumerate(data.items())
         for example in read_examples(its_data, tokenizer, max_length, task, f"data[{name!r}]")
     ]
+
+
+def some(names: Iterable) -> str:
+    """The first of many names, for messages."""
+    names = list(names)
+    return f"{names}" if len(names) <= 8 else f"{str(names[:8])[:-1]}, ...] ({len(names)})"
 
 
 def check_names(names: Iterable) -> None:

@@ -1,9 +1,7 @@
 """The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
 
-import atexit
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -11,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from s0kernels.batches import Batch, make_batches
+from s0kernels.batches import Batch
 from s0kernels.checkpoint import Checkpoint
 from s0kernels.config import S0Config
 from s0kernels.data import Example
+from s0kernels.forwards import Asked, Forwards
+from s0kernels.memory import Make, Sizes
+from s0kernels.processes import Processes
+from s0kernels.processes import processes as processes
 from s0kernels.states import S0States
 
 #: called after every step with its entry of the history and the states as they are then; True ends the training
@@ -22,35 +24,41 @@ Callback = Callable[[dict, S0States], "bool | None"]
 
 
 class Learner:
-    """The states that learn, the batches they learn from, and this process's share of them. States that do not
-    require grad stay as they are; `scale` is what all are attached at."""
+    """The states that learn, and the forwards they learn from. States that do not require grad stay as they are; all
+    are attached at `scale`; `make` makes batches of examples."""
 
-    def __init__(self, model: nn.Module, config: S0Config, states: S0States, batches: Sequence[Batch], scale: float):
-        self._model, self._config, self._states, self._batches = model, config, states, batches
-        self._scale = scale
-        owners = torch.tensor([task for batch in batches for task in batch.tasks], device="cpu")
+    def __init__(
+        self,
+        model: nn.Module,
+        config: S0Config,
+        states: S0States,
+        examples: Sequence[Example],
+        make: Make,
+        scale: float,
+    ):
+        self._model, self._config, self._states, self._scale = model, config, states, scale
+        owners = torch.tensor([example.task for example in examples], device="cpu")
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
-        self._processes = processes()
+        self._processes = Processes()
+        self._forwards = Forwards(model, states, examples, make, scale)
         self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
 
-    def resume(self, file: Checkpoint | None) -> tuple[list[dict[str, Any]], bool]:
-        """The history so far, with the states as they were then, and whether a callback has ended it."""
-        history, ended = ([], False) if file is None else file.read(self._states, self._optimizer)
+    def resume(self, file: Checkpoint | None, asked: Asked) -> tuple[list[dict[str, Any]], bool]:
+        """The history so far, with the states as they were then, and whether a callback has ended it. Forwards have the
+        size that they had, if it was `asked` for in the same way."""
+        history, ended, sizes = ([], False, None) if file is None else file.read(self._states, self._optimizer)
         if len(history) > self._config.n_steps:
             raise ValueError(
                 f"S0Trainer.train: the checkpoint holds {len(history)} steps, and n_steps is {self._config.n_steps}"
             )
+        if history and sizes is not None and sizes["asked"] == list(asked):
+            self._forwards.sizes = Sizes(sizes["tokens"], sizes["checkpointed"])
         return history, ended
 
     def compare(self, *settings: Any) -> None:
         """Refuse to go on unless all processes are about to do the same."""
-        if self._processes.num_processes == 1:
-            return
-        from accelerate.utils import gather_object
-
-        mine = (self._config, [[len(example.ids) for example in batch.examples] for batch in self._batches], settings)
-        if any(other != mine for other in gather_object([mine])):
+        if not self._processes.alike((self._config, self._forwards.lengths, settings)):
             raise ValueError(
                 "S0Trainer.train: the processes were not given the same data, settings, model and checkpoint"
             )
@@ -58,47 +66,68 @@ class Learner:
     def learn(
         self,
         history: list[dict[str, Any]],
+        asked: Asked,
         callbacks: Sequence[Callback],
         file: Checkpoint | None,
         every: int,
-        bar: tqdm,
-    ) -> None:
-        """Steps up to `n_steps`, or until a callback ends them, added to `history`."""
-        ended = False
-        while len(history) < self._config.n_steps and not ended:
-            entry = self._step(len(history))
-            history.append(entry)
-            with self._states.attached(self._model, self._scale):
-                answers = [callback(entry, self._states) for callback in callbacks]
-            ended = any(isinstance(answer, (bool, numpy.bool_)) and bool(answer) for answer in answers)
-            ended = bool(self._sum(torch.tensor(int(ended), device="cpu")) > 0)
-            due = ended or len(history) % every == 0 or len(history) == self._config.n_steps
-            if file is not None and due and self._processes.is_main_process:
-                file.write(self._states, self._optimizer, history, ended)
-            bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            bar.update()
+        progress: bool,
+    ) -> float:
+        """Steps up to `n_steps`, or until a callback ends them, added to `history`; the loss of the last, or of the
+        states as they are if there is none."""
+        steps = self._config.n_steps
+        tell = _say if progress and self._processes.is_main else None
+        with self._forwards.cut(asked, tell, steps - len(history)) as note, self._bar(history, tell) as bar:
+            if steps == 0:
+                return self._loss()
+            ended = False
+            while len(history) < steps and not ended:
+                entry = self._step(len(history))
+                history.append({**entry, **{name: value for name, value in note.items() if name not in entry}})
+                note = {}
+                with self._states.attached(self._model, self._scale):
+                    answers = [callback(history[-1], self._states) for callback in callbacks]
+                ended = any(isinstance(answer, (bool, numpy.bool_)) and bool(answer) for answer in answers)
+                ended = self._processes.any(ended)
+                due = ended or len(history) % every == 0 or len(history) == steps
+                if file is not None and due and self._processes.is_main:
+                    sizes = {"asked": list(asked), **self._forwards.sizes._asdict()}
+                    file.write(self._states, self._optimizer, history, ended, sizes)
+                bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", refresh=False)
+                bar.update()
+        return history[-1]["loss"]
+
+    def show(self, history: Sequence[Mapping], progress: bool) -> float:
+        """A run that has nothing left to do: its bar and its last loss."""
+        self._bar(history, progress and self._processes.is_main).close()
+        return history[-1]["loss"]
+
+    def _bar(self, history: Sequence[Mapping], shown: object) -> tqdm:
+        total, done = self._config.n_steps, len(history)
+        return tqdm(total=total, initial=done, desc="S0 tuning", unit="step", disable=not shown)
 
     def _step(self, number: int) -> dict[str, Any]:
         config, parameters = self._config, self._parameters
-        share = self._batches[self._processes.process_index :: self._processes.num_processes]
         # summed in fp64, the result does not depend on the order, and so not on which process has which batch
         sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
         losses = torch.zeros_like(self._counts)
-        for batch in share:
-            with _checkpointed_layers(self._model):
-                found = self._losses(batch)
-                if found.requires_grad:
-                    (found / self._counts.to(found)).sum().backward()
+
+        def add(batch: Batch) -> None:
+            found = self._forwards.losses(batch)
+            if found.requires_grad:
+                (found / self._counts.to(found)).sum().backward()
             self._states.check_gradients()
-            losses += found.detach().cpu()
+            losses.add_(found.detach().cpu())
+            rows = slice(None) if len(self._counts) == 1 else sorted(set(batch.tasks))  # of a bank, few
             for total, parameter in zip(sums, parameters, strict=True):
-                total += parameter.grad
+                total[rows] += parameter.grad[rows]
                 parameter.grad = None
-        losses = self._sum(losses) / self._counts
+
+        note = self._forwards.each(add, share=True)
+        losses = self._processes.sum(losses) / self._counts
         if not losses.isfinite().all():
             raise RuntimeError(f"S0Trainer.train: the loss is {float(losses.mean())} at step {number}")
         for total, parameter in zip(sums, parameters, strict=True):
-            parameter.grad = (self._sum(total) + 2 * config.l2_lambda * parameter.detach()).float()
+            parameter.grad = (self._processes.sum(total) + 2 * config.l2_lambda * parameter.detach()).float()
         norms = self._clip(parameters)
         if not norms.isfinite().all():
             raise RuntimeError(f"S0Trainer.train: the gradient is not finite at step {number}")
@@ -108,17 +137,14 @@ class Learner:
         if self._states.names is not None:
             for key, values in (("losses", losses), ("grad_norms", norms)):
                 entry[key] = dict(zip(self._states.names, values.tolist(), strict=True))
-        return entry
+        return entry | note
 
     @torch.no_grad()
-    def loss(self) -> float:
+    def _loss(self) -> float:
         """The mean over tasks of the mean over their examples, with the states as they are."""
-        return float((sum(self._losses(batch).cpu().double() for batch in self._batches) / self._counts).mean())
-
-    def _losses(self, batch: Batch) -> Tensor:
-        several = self._states.tasks > 1
-        with self._states.attached(self._model, self._scale, batch.tasks if several else 0):
-            return batch.losses(self._model, self._states.tasks)
+        losses = torch.zeros_like(self._counts)
+        self._forwards.each(lambda batch: losses.add_(self._forwards.losses(batch).cpu()), share=False)
+        return float((losses / self._counts).mean())
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Scale each task's gradient down to the norm allowed; the norms before that, [tasks]."""
@@ -128,25 +154,15 @@ class Learner:
             parameter.grad *= factors.to(parameter.grad)[:, None, None, None]
         return squares.sqrt()
 
-    def _sum(self, value: Tensor) -> Tensor:
-        """Over all processes."""
-        if self._processes.num_processes == 1:
-            return value
-        from accelerate.utils import reduce
-
-        return reduce(value.to(self._processes.device), reduction="sum").to(value.device)
-
     @torch.no_grad()
-    def check_effect(self, example: Example) -> None:
+    def check_effect(self) -> None:
         """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
-        batch = make_batches([example], 1, False, self._model, 0, self._batches[0].device)[0]
-        with self._states.attached(self._model, self._scale):
-            before = batch.logits(self._model)
-            generator = torch.Generator("cpu").manual_seed(0)
-            for state in self._parameters:
-                noise = torch.randn(state.shape[1:], generator=generator, dtype=state.dtype, device="cpu")
-                state.copy_(noise.expand(state.shape))
-            after = batch.logits(self._model)
+        before = self._forwards.hidden()
+        generator = torch.Generator("cpu").manual_seed(0)
+        for state in self._parameters:
+            noise = torch.randn(state.shape[1:], generator=generator, dtype=state.dtype, device="cpu")
+            state.copy_(noise.expand(state.shape))
+        after = self._forwards.hidden()
         for state in self._parameters:
             state.zero_()
         if torch.equal(before, after):
@@ -155,6 +171,10 @@ class Learner:
                 "Either the mixers were replaced after swap_modules, or the model forgets its state at once "
                 "(decays near zero)."
             )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class EvalMode:
@@ -185,35 +205,3 @@ class Frozen(EvalMode):
         for name, parameter in self.model.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """transformers checkpoints layers in training mode only; what is inside them stays in evaluation mode."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
-def processes():
-    """The processes that train together; one, unless started by `accelerate launch` or the like."""
-    from accelerate import PartialState
-
-    distributed = torch.distributed
-    theirs = distributed.is_available() and distributed.is_initialized()
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if not theirs and distributed.is_available() and distributed.is_initialized():
-        atexit.register(_end_process_group, os.getpid())
-    return state
-
-
-def _end_process_group(process: int) -> None:
-    """The group that `processes` has made, in the process that made it. A thread of gloo's that still held a tensor
-    while Python shuts down would abort the process."""
-    if os.getpid() == process and torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()

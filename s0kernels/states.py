@@ -1,6 +1,7 @@
 """The learned initial states of a model: held, attached, saved, loaded."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from s0kernels import __version__
 from s0kernels._files import CONFIG, META, STATES, read_directory, replace_file
 from s0kernels.config import S0Config
+from s0kernels.data import some
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
@@ -66,7 +68,7 @@ class S0States(nn.Module):
         if self.names is not None and not (
             all(isinstance(name, str) for name in self.names) and len(self.names) == len(set(self.names)) == tasks
         ):
-            raise ValueError(f"S0States: names must be {tasks} different strings, got {self.names}")
+            raise ValueError(f"S0States: names must be {tasks} different strings, got {some(self.names)}")
         with torch.inference_mode(False):  # what inference mode makes cannot be trained afterwards
             self._by_layer = nn.ParameterDict(
                 {
@@ -196,7 +198,7 @@ class S0States(nn.Module):
         return iter(self.layers)
 
     def extra_repr(self) -> str:
-        return f"{self.arch}, {self.tasks} task(s){f' {self.names}' if self.names else ''}, layers {self.layers}"
+        return f"{self.arch}, {self.tasks} task(s){f' {some(self.names)}' if self.names else ''}, layers {self.layers}"
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_sites"}
@@ -261,7 +263,11 @@ class S0States(nn.Module):
         if isinstance(tasks, str):
             return self._number(tasks)
         if isinstance(tasks, (list, tuple)):
-            tasks = [self._number(task) if isinstance(task, str) else task for task in tasks]
+            numbers = {name: number for number, name in enumerate(self.names or ())}
+            tasks = [
+                (numbers[task] if task in numbers else self._number(task)) if isinstance(task, str) else task
+                for task in tasks
+            ]
         try:
             rows = tasks if isinstance(tasks, Tensor) else torch.as_tensor(tasks, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -271,7 +277,8 @@ class S0States(nn.Module):
         if rows.dim() > 1:
             raise ValueError(f"S0States: tasks must be an index or one per row, got shape {list(rows.shape)}")
         if any(not -1 <= row < self.tasks for row in rows.reshape(-1).tolist()):
-            raise ValueError(f"S0States: tasks must lie in [-1, {self.tasks - 1}], got {rows.tolist()}")
+            wrong = next(row for row in rows.reshape(-1).tolist() if not -1 <= row < self.tasks)
+            raise ValueError(f"S0States: tasks must lie in [-1, {self.tasks - 1}], got {wrong}")
         return int(rows) if rows.dim() == 0 else rows.to(torch.int64, copy=True)
 
     def check_fits(self, site: Site) -> None:
@@ -293,7 +300,7 @@ class S0States(nn.Module):
 
     def _number(self, name: str) -> int:
         if name not in (self.names or ()):
-            have = "they have no names" if self.names is None else f"the names are {self.names}"
+            have = "they have no names" if self.names is None else f"the names are {some(self.names)}"
             raise ValueError(f"S0States: tasks: none of them is called {name!r}; {have}")
         return self.names.index(name)
 
@@ -372,19 +379,29 @@ class S0States(nn.Module):
         cls, path: str | os.PathLike, model: nn.Module | None = None
     ) -> tuple["S0States", dict | None]:
         """`load`, and the config beside the states, if there is one."""
+        return cls.load_many({None: path}, model)[None]
+
+    @classmethod
+    def load_many(
+        cls, paths: Mapping[str | None, str | os.PathLike], model: nn.Module | None = None
+    ) -> dict[str | None, tuple["S0States", dict | None]]:
+        """`load_with_config` of several directories, by the same keys; the model is looked at once."""
         site = None if model is None else swapped_site(model, "S0States.load")
-        tensors, meta, config = read_directory(path, None if site is None else site.arch)
-        origin = meta.get("base_model")
-        origin = origin if isinstance(origin, dict) else None
-        states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)
-        if site is not None:
-            states.check_fits(site)
-            states._compare_base(base_model(model), path)
-            devices = layer_devices(model)
-            with torch.inference_mode(False):
-                for layer in states.layers:
-                    states[layer].data = states[layer].data.to(devices[layer])
-        return states, config
+        base, devices = (None, {}) if site is None else (base_model(model), layer_devices(model))
+        found = {}
+        for key, path in paths.items():
+            tensors, meta, config = read_directory(path, None if site is None else site.arch)
+            origin = meta.get("base_model")
+            origin = origin if isinstance(origin, dict) else None
+            states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)
+            if site is not None:
+                states.check_fits(site)
+                states._compare_base(base, path)
+                with torch.inference_mode(False):
+                    for layer in states.layers:
+                        states[layer].data = states[layer].data.to(devices[layer])
+            found[key] = states, config
+        return found
 
     def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike) -> None:
         origin = self.base_model or {}
@@ -418,6 +435,7 @@ def _check_number(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -6,23 +6,26 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_file
 from s0kernels.batches import Batch, make_batches
 from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
-from s0kernels.data import Example, check_names, encode, read_tasks
-from s0kernels.learner import Callback, EvalMode, Frozen, Learner, processes
-from s0kernels.loading import check_model, load_tokenizer
+from s0kernels.data import Example, check_names, encode, read_tasks, some
+from s0kernels.forwards import Asked
+from s0kernels.learner import Callback, EvalMode, Frozen, Learner
+from s0kernels.loading import find_model, load_tokenizer
+from s0kernels.memory import Make, Sizes, for_each, halved, most_tokens
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
+from s0kernels.processes import processes
 from s0kernels.states import S0States
 
 
@@ -58,11 +61,12 @@ class S0Trainer:
         """Load model and tokenizer through transformers' Auto classes.
 
         `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`. Unless they say otherwise the model is bf16 spread
-        by `device_map="auto"` where there is a GPU, and fp32 on the CPU where there is none.
+        by `device_map="auto"` where there is a GPU, and fp32 on the CPU where there is none. A name that does not exist
+        or that cannot be looked up, and a model of another family, are refused before weights are loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        check_model(model_name, **model_kwargs)
+        model_kwargs |= find_model(model_name, model_kwargs)
         gpu = torch.cuda.is_available()
         if "torch_dtype" not in model_kwargs:
             model_kwargs.setdefault("dtype", torch.bfloat16 if gpu else torch.float32)
@@ -106,7 +110,8 @@ class S0Trainer:
         self,
         data: Any,
         *,
-        tokens_per_batch: int = 4096,
+        tokens_per_batch: int | None = None,
+        max_memory: int | None = None,
         packed: bool | None = None,
         callbacks: Sequence[Callback] = (),
         checkpoint: str | os.PathLike | None = None,
@@ -122,9 +127,17 @@ class S0Trainer:
                 is not learned; or mappings with prompt and completion, or with the messages of a conversation; or a
                 file of JSON lines; see `s0kernels.data.read_examples`. A mapping from names to such data trains
                 several tasks at once, each as if it were alone.
-            tokens_per_batch: examples go through the model together up to this many tokens per forward. The result
-                does not depend on it but for rounding: each step's loss is the mean over all examples of each
-                example's mean cross-entropy per completion token.
+            tokens_per_batch: examples go through the model together up to this many tokens per forward, pads included;
+                1 is one example a forward. The result does not depend on it but for rounding: each step's loss is the
+                mean over all examples of each example's mean cross-entropy per completion token. None: the longest
+                example is tried, and the largest power of two is taken that keeps to `max_memory`, and on a CPU the
+                smallest that gives the model enough to do at a time. Where a forward runs out of memory all the same,
+                it is done again with half, and so are those to come. The history says what was chosen, and a
+                checkpoint keeps to it.
+            max_memory: bytes that each process may take beyond the model, of a GPU's memory or of resident memory.
+                Where one example needs more, layers are computed again in the backward instead of being kept. None:
+                nine tenths of what is free on a GPU, half of it on a CPU, shared by the processes there. With
+                `tokens_per_batch` as well, that is halved until it fits.
             packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash
                 attention.
             callbacks: each is called after every step with the step's entry of `history`, to which it may add, and
@@ -133,7 +146,7 @@ class S0Trainer:
             checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
                 from there, with the bits it would have had without the interruption (on the same number of processes);
                 a longer `n_steps` prolongs a run, unless a callback has ended it.
-            progress: show a progress bar.
+            progress: say what is to be expected, in tokens, memory and time, and show a progress bar.
             scale: what the states are multiplied by while they learn. 1 learns them raw, as the `s0-tuning` package
                 does, and only their use is scaled; `trainer.alpha` is Algorithm 1 of the method's paper, in which
                 training sees what use will see, and a state has to grow further for the same effect.
@@ -147,34 +160,36 @@ class S0Trainer:
 
         Raises:
             TypeError, ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is
-                of another run; `scale` is zero; `layers` names a layer that has no state.
+                of another run; `scale` is zero; `layers` names a layer that has no state; `max_memory` is less than one
+                example takes.
+            torch.OutOfMemoryError: one example takes more than there is, with layers checkpointed.
             RuntimeError: a perturbed S0 leaves the logits as they are, or the loss or its gradient is not finite.
         """
         self._refuse_while_training("train")
         callbacks = _check_callbacks(callbacks)
         every = _check_positive("checkpoint_every", checkpoint_every)
         scale = _check_scale(scale)
+        asked = Asked(_check_size("tokens_per_batch", tokens_per_batch), _check_size("max_memory", max_memory))
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
         with torch.inference_mode(False), torch.enable_grad():
-            batches = self._batches(examples, tokens_per_batch, packed, at_least=processes().num_processes)
+            make = self._make(packed, at_least=processes().num_processes)
             states = S0States.for_model(self.model, tasks or 1)
             learning = _check_layers(layers, states)
             for layer in states:
                 states[layer].requires_grad_(layer in learning)
             run = describe_run(examples, tasks, self.config, states, scale)
             file = None if checkpoint is None else Checkpoint(checkpoint, run)
-            learner = Learner(self.model, self.config, states, batches, scale)
-            history, ended = learner.resume(file)
-            learner.compare(run, every, history)
-            with self._in_training(states, history), Frozen(self.model):
-                if not history:
-                    learner.check_effect(examples[0])
-                hidden = not (progress and processes().is_main_process)
-                steps, done = self.config.n_steps, len(history)
-                with tqdm(total=steps, initial=done, desc="S0 tuning", unit="step", disable=hidden) as bar:
-                    if not ended:
-                        learner.learn(history, callbacks, file, every, bar)
-                final_loss = history[-1]["loss"] if history else learner.loss()
+            with Frozen(self.model):
+                learner = Learner(self.model, self.config, states, examples, make, scale)
+                history, ended = learner.resume(file, asked)
+                learner.compare(run, every, history, asked)
+                with self._in_training(states, history):
+                    if not history:
+                        learner.check_effect()
+                    if ended or len(history) == self.config.n_steps > 0:
+                        final_loss = learner.show(history, progress)
+                    else:
+                        final_loss = learner.learn(history, asked, callbacks, file, every, progress)
         norms = torch.stack([norm.cpu() for layer, norm in states.norms().items() if layer in learning])
         return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
 
@@ -201,44 +216,64 @@ class S0Trainer:
             raise RuntimeError(f"S0Trainer.{method} cannot be called while training, from a callback or another thread")
 
     def evaluate(
-        self, data: Any, *, tokens_per_batch: int = 4096, packed: bool | None = None
+        self, data: Any, *, tokens_per_batch: int | None = None, packed: bool | None = None
     ) -> float | dict[str, float]:
         """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
 
         A mapping from names to data gives a loss for each; where states with names are attached, each is from its own.
-        In several processes each evaluates all of it.
+        In several processes each evaluates all of it. `tokens_per_batch=None`: as many as a forward gets faster with.
+        A forward that runs out of memory is done again with half.
         """
+        tokens = _check_size("tokens_per_batch", tokens_per_batch) or most_tokens(self.model, self.device)
+        make = self._make(packed)
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
-        site, losses = find_site(self.model), []
+        site = find_site(self.model)
         current = None if site is None else site.current()
         named = tasks is not None and current is not None and current.owner.names is not None
         several = current is not None and (
             isinstance(current.tasks, Tensor) or (self._training and current.owner.tasks > 1)
         )
-        if tasks is None and several:
+        if several and not named:
             raise ValueError("S0Trainer.evaluate: data must be a mapping from names where several tasks are in use")
-        with EvalMode(self.model), torch.no_grad():
-            for number, name in enumerate(tasks or [None]):
-                chosen = [example._replace(task=0) for example in examples if example.task == number]
-                batches = self._batches(chosen, tokens_per_batch, packed)
-                with current.owner.attached(self.model, current.scale, name) if named else contextlib.nullcontext():
-                    losses.append(sum(float(batch.losses(self.model)) for batch in batches) / len(chosen))
-        return losses[0] if tasks is None else dict(zip(tasks, losses, strict=True))
+        sizes, head = Sizes(tokens), None
+        losses = torch.zeros(len(tasks or [None]), dtype=torch.float64)
 
-    def _batches(
-        self, examples: Sequence[Example], tokens_per_batch: int, packed: bool | None, at_least: int = 1
-    ) -> list[Batch]:
-        """Within the budget; smaller ones where there would be fewer than `at_least`, a batch for every process."""
-        budget = _check_positive("tokens_per_batch", tokens_per_batch)
-        while True:
-            batches = make_batches(examples, budget, packed, self.model, self._pad_token, self.device)
-            if len(batches) >= min(at_least, len(examples)):
-                return batches
-            budget = min(budget, sum(len(example.ids) for example in examples)) // 2
+        def add(batch: Batch) -> None:
+            nonlocal head
+            names = [tasks[task] for task in batch.tasks] if named else None
+            with current.owner.attached(self.model, current.scale, names) if named else contextlib.nullcontext():
+                head = batch.head(self.model) if head is None else head
+                losses.add_(batch.losses(self.model, len(losses), head).cpu())
+
+        def less(batch: Batch) -> Callable[[list[Example]], list[Batch]] | None:
+            nonlocal sizes
+            found = halved(sizes, batch, make, False)
+            sizes = found or sizes
+            return None if found is None else lambda examples: make(examples, found.tokens)
+
+        with EvalMode(self.model), torch.no_grad():
+            for_each(make(examples, tokens), add, less)
+        losses /= torch.bincount(torch.tensor([example.task for example in examples]))
+        return float(losses[0]) if tasks is None else dict(zip(tasks, losses.tolist(), strict=True))
+
+    def _make(self, packed: bool | None, at_least: int = 1) -> Make:
+        """What makes batches within a budget of tokens; within a smaller one where there would be fewer than
+        `at_least`, a batch for every process."""
+        pad, device = self._pad_token, self.device
+
+        def make(examples: Sequence[Example], tokens: int) -> list[Batch]:
+            while True:
+                batches = make_batches(examples, tokens, packed, self.model, pad, device)
+                if len(batches) >= min(at_least, len(examples)):
+                    return batches
+                tokens = min(tokens, sum(len(example.ids) for example in examples)) // 2
+
+        return make
 
     @property
     def _pad_token(self) -> int:
-        return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((i for i in ids if i is not None), 0)
 
     # Using
 
@@ -277,14 +312,14 @@ class S0Trainer:
             raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
         if task is None:
             if self._states.tasks > 1:
-                raise ValueError(f"S0Trainer.{method}: task must name one of {self.tasks}, or one for each row")
+                raise ValueError(f"S0Trainer.{method}: task must name one of {some(self.tasks)}, or one for each row")
             return None
         names = [task] if isinstance(task, str) else task
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise TypeError(f"S0Trainer.{method}: task must be a name or a list of names, got {task!r}")
         unknown = [name for name in names if name not in (self.tasks or ())]
         if unknown:
-            have = "the one there is has no name" if self.tasks is None else f"they are {self.tasks}"
+            have = "the one there is has no name" if self.tasks is None else f"they are {some(self.tasks)}"
             raise ValueError(f"S0Trainer.{method}: task: none is called {unknown[0]!r}; {have}")
         return task if isinstance(task, str) else list(names)
 
@@ -346,13 +381,14 @@ class S0Trainer:
         if not processes().is_main_process:
             return
         folder = Path(path)
-        errors = []
-        for task, name in enumerate(self.tasks or [""]):
-            try:
-                self._states.save(folder / name, task=task, config=self.config)
-            except OSError as error:  # the other tasks may have more luck
-                errors.append(error)
-        if errors:
+        names = self.tasks or [""]
+        with ThreadPoolExecutor(min(len(names), 16)) as pool:  # they wait for the disk most of the time
+            saved = [
+                pool.submit(self._states.save, folder / name, task=task, config=self.config)
+                for task, name in enumerate(names)
+            ]
+        errors = [error for each in saved if (error := each.exception()) is not None]
+        if errors:  # the other tasks may have had more luck
             raise errors[0]
         if self.tasks is None:
             (folder / TASKS).unlink(missing_ok=True)
@@ -369,10 +405,9 @@ class S0Trainer:
         directories names them. They are used at one scale, so their configs have to agree on it.
         """
         self._refuse_while_training("load")
-        loaded, configs = {}, {}
-        for name, folder in _folders(path).items():
-            loaded[name], config = S0States.load_with_config(folder, self.model)
-            configs[name] = self.config if config is None else S0Config.from_dict(config)
+        found = S0States.load_many(_folders(path), self.model)
+        loaded = {name: states for name, (states, _) in found.items()}
+        configs = {name: self.config if c is None else S0Config.from_dict(c) for name, (_, c) in found.items()}
         states = loaded[None] if None in loaded else S0States.stack(loaded)
         first, config = next(iter(configs.items()))
         for name, other in configs.items():
@@ -418,6 +453,10 @@ def _check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"S0Trainer: {name} must be a positive int, got {value!r}")
     return number
+
+
+def _check_size(name: str, value: int | None) -> int | None:
+    return None if value is None else _check_positive(name, value)
 
 
 def _check_scale(scale: float) -> float:

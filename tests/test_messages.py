@@ -187,12 +187,13 @@ MISSING = "import sys; sys.modules[{0!r}] = None; {1}"
     ("library", "code", "extra"),
     [
         ("tqdm", "import s0kernels; s0kernels.S0Trainer", "hf"),
-        ("tqdm", "from s0kernels.cli import main; sys.exit(main(['tune', 'm', 'd', 'o']))", "hf"),
+        ("tqdm", "from s0kernels.cli import main; sys.exit(main(['tune', 'm', '.', 'o']))", "hf"),
         ("triton", "from s0kernels.cli import main; sys.exit(main(['aot']))", "dev"),
     ],
 )
-def test_what_is_not_installed_is_named_with_a_command_that_helps(library, code, extra):
-    done = python("-c", MISSING.format(library, code))
+def test_what_is_not_installed_is_named_with_a_command_that_helps(library, code, extra, tmp_path):
+    (tmp_path / "data.jsonl").touch()
+    done = python("-c", MISSING.format(library, code), cwd=tmp_path)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert f"{library} is not installed; pip install " in last

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import MODELS
+from models import MODELS, tokenizer
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
 from s0kernels._files import check_output, read_tensors, replace_file
@@ -133,6 +133,7 @@ def test_whether_a_directory_takes_the_states_is_known_first(tmp_path, monkeypat
 def test_tune_asks_before_it_loads_the_model(tmp_path, monkeypatch, capsys, problem):
     model = MODELS["falcon"]()
     model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     wanted = sum(4 * math.prod(shape) for shape in find_site(swap_modules(model)).shapes.values())
     assert states_size(str(tmp_path / "model"), 3) == 3 * wanted

@@ -181,9 +181,10 @@ class Site:
         return next((chosen for site, chosen in reversed(_overrides.get()) if site is self), self.attachment)
 
     @contextlib.contextmanager
-    def override(self, attachment: Attachment) -> Iterator[None]:
-        """Use `attachment` in the calling context, for as long as it lasts. The last to begin wins; they may end in
-        any order."""
+    def override(self, attachment: Attachment | None) -> Iterator[None]:
+        """Use `attachment`, None being no states, in the calling context, for as long as it lasts. The last to begin
+        wins; they may end in any order."""
+        attachment = Attachment(None, {}, 1.0, -1) if attachment is None else attachment
         entry = (self, attachment)
         _overrides.set((*_overrides.get(), entry))
         _open[attachment.number] = attachment

@@ -1,0 +1,241 @@
+"""The forwards of a training step: how many tokens each takes, and what happens when memory does not suffice."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s0kernels import memory
+from s0kernels.batches import Batch
+from s0kernels.data import Example
+from s0kernels.memory import Choice, Make, Needs, Sizes
+from s0kernels.processes import Processes
+from s0kernels.states import S0States
+
+#: bytes of the gradient of a value that learns, of Adam's moments, and of the sum in fp64
+_PER_VALUE = 4 + 8 + 8
+
+
+class Asked(NamedTuple):
+    """What the user says about the size of forwards; None: to be found out."""
+
+    tokens: int | None
+    #: bytes beyond the model
+    memory: int | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether there is nothing to find out."""
+        return self.tokens is not None and self.memory is None
+
+
+class Forwards:
+    """Examples through a frozen model, from states that are attached at `scale`, for losses and gradients of S0."""
+
+    def __init__(self, model: nn.Module, states: S0States, examples: Sequence[Example], make: Make, scale: float):
+        self._model, self._states, self._make, self._scale = model, states, make, scale
+        self._examples = list(examples)
+        self._longest = make([max(examples, key=lambda example: len(example.ids))], 1)[0]
+        self._first = make(examples[:1], 1)[0]
+        self._head = self._longest.head(model)
+        self._layers = Layers(model)
+        self._processes = Processes()
+        self._batches: list[Batch] = []
+        self._cut_for: int | None = None
+        self._told = False
+        #: how a step is cut; None before `cut`, or what an interrupted run had
+        self.sizes: Sizes | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(example.ids) for example in self._examples]
+
+    def hidden(self) -> Tensor:
+        """What the head gets of the first example."""
+        with self._attached(self._first):
+            return self._first.hidden(self._head)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """[tasks] sums of the losses of the batch's examples."""
+        with self._attached(batch), self._layers.recomputed():
+            return batch.losses(self._model, self._states.tasks, self._head)
+
+    def each(self, work: Callable[[Batch], None], *, share: bool) -> dict[str, Any]:
+        """`work(batch)` for every batch, or for this process's share of them. A batch that memory does not suffice for
+        is cut in half, and so are all that come later. Gives what the history is to say about that."""
+        place = self._processes
+        mine = self._batches[place.index :: place.count] if share else self._batches
+        before = self.sizes
+        memory.for_each(mine, work, self._less)
+        if share:
+            self._agree()
+        else:
+            self._cut_again()
+        return self.note() if self.sizes != before else {}
+
+    def note(self) -> dict[str, Any]:
+        return {"tokens_per_batch": self.sizes.tokens, "layers_checkpointed": self.sizes.checkpointed}
+
+    def _less(self, batch: Batch) -> Callable[[list[Example]], list[Batch]] | None:
+        self._forget_gradients()
+        less = memory.halved(self.sizes, batch, self._make, self._layers.can)
+        if less is None:
+            return None
+        if not self._told:
+            self._told = True
+            how = "with layers checkpointed" if less.checkpointed else f"with up to {less.tokens} tokens"
+            warnings.warn(
+                f"S0Trainer: a forward of {batch.tokens} tokens ran out of memory; it is done again {how}, like those "
+                "to come. The history says where that happens again.",
+                stacklevel=7,
+            )
+        self.sizes = less
+        self._layers.checkpoint(less.checkpointed)
+        return lambda examples: self._make(examples, less.tokens)
+
+    def _attached(self, batch: Batch) -> contextlib.AbstractContextManager:
+        return self._states.attached(self._model, self._scale, batch.tasks if self._states.tasks > 1 else 0)
+
+    def _forget_gradients(self) -> None:
+        for state in self._states.parameters():
+            state.grad = None
+
+    # Sizes
+
+    @contextlib.contextmanager
+    def cut(self, asked: Asked, tell: Callable[[str], None] | None, steps: int) -> Iterator[dict[str, Any]]:
+        """Decide on the size of a forward, unless `sizes` says it, and tell what is to be expected of `steps` steps.
+        Gives what the history is to say about it. Layers are as they were afterwards."""
+        try:
+            choice = self._choose(asked) if tell or (self.sizes is None and not asked.exact) else None
+            note = {}
+            if self.sizes is None:
+                self.sizes = Sizes(asked.tokens) if asked.exact else choice.sizes
+                note = {} if asked.exact else self.note()
+            self._agree()
+            if tell:
+                tell(self._expected(choice, memory.allowed(self._longest.device, asked.memory), steps))
+            yield note
+        finally:
+            self._layers.checkpoint(False)
+
+    def _choose(self, asked: Asked) -> Choice | None:
+        given = self.sizes or (Sizes(asked.tokens) if asked.exact else None)
+        cut = lambda tokens: self._make(self._examples, tokens)  # noqa: E731
+        if given is not None:
+            needs = self._measured(given.checkpointed)
+            return None if needs is None else memory.expected(needs, given, cut)
+        device = self._longest.device
+        most = asked.tokens or memory.most_tokens(self._model, device)
+        timed = None if device.type == "cpu" or asked.tokens is not None else self._timed
+        choice = memory.choose(self._measured, cut, memory.allowed(device, asked.memory), most, timed)
+        too_much = choice is not None and asked.memory is not None and not choice.fits
+        if self._processes.any(too_much):
+            raise ValueError(
+                f"S0Trainer.train: max_memory is {memory.in_words(asked.memory)}, and the longest example "
+                f"({self._longest.tokens} tokens) takes {memory.in_words(choice.peak)}"
+            )
+        return choice or Choice(Sizes(1, self._layers.can), None, None, False)
+
+    def _measured(self, checkpointed: bool) -> Needs | None:
+        """What the longest example takes; None if that is more than there is."""
+        if not self._layers.checkpoint(checkpointed):
+            return None
+        try:
+            with self._attached(self._longest), self._layers.recomputed():
+                if self._longest.device.type != "cpu":
+                    memory.measure(self._longest, self._head)  # kernels are compiled
+                needs = memory.measure(self._longest, self._head)
+                return needs._replace(
+                    beside=_PER_VALUE * sum(p.numel() for p in self._states.parameters() if p.requires_grad)
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        finally:
+            self._forget_gradients()
+        memory.release()
+        return None
+
+    def _timed(self, sizes: Sizes) -> float:
+        """Seconds a token of the largest forward."""
+        self._layers.checkpoint(sizes.checkpointed)
+        batch = max(self._make(self._examples, sizes.tokens), key=lambda batch: batch.tokens)
+        try:
+            for _ in range(2):  # kernels are compiled the first time
+                began = time.perf_counter()
+                self.losses(batch).sum().backward()
+                torch.accelerator.synchronize()
+            return (time.perf_counter() - began) / batch.tokens
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            return float("inf")
+        finally:
+            self._forget_gradients()
+
+    def _agree(self) -> None:
+        """The least of what the processes can do, for all of them, and the batches that this makes."""
+        tokens, kept = self._processes.least([self.sizes.tokens, int(not self.sizes.checkpointed)])
+        self.sizes = Sizes(tokens, not kept)
+        self._layers.checkpoint(self.sizes.checkpointed)
+        self._cut_again()
+
+    def _cut_again(self) -> None:
+        if self._cut_for != self.sizes.tokens:
+            self._batches = self._make(self._examples, self.sizes.tokens)
+            self._cut_for = self.sizes.tokens
+
+    def _expected(self, choice: Choice | None, limit: int | None, steps: int) -> str:
+        text = (
+            f"S0 tuning: {len(self._examples)} examples, {sum(self.lengths)} tokens, {len(self._batches)} forwards a "
+            f"step of up to {max(batch.tokens for batch in self._batches)} tokens"
+            f"{' with layers checkpointed' if self.sizes.checkpointed else ''}"
+        )
+        if choice is None or choice.peak is None:
+            return text
+        peak = memory.in_words(choice.peak)
+        of = "" if limit is None else f" (allowed: {memory.in_words(limit)})"
+        minutes = choice.seconds * steps / self._processes.count / 60
+        time = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
+        return f"{text}; expected: {peak} beyond the model{of}, about {time}"
+
+
+class Layers:
+    """Layers of transformers' models that are computed again in the backward, where they can be."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._on = False
+        # where the user has switched it on it stays as it is
+        theirs = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        self.can = not theirs and bool(getattr(model, "supports_gradient_checkpointing", False))
+
+    def checkpoint(self, on: bool) -> bool:
+        """Switch it on or off, if that can be; whether it is `on` now."""
+        if on == self._on or (on and not self.can):
+            return on == self._on
+        old, new = "gradient_checkpointing", "activation_checkpointing"  # transformers 5.23 renames it
+        name = new if hasattr(self._model, f"{new}_enable") else old
+        if on:
+            getattr(self._model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+        else:
+            getattr(self._model, f"{name}_disable")()
+        self._on = on
+        return True
+
+    @contextlib.contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only; what is inside them stays in evaluation mode."""
+        layers = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False

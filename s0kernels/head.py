@@ -1,0 +1,170 @@
+"""The language-model head and its cross-entropy: logits of predicted tokens alone, some of them at a time.
+
+Logits of a whole batch are the largest tensors of a training run: [tokens, 248320] for Qwen3.5, in the model's dtype,
+in fp32, and a gradient of each. Here the head reads one contiguous matrix [tokens, hidden] in chunks. The gradient of a
+chunk is formed while its logits are there, so that the backward starts from a matrix [tokens, hidden] as well.
+
+What libraries have for this does not fit. `torch.nn.functional.linear_cross_entropy` (2.13) computes the logits twice
+where every token has a weight of its own. Like cut-cross-entropy and liger-kernel, which are kernels for a GPU, it
+takes a matrix of weights, while a head here may be a module of any kind, with a factor behind it.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from s0kernels.modules.swap import find_site
+
+#: bytes of the logits that exist at a time; their gradient takes as much again
+CHUNK_BYTES = 2**27
+#: logits whose exponentials are taken at a time on a CPU, in fp32: they stay in its cache
+_PIECE = 2**21
+
+
+class Head:
+    """What a model computes between its last hidden states and its logits: a module, then a factor or a soft cap.
+
+    Both are compared with the model's own logits, once, on the first tokens of `ids` [1, T]. `known` is whether they
+    agree; where they do not, `read` gives the model's own logits, and everything else works on those.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor):
+        self._model = model
+        config = model.config.get_text_config()
+        self._vocabulary = config.vocab_size
+        self._after = _arithmetic(config)
+        self._module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.known = self._module is not None and self._agrees(ids[:, :8])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, vocabulary] of what `read` gives, as a matrix [tokens, ...]."""
+        return self._after(self._module(hidden)) if self.known else hidden
+
+    def read(self, **inputs) -> Tensor:
+        """[B, T, hidden]: what a forward of the model hands to its head; its logits [B, T, vocabulary] where the head
+        is not known."""
+        if not self.known:
+            with _Tap(self._module, Tensor.contiguous):
+                return self._model(**inputs, use_cache=False).logits
+        few = 0 if type(self._module) is nn.Linear else 1  # others may not take a matrix without rows
+        with _Tap(self._module, lambda hidden: hidden[:1, :few]) as tap:
+            self._model(**inputs, use_cache=False)
+        return tap.taken
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens have logits at a time, by the size of the vocabulary."""
+        rows = max(CHUNK_BYTES // (self._vocabulary * self._model.dtype.itemsize), 1)
+        return 1 << (rows.bit_length() - 1)
+
+    @torch.no_grad()
+    def _agrees(self, ids: Tensor) -> bool:
+        """From hidden states as they are and from larger ones, for a soft cap to show."""
+
+        def probe(hidden: Tensor) -> Tensor:
+            return torch.cat([hidden[:1, -2:] * size for size in (1, 8, 64)], 1).contiguous()
+
+        site = find_site(self._model)
+        with _Tap(self._module, probe) as tap, site.override(None):
+            theirs = self._model(input_ids=ids, use_cache=False).logits
+        if tap.taken is None:  # the model reads the head's weight and does not call it
+            return False
+        ours = self._after(self._module(probe(tap.taken)[0])).to(theirs.device)
+        if ours.shape != theirs.shape[1:] or ours.dtype != theirs.dtype or not theirs.any():
+            return False
+        allowed = 16 * torch.finfo(theirs.dtype).eps * theirs[0].abs().amax(1, keepdim=True)
+        return bool(((ours - theirs[0]).abs() <= allowed).all())
+
+
+class _Tap:
+    """While it lasts, the head is given something else than what the model hands to it, which is kept. Other threads
+    may use the model meanwhile."""
+
+    def __init__(self, module: nn.Module | None, instead: Callable[[Tensor], Tensor]):
+        self._module, self._instead = module, instead
+        self.taken: Tensor | None = None
+
+    def __enter__(self) -> "_Tap":
+        self._thread = threading.get_ident()
+        self._handle = None if self._module is None else self._module.register_forward_pre_hook(self._take)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
+        if threading.get_ident() != self._thread:
+            return None
+        self.taken = args[0]
+        return (self._instead(args[0]), *args[1:])
+
+
+def _arithmetic(config) -> Callable[[Tensor], Tensor]:
+    """What models do to the head's output, by what their settings are called."""
+    factor, divisor, cap = (
+        getattr(config, name, None) for name in ("lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
+    )
+
+    def after(logits: Tensor) -> Tensor:
+        if factor not in (None, 1):
+            logits = logits * factor
+        if divisor not in (None, 1):
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return after
+
+
+def cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """[tokens] losses in fp32 of what `head.read` gives, as a matrix [tokens, ...], against their targets [tokens].
+
+    Each loss depends on one row, so the gradient of the rows is formed here, at weight 1, and scaled in the backward.
+    The head's weights get none.
+    """
+    return _CrossEntropy.apply(hidden.contiguous(), head, targets.to(hidden.device))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), head.chunk):
+            rows = slice(start, start + head.chunk)
+            with torch.set_grad_enabled(wanted):
+                part = hidden[rows].detach().requires_grad_(wanted)
+                logits = head.logits(part)
+            if not logits.requires_grad:  # something in the head cuts it: whoever wants the gradient will miss it
+                wanted, gradient = False, None
+            losses[rows], slope = _losses(logits.detach(), targets[rows].to(logits.device), wanted)
+            if wanted:
+                gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else (gradient * grad[:, None]).to(gradient.dtype), None, None
+
+
+def _losses(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """(losses [tokens] in fp32, their gradient [tokens, vocabulary] in the logits' dtype or None)."""
+    tokens, vocabulary = logits.shape
+    size = max(_PIECE // vocabulary, 1) if logits.device.type == "cpu" else tokens
+    slope = torch.empty_like(logits) if wanted else None
+    losses = []
+    for start in range(0, tokens, size):
+        rows = slice(start, start + size)
+        kept = torch.log_softmax(logits[rows], 1, dtype=torch.float32)
+        place = targets[rows, None]
+        losses.append(-kept.gather(1, place)[:, 0])
+        if wanted:
+            kept = kept.exp_()
+            kept.scatter_add_(1, place, kept.new_full(place.shape, -1.0))
+            slope[rows] = kept
+    return torch.cat(losses), slope

@@ -1,0 +1,61 @@
+"""The processes that train together."""
+
+import atexit
+import os
+
+import torch
+from torch import Tensor
+
+
+class Processes:
+    """All of them, and this one; one alone, unless started by `accelerate launch` or the like."""
+
+    def __init__(self):
+        self._state = processes()
+        self.count, self.index = self._state.num_processes, self._state.process_index
+        self.is_main = self._state.is_main_process
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.count == 1:
+            return value
+        from accelerate.utils import reduce
+
+        return reduce(value.to(self._state.device), reduction="sum").to(value.device)
+
+    def any(self, value: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(value))) > 0)
+
+    def least(self, values: list[int]) -> list[int]:
+        """Of each value."""
+        if self.count == 1:
+            return values
+        from accelerate.utils import gather
+
+        return gather(torch.tensor([values], device=self._state.device)).amin(0).tolist()
+
+    def alike(self, value: object) -> bool:
+        """Whether all have the same."""
+        if self.count == 1:
+            return True
+        from accelerate.utils import gather_object
+
+        return all(other == value for other in gather_object([value]))
+
+
+def processes():
+    """As accelerate knows them: its `PartialState`."""
+    from accelerate import PartialState
+
+    distributed = torch.distributed
+    theirs = distributed.is_available() and distributed.is_initialized()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if not theirs and distributed.is_available() and distributed.is_initialized():
+        atexit.register(_end_process_group, os.getpid())
+    return state
+
+
+def _end_process_group(process: int) -> None:
+    """The group that `processes` has made, in the process that made it. A thread of gloo's that still held a tensor
+    while Python shuts down would abort the process."""
+    if os.getpid() == process and torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,188 @@
+"""`python -m s0kernels tune`: options and files of settings, checks before anything large is loaded, the report."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from s0kernels.config import S0Config
+
+#: arguments of S0Trainer.train that can be given
+_OF_TRAIN = ("scale", "layers", "tokens_per_batch", "max_memory", "packed", "checkpoint", "checkpoint_every")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model directory, or its name on the hub")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help='JSON lines, each {"prompt": ..., "completion": ...} or {"messages": [...]}; a directory of such .jsonl '
+        "files trains a task for each, all at once",
+    )
+    parser.add_argument("output", type=Path, help="directory to write the learned states to")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file of the options below (n_steps: 20); what the command line says comes before it",
+    )
+    method = parser.add_argument_group("method (the fields of S0Config)")
+    defaults = S0Config()
+    for names, kind, text in (
+        (("--n-steps", "--steps"), int, "optimization steps"),
+        (("--lr",), float, "learning rate"),
+        (("--l2-lambda",), float, "weight of the sum of squares of the states in the loss"),
+        (("--alpha",), float, "scale at which the states will be used; by default that of the architecture"),
+        (("--grad-clip",), float, "largest norm of the gradient"),
+        (("--max-length",), int, "longest example in tokens; what lies beyond is cut off"),
+    ):
+        default = getattr(defaults, names[0].lstrip("-").replace("-", "_"))
+        text += "" if default is None else f" (default: {default:g})"
+        method.add_argument(*names, type=kind, help=text)
+    method.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="divide each state by its norm before scaling"
+    )
+    run = parser.add_argument_group("run (the arguments of S0Trainer.train)")
+    run.add_argument(
+        "--scale", help="what the states are multiplied by while they learn (default: 1); alpha: as they will be used"
+    )
+    run.add_argument("--layers", help="numbers of the recurrent layers that learn, as 0,1,2 (default: all)")
+    run.add_argument(
+        "--tokens-per-batch", type=int, help="of a forward at most (default: as many as fit and pay); 1: one example"
+    )
+    run.add_argument("--max-memory", help="memory beyond the model, as 8GiB (default: most of what is free)")
+    run.add_argument("--packed", action=argparse.BooleanOptionalAction, help="examples end to end instead of padded")
+    run.add_argument("--checkpoint", type=Path, help="file to save the run to, and to resume it from if it is there")
+    run.add_argument("--checkpoint-every", type=int, help="steps (default: 1)")
+
+
+def settings(options: argparse.Namespace) -> tuple[S0Config, dict[str, Any]]:
+    """The config, and arguments of `train`, of the command line and of the file it names."""
+    ours = [field.name for field in fields(S0Config)]
+    known = [*ours, *_OF_TRAIN]
+    given = {} if options.config is None else _read(options.config, known)
+    given |= {name: value for name in known if (value := getattr(options, name)) is not None}
+    config = S0Config(**{name: _number(value) for name, value in given.items() if name in ours})
+    train = {name: value for name, value in given.items() if name not in ours}
+    for name, kind in (("scale", _scale), ("layers", _layers), ("max_memory", _bytes)):
+        if name in train:
+            train[name] = kind(train[name])
+    return config, train
+
+
+def _read(file: Path, known: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold options and their values, got {type(found).__name__}")
+    unknown = sorted(str(name) for name in found if name not in known)
+    if unknown:
+        raise ValueError(f"{file}: there is no option {unknown[0]!r}; the options are {', '.join(known)}")
+    return found
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3 for a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _scale(value: Any) -> Any:
+    found = value if value == "alpha" else _number(value)
+    if isinstance(found, str) and found != "alpha":
+        raise ValueError(f"--scale must be a number or alpha, got {value!r}")
+    return found
+
+
+def _layers(value: Any) -> list[int]:
+    try:
+        return [int(layer) for layer in (value.split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        raise ValueError(f"--layers must be numbers of layers, as 0,1,2, got {value!r}") from None
+
+
+def _bytes(value: Any) -> int:
+    units = {
+        "": 1,
+        "B": 1,
+        "K": 2**10,
+        "M": 2**20,
+        "G": 2**30,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+    }
+    text = str(value).replace(" ", "")
+    number = text.rstrip("BGKMibgkm")
+    try:
+        return int(float(number) * units[text[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"--max-memory must be a number of bytes or as 8GiB, got {value!r}") from None
+
+
+def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Sequence[str]]], None]) -> None:
+    """`table` prints one."""
+    config, train = settings(options)
+    data = _files(options.data)
+
+    from transformers import AutoTokenizer
+
+    from s0kernels import S0Trainer
+    from s0kernels._files import check_output
+    from s0kernels.data import read_tasks
+    from s0kernels.loading import find_model, load_tokenizer
+    from s0kernels.processes import processes
+    from s0kernels.states import states_size
+
+    found = find_model(options.model, {})
+    read_tasks(data, load_tokenizer(AutoTokenizer, options.model, found), config.max_length)
+    check_output(options.output, states_size(options.model, len(data) if isinstance(data, dict) else 1))
+    trainer = S0Trainer.from_pretrained(options.model, config, **found)
+    if train.get("scale") == "alpha":
+        train["scale"] = trainer.alpha
+    result = trainer.train(data, **train)
+    trainer.save(options.output)
+    if processes().is_main_process:
+        _report(trainer, data, result["final_loss"], train.get("scale", 1.0), table)
+        print(f"states in {options.output}")
+
+
+def _report(trainer: Any, data: Any, last: float, scale: float, table: Callable) -> None:
+    """Losses from zero and from the states as they will be used, of each task where there are several."""
+    names, first = trainer.tasks, trainer.history[0] if trainer.history else {}
+    trainer.activate(None if names is None else names[0])
+    found = trainer.evaluate(data)  # of a mapping, each task from its own states
+    trainer.deactivate()
+    after = {None: found} if names is None else found
+    before = first.get("loss", last)
+    print(f"loss {before:.4f} -> {sum(after.values()) / len(after):.4f} as the states will be used")
+    print(
+        f"scale is what S0 is multiplied by: {scale:g} while it learned, where the last step saw {last:.4f}, and "
+        f"{trainer.alpha:g} (alpha) in use"
+    )
+    if names is not None and len(names) > 1:
+        befores, lasts = (trainer.history[i].get("losses", {}) if trainer.history else {} for i in (0, -1))
+        rows = [[f"{found[name]:.4f}" if name in found else "" for found in (befores, after, lasts)] for name in names]
+        head = ("task", "before", "in use", f"at scale {scale:g}")
+        table(head, [(name, *row) for name, row in zip(names, rows, strict=True)])
+
+
+def _files(path: Path) -> Path | dict[str, Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}")
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"no .jsonl files in {path}")
+    return {file.stem: file for file in files}

@@ -192,6 +192,7 @@ def test_steps_refuse_tangents_and_transforms(op, backend):
     assert not torch.equal(state, before)
 
 
+@pytest.mark.slow
 @every_op
 def test_a_compiled_transform_is_the_transform(op):
     problem = MAKERS[op](3, state="each", **SMALL[op])

@@ -9,6 +9,9 @@ import torch
 from s0kernels import bench, measure, rivals
 from s0kernels.cli import main
 
+pytestmark = pytest.mark.slow  # of the benchmarks
+
+
 SMALL = ("bench", "--rounds", "3", "--seconds", "0")
 
 

@@ -167,6 +167,7 @@ assert losses[-1] < 0.05 * losses[0]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FLA's layer is given what it needs to run on a CPU")
 @pytest.mark.skipif(not FLA.is_dir(), reason="flash-linear-attention is not in .deps/fla; `make test` puts it there")
 def test_fla_layer_with_an_initial_state_that_is_learned():

@@ -126,6 +126,7 @@ def test_cpu_inputs_of_any_strides_give_the_same_bits(op, dtype):
     assert same(gradients(strided), gradients(lambda x: x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
 def test_cpu_instruction_sets_agree(instructions):
     code = """

@@ -12,6 +12,7 @@ from test_surroundings import ROOT, environment
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc"),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the tests run on an installed package"),
 ]

@@ -156,6 +156,7 @@ def test_bad_data_and_files_are_named(tmp_path):
             read(file)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATASETS.is_dir(), reason="datasets is not in .deps/eval; `make test` puts it there")
 def test_datasets(tmp_path):
     """With either kind of columns, at once and streamed."""

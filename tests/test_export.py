@@ -44,6 +44,7 @@ def test_exported_with_what_is_attached(name, strict, scale):
     assert not close(*truths, 0.01)
 
 
+@pytest.mark.slow
 @every_family
 def test_states_changed_after_attaching_are_exported_as_they_are(name):
     model, ids = swap_modules(MODELS[name]()), tokens(1, 7)
@@ -78,6 +79,7 @@ class Step(nn.Module):
         return delta, ops.ssd_step(x, beta, g[0], x, x, state), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["qwen", "falcon", "steps"])
 def test_a_saved_program_loads_where_nothing_but_the_package_was_imported(what, tmp_path):
     if what == "steps":

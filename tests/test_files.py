@@ -210,6 +210,7 @@ def test_headers_of_any_size(tmp_path):
             S0States.load(tmp_path, model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not METHOD.is_dir(), reason="s0-tuning is not in .deps/s0-tuning; `make test` puts it there")
 @every_family
 def test_files_go_both_ways_between_s0_tuning_and_here(name, tmp_path):

@@ -10,6 +10,9 @@ from test_tasks import EVAL, jsonl, needs_eval, run  # which puts the experiment
 from problems import make_problems  # isort: skip
 from tasks import get_task, humaneval  # isort: skip
 
+pytestmark = pytest.mark.slow  # of the benchmarks
+
+
 PROBLEMS = [
     {
         "task_id": "Test/0",

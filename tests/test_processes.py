@@ -71,6 +71,7 @@ print(f"processes: {place.num_processes}\\n", end="", flush=True)  # in one writ
 """
 
 
+@pytest.mark.slow
 @on_cpu_cores
 def test_two_processes_end_with_the_states_of_one(tmp_path):
     """The same bits in the same files, written once; a stop in all when one wants it; errors in every process; and the

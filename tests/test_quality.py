@@ -8,6 +8,9 @@ import pytest
 import torch
 from models import MODELS, every_family, tokenizer
 
+pytestmark = pytest.mark.slow  # of the benchmarks
+
+
 pytest.importorskip("peft")
 pytest.importorskip("scipy")
 ROOT = Path(__file__).resolve().parents[1]

@@ -147,6 +147,7 @@ def test_tune_and_generate(tmp_path, capsys, monkeypatch):
     assert "data.jsonl:1 must have prompt and completion" in err
 
 
+@pytest.mark.slow
 def test_options_of_the_demonstration():
     """They are the script's, --help too."""
     for options, code, text in (

@@ -13,6 +13,9 @@ import pytest
 from models import tokenizer
 from test_surroundings import ROOT, python
 
+pytestmark = pytest.mark.slow  # of the benchmarks
+
+
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path[:0] = [str(QUALITY), str(ROOT / "examples" / "tiny")]
 

@@ -132,6 +132,7 @@ def test_no_tokens(kind):
             assert torch.equal(leaves["initial_state"].grad, torch.full_like(leaves["initial_state"], 3.0))
 
 
+@pytest.mark.slow
 def test_sequences_do_not_meet():
     for lengths in (None, [10, 10, 10]):
         problem = delta_problem(10, B=3, lengths=lengths, **SMALL).to(torch.float32)

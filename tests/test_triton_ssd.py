@@ -4,7 +4,10 @@ import pytest
 import torch
 from cases import STATE_KINDS, error, ssd_problem
 from test_steps import options_of, step, token
-from test_triton import PACKED, assert_within_budget, launched, pytestmark, schedule, unchecked  # noqa: F401
+from test_triton import PACKED, assert_within_budget, launched, schedule, unchecked  # noqa: F401
+from test_triton import pytestmark as of_triton
+
+pytestmark = [*of_triton, pytest.mark.slow]  # the interpreter takes its time; test_triton.py stays in `make test`
 
 SMALL = {"H": 2, "P": 24, "G": 1, "N": 16}
 HEADS = {"H": 4, "P": 24, "G": 2, "N": 16}

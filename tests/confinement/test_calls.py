@@ -12,6 +12,8 @@ from escapes import HANG, LONG, attempt, sandbox, untouched
 from sandbox import Call, Outcome, confinement, evaluate
 from wire import decode, encode
 
+pytestmark = pytest.mark.slow  # many processes
+
 
 def run(source, *arguments, **settings):
     (outcome,) = evaluate([Call(source, "f", arguments)], **{"timeout": LONG, "workers": 1, **settings})

@@ -23,6 +23,9 @@ from escapes import (
 )
 from sandbox import Program, verify
 
+pytestmark = pytest.mark.slow  # many processes
+
+
 CHECK = "def check(candidate):\n    assert candidate(3) == 4\n"
 DIED = "no result (exit code 0)"
 FLOOD = "output flood"

@@ -11,6 +11,8 @@ import pytest
 from escapes import ESCAPES, HANG, HANGS, LONG, QUALITY, attempt, outcomes, processes, sandbox, untouched, wait_until
 from sandbox import Job, verify
 
+pytestmark = pytest.mark.slow  # many processes
+
 
 def run(source, inputs=((3,),), expected=(4,), **settings):
     (verdict,) = verify([Job(source, "f", list(inputs), list(expected))], **{"timeout": LONG, "workers": 1, **settings})

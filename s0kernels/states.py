@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import math
 import numbers
@@ -24,6 +23,7 @@ from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.swap import base_model, find_site, layer_devices, swap_modules, swapped_site
+from s0kernels.versions import installed
 
 #: which task rows start from: one index or name for all of them, or one each
 Tasks = int | str | Sequence[int | str] | Tensor | None
@@ -437,7 +437,4 @@ def _check_number(value: float, name: str) -> None:
 
 @functools.cache
 def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return installed(package)[package]

@@ -22,10 +22,10 @@ def swap_modules(model: nn.Module, check: bool = True) -> nn.Module:
     Args:
         model: a model of transformers.
         check: run the first mixer of each kind on a few tokens, beside its original and then from a random S0 through
-            the model's own decoder, and refuse the swap where they differ. It takes milliseconds on a GPU (more where
-            kernels have to be compiled first), no lasting memory, and leaves torch's random state alone; forward hooks
-            on what comes before that mixer see these tokens. `swap_report` says what was found, or why a mixer could
-            not be run. The names of the arguments of mixers and decoder are looked at in any case.
+            the model's own decoder, and refuse the swap where they differ. No layer after that mixer runs: for one of
+            Qwen3.5-4B it takes .2 to .4 s on a core. It takes no lasting memory and leaves torch's random state alone;
+            forward hooks on what comes before that mixer see these tokens. `swap_report` says what was found,
+            or why a mixer could not be run. The names of the arguments of mixers and decoder are looked at in any case.
 
     Raises:
         TypeError: `model` is not a torch module.

@@ -13,7 +13,7 @@ TESTED = {
     "Python": ("3.11", "3.12", "3.13"),
     "torch": ("2.11.0", "2.13.0", "2.14.1"),
     "transformers": ("5.17.0", "5.23.0", "5.24.0"),
-    "triton": ("3.7.1",),
+    "triton": ("3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0"),
 }
 #: what every test runs on; the other versions run those that depend on them
 PINNED = {"torch": "2.13.0", "transformers": "5.24.0", "triton": "3.7.1"}

@@ -1,0 +1,54 @@
+"""On which chips, instruction sets and compilers the kernels were tried: one table, read by the README, `env`, `check`
+and the tests. It needs nothing but Python.
+
+Tried means: `run`, the tests passed there; `compiled`, all kernels were compiled for it ahead of time and never ran;
+`emulated`, they ran in an emulator; `never`, nobody has looked.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A GPU as far as the kernels' sizes and schedules depend on it. `shared` is the bytes of shared memory (AMD: local
+    data share) that one program can have, `warp` the threads of a warp (AMD: wavefront)."""
+
+    target: str
+    names: str
+    processors: int
+    shared: int
+    warp: int
+    tried: str
+
+
+#: by what Triton and nvcc compile for; `processors` are those of the first name
+CHIPS = {
+    chip.target: chip
+    for chip in (
+        Chip("sm_75", "T4", 40, 65536, 32, "never"),
+        Chip("sm_80", "A100", 108, 166912, 32, "compiled"),
+        Chip("sm_86", "A10G, RTX 3090", 80, 101376, 32, "never"),
+        Chip("sm_89", "L4, L40S, RTX 4090", 58, 101376, 32, "never"),
+        Chip("sm_90", "H200, H100, GH200", 132, 232448, 32, "run"),
+        Chip("sm_100", "B200", 148, 232448, 32, "compiled"),
+        Chip("sm_120", "RTX 5090", 170, 101376, 32, "never"),
+        Chip("gfx942", "MI300X", 304, 65536, 64, "never"),
+        Chip("gfx950", "MI350X", 256, 163840, 64, "never"),
+    )
+}
+
+
+class Processor(NamedTuple):
+    """A CPU with the instruction set that the compiled kernels use there, and the compilers that build them for it."""
+
+    architecture: str
+    instructions: str
+    compilers: tuple[str, ...]
+    tried: str
+
+
+PROCESSORS = (
+    Processor("x86-64", "AVX-512", ("g++ 12",), "run"),
+    Processor("x86-64", "AVX2", ("g++ 12",), "run"),
+    Processor("x86-64", "portable", ("g++ 12",), "run"),
+    Processor("aarch64", "portable (NEON)", (), "never"),
+)

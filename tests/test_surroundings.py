@@ -1,5 +1,6 @@
 """What is around the library: imports, other packages on the path, the command line, the package itself."""
 
+import importlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import NO_CPU_KERNELS
 from models import MODELS, random_states, tokenizer
 
 import s0kernels
@@ -87,6 +89,21 @@ for name in ("qwen", "falcon"):
     assert "Qwen3_5GatedDeltaNet from S0, in pieces with a cache: " in done.stdout
     assert "FalconH1Mixer beside its original, prefill: " in done.stdout
     assert done.stdout.count("not checked") == 2
+
+
+def test_untouched_mixers_of_the_tests_run_in_pytorch(tmp_path):
+    """Whatever kernel packages can be imported."""
+    (tmp_path / "mamba_ssm").mkdir()
+    package = (
+        "class ops:\n class triton:\n  class selective_state_update:\n   def selective_state_update(*a, **k): 1 / 0\n"
+    )
+    package += "  class ssd_combined:\n   def mamba_chunk_scan_combined(*a, **k): 1 / 0\n"
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(package)
+    code = "{}\nfrom models import MODELS, tokens\nMODELS['falcon']().generate(tokens(2, 12), max_new_tokens=2)"
+    done = python("-c", code.format("import conftest, mamba_ssm"), path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = python("-c", code.format("import mamba_ssm"), path=tmp_path)
+    assert "ZeroDivisionError" in done.stderr, "this test shows nothing"
 
 
 def test_env_says_what_is_usable():
@@ -204,23 +221,61 @@ def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_test
         swap_modules(model)
 
 
-@pytest.mark.parametrize("broken", [None, "torch"])
-def test_check_finds_a_backend_that_computes_something_else(broken, monkeypatch, capsys):
-    from s0kernels.backends import torch_chunked
+@pytest.fixture
+def quick_check(monkeypatch):
+    from s0kernels import check
     from s0kernels.ops import _dispatch
 
     backends = tuple(name for name in _dispatch.ORDER if name != "triton")  # whose interpreter takes minutes for it
     monkeypatch.setattr(_dispatch, "ORDER", backends)
-    if broken:
-        right = torch_chunked.ssd_backward
+    monkeypatch.setattr(check, "DRAWS", 1)
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "results"),
+    [
+        (None, None, None),
+        ("torch_chunked", "ssd_backward", "B"),
+        ("torch_chunked", "gated_delta_rule_step", None),
+        ("cpu", "ssd_mixer_step", None),
+    ],
+)
+def test_check_finds_a_backend_that_computes_something_else(module, name, results, monkeypatch, capsys, quick_check):
+    """Every op has a row under its public name."""
+    from s0kernels.ops import _dispatch
+
+    if module == "cpu" and NO_CPU_KERNELS:
+        pytest.skip(f"backend cpu {NO_CPU_KERNELS}")
+    if module:
+        module = importlib.import_module(f"s0kernels.backends.{module}")
+        right = getattr(module, name)
 
         def wrong(*arguments, **options):
-            grads = right(*arguments, **options)
-            return grads | {"B": 1.1 * grads["B"]}
+            found = right(*arguments, **options)
+            return found * 1.001 if results is None else found | {results: 1.001 * found[results]}
 
-        monkeypatch.setattr(torch_chunked, "ssd_backward", wrong)
-    assert main(["check"]) == (1 if broken else 0)
-    assert ("FAILED" in capsys.readouterr().out) == bool(broken)
+        monkeypatch.setattr(module, name, wrong)
+    assert main(["check"]) == (1 if module else 0)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[1] for row in rows if row[-1] == "FAILED"} == ({name.replace("_backward", "")} if module else set())
+    assert {row[1] for row in rows} >= {*_dispatch.OPS[:4]}
+    assert NO_CPU_KERNELS or {row[1] for row in rows} == {*_dispatch.OPS}
+
+
+def test_check_goes_on_after_a_backend_that_fails(monkeypatch, capsys, quick_check):
+    from s0kernels.backends import torch_chunked
+
+    def fails(*arguments, **options):
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setattr(torch_chunked, "ssd_step", fails)
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        [line for line in lines if "FAILED" in line] == [line for line in lines if "shared memory  nan" in line] != []
+    )
+    assert "ssd_step" in lines[-1] or "mixer" in lines[-1], "what comes after it was checked, too"
 
 
 def test_the_table_of_versions_is_what_everybody_reads():

@@ -94,6 +94,8 @@ def _check(_: argparse.Namespace) -> int:
         (*row[:4], row.worst, f"{row.error:.1e}", f"{row.budget:.1e}", "passed" if row.passed else "FAILED")
         for row in found
     ]
+    for index, gpu in enumerate(_gpus()):
+        print(f"cuda:{index} is a {gpu}")
     _table(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table)
     return int(not all(row.passed for row in found))
 
@@ -132,9 +134,8 @@ def _env(_: argparse.Namespace) -> None:
     rows.append(("platform", platform.platform()))
     rows.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
     devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        rows.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    for index, found in enumerate(_gpus()):
+        rows.append((f"cuda:{index}", found))
         devices.append(torch.device("cuda", index))
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
@@ -149,6 +150,19 @@ def _env(_: argparse.Namespace) -> None:
                 verdict = reason or ("usable, the default here" if name == chosen else "usable")
                 backends.append((str(device), op, name, verdict))
     _table(("device", "op", "backend", "for fp32"), backends)
+
+
+def _gpus() -> list[str]:
+    """Each one's name, what is compiled for it, and what is known of that."""
+    import torch
+
+    from s0kernels.hardware import experience, target_name
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        target = target_name(torch.cuda.get_device_properties(index), torch.version.hip)
+        found.append(f"{torch.cuda.get_device_name(index)}, {target}: {experience(target)}")
+    return found
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cases import NO_CPU_KERNELS
 from models import MODELS, random_states, tokenizer
 
 import s0kernels
-from s0kernels import S0Config, swap_modules, versions
+from s0kernels import S0Config, hardware, swap_modules, versions
 from s0kernels.cli import main
 
 ROOT = Path(s0kernels.__file__).resolve().parents[1]
@@ -297,3 +298,24 @@ def test_the_table_of_versions_is_what_everybody_reads():
     assert project["requires-python"] == f">={versions.TESTED['Python'][0]}"
     assert f"torch>={versions.TESTED['torch'][0].rpartition('.')[0]}" in project["dependencies"]
     assert versions.installed("transformers")["transformers"] in versions.TESTED["transformers"]
+
+
+def test_what_is_known_of_a_gpu():
+    """`env` and `check` say it, also of one that nobody has tried and beside a torch for ROCm."""
+    nvidia, amd = SimpleNamespace(major=12, minor=0), SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+")
+    assert hardware.target_name(nvidia, None) == "sm_120"
+    assert hardware.target_name(amd, "7.1") == "gfx942"
+    assert hardware.experience("sm_90") == "the kernels ran on one"
+    assert "never run" in hardware.experience("sm_80")
+    assert "nobody has tried" in hardware.experience("gfx90a")
+
+
+@pytest.mark.parametrize("command", ["env", "check"])
+def test_commands_say_what_is_known_of_a_gpu(command, monkeypatch, capsys, quick_check):
+    from s0kernels import check, cli
+
+    monkeypatch.setattr(check, "rows", lambda: iter([check.Row("cuda:0", "ssd", "triton", "float32", 0.1, 0.2, "A")]))
+    monkeypatch.setattr(cli, "_gpus", lambda: ["NVIDIA L4, sm_89: a word on it"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main([command]) == 0
+    assert "NVIDIA L4, sm_89: a word on it" in capsys.readouterr().out

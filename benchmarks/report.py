@@ -18,9 +18,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 sys.path.insert(0, str(ROOT))
 
-from s0kernels import hardware, measure  # noqa: E402
-from s0kernels._files import replace_file  # noqa: E402
-from s0kernels.bench import OURS, PASSES, interval  # noqa: E402
+from s0kernels import hardware  # noqa: E402
+from s0kernels.bench import measure  # noqa: E402
+from s0kernels.bench.scans import OURS, PASSES, interval  # noqa: E402
+from s0kernels.files import replace_file  # noqa: E402
 
 NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
 KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -52,7 +53,7 @@ def changed(machine: dict) -> bool:
 
 
 def table(results: dict) -> str:
-    """Per length: milliseconds, and what each rival takes for one of ours. The other columns are of the longest, and
+    """Per length: milliseconds, and what each baseline takes for one of ours. The other columns are of the longest, and
     left out where nothing was measured."""
     lengths = sorted({length(row) for row in results["rows"]})
     head = ["", "", *(f"T = {T}, ms" for T in lengths)]
@@ -170,8 +171,8 @@ def _where(machine: dict) -> str:
 
 
 def _cell(row: dict) -> str:
-    rivals = [f"{name} {found[0]:.1f}x" for name, found in row["ratio"].items()]
-    return f"{row['ms'][OURS]:.3g}" + (f" ({', '.join(rivals)})" if rivals else "")
+    baselines = [f"{name} {found[0]:.1f}x" for name, found in row["ratio"].items()]
+    return f"{row['ms'][OURS]:.3g}" + (f" ({', '.join(baselines)})" if baselines else "")
 
 
 def _memory(row: dict) -> str:

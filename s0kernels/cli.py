@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.set_defaults(run=_bench)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # its choices come from what needs torch
-        from s0kernels.bench import add_arguments
+        from s0kernels.bench.scans import add_arguments
 
         add_arguments(bench)
 
     if given[:1] == ["tune"]:
-        from s0kernels.tune import add_arguments as add_tune_arguments
+        from s0kernels.tuning.command import add_arguments as add_tune_arguments
 
         add_tune_arguments(tune)
 
@@ -83,7 +83,7 @@ def _how_to_resume(options: argparse.Namespace) -> str:
 
 
 def _check(_: argparse.Namespace) -> int:
-    from s0kernels import check
+    from s0kernels.bench import check
 
     found = []
     for row in check.rows():
@@ -101,9 +101,9 @@ def _check(_: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from s0kernels import bench
+    from s0kernels.bench import scans
 
-    bench.run(options)
+    scans.run(options)
 
 
 def _aot(options: argparse.Namespace) -> None:
@@ -179,7 +179,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from s0kernels.tune import run
+    from s0kernels.tuning.command import run
 
     run(options, _table)
 

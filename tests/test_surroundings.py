@@ -224,7 +224,7 @@ def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_test
 
 @pytest.fixture
 def quick_check(monkeypatch):
-    from s0kernels import check
+    from s0kernels.bench import check
     from s0kernels.ops import _dispatch
 
     backends = tuple(name for name in _dispatch.ORDER if name != "triton")  # whose interpreter takes minutes for it
@@ -312,7 +312,8 @@ def test_what_is_known_of_a_gpu():
 
 @pytest.mark.parametrize("command", ["env", "check"])
 def test_commands_say_what_is_known_of_a_gpu(command, monkeypatch, capsys, quick_check):
-    from s0kernels import check, cli
+    from s0kernels import cli
+    from s0kernels.bench import check
 
     monkeypatch.setattr(check, "rows", lambda: iter([check.Row("cuda:0", "ssd", "triton", "float32", 0.1, 0.2, "A")]))
     monkeypatch.setattr(cli, "_gpus", lambda: ["NVIDIA L4, sm_89: a word on it"])

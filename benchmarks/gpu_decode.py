@@ -30,9 +30,10 @@ from s0kernels import S0States, swap_modules  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.baselines import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
 from s0kernels.bench.scans import brief  # noqa: E402
+from s0kernels.calls import Call  # noqa: E402
 from s0kernels.modules.families import family_of  # noqa: E402
 from s0kernels.modules.mixer import S0Mixer  # noqa: E402
-from s0kernels.ops import _dispatch  # noqa: E402
+from s0kernels.ops import registry  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
 MODELS = {"gated_delta_rule": "Qwen3.5-4B", "ssd": "Falcon-H1-7B"}
@@ -46,7 +47,7 @@ def steps(name: str, heads: dict, batch: int, device: str, dtype: torch.dtype, r
     values = op.make((batch, 1), heads, device, dtype)
     state = state_for_each(values, batch).clone()
     cases, missing = {"copy of the states": partial(torch.empty_like(state).copy_, state)}, {}
-    backends = [backend for backend in _dispatch.ORDER if backend not in ("reference", "torch")]
+    backends = [backend for backend in registry.ORDER if backend not in ("reference", "torch")]
     for label in (*backends, *(baseline for baseline in op.baselines if op.baselines[baseline].step)):
         try:
             if label in backends:
@@ -175,7 +176,7 @@ def main() -> None:
     results = {
         "machine": measure.machine(device),
         "backends": {
-            name: _dispatch.unusable(name, "ssd_step", torch.device(device), dtype) for name in _dispatch.ORDER
+            name: registry.unusable(name, Call("ssd_step", torch.device(device), dtype)) for name in registry.ORDER
         },
     }
     for name in OPS:

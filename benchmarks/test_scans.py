@@ -6,13 +6,16 @@ from conftest import DEVICE
 
 from s0kernels.bench import scans
 from s0kernels.bench.baselines import MODELS
-from s0kernels.ops import _dispatch
+from s0kernels.calls import Call
+from s0kernels.ops import registry
 
 SHAPES = ("1x8192", "8x1024") if DEVICE == "cuda" else ("1x512", "4x64")
 BATCHES = (1, 32, 256) if DEVICE == "cuda" else (1, 8)
 MEASURED = [model for model in MODELS if model != "qwen3.5-9b"]  # whose heads are those of 4b
 BACKENDS = [
-    name for name in ("triton", "cpu", "torch") if not _dispatch.unusable(name, "ssd", torch.device(DEVICE), torch.half)
+    name
+    for name in ("triton", "cpu", "torch")
+    if not registry.unusable(name, Call("ssd", torch.device(DEVICE), torch.half))
 ]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_model = pytest.mark.parametrize("model", MEASURED)

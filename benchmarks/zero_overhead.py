@@ -35,7 +35,8 @@ from pairs import Settings, compare, generation, table
 
 from s0kernels import restore_modules, swap_modules
 from s0kernels.bench.measure import machine, machine_name, write_json
-from s0kernels.ops import _dispatch, gated_delta_rule, gated_delta_rule_step, ssd, ssd_step
+from s0kernels.calls import Call
+from s0kernels.ops import gated_delta_rule, gated_delta_rule_step, registry, ssd, ssd_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEVELS = ("op", "mixer", "generate", "bank", "untouched")
@@ -137,7 +138,7 @@ def steps(op: str, backend: str, tensors: list, state: torch.Tensor) -> dict:
 def usable(settings: Settings) -> list[str]:
     device = torch.device(settings.device)
     names = ("triton", "torch") if settings.on_gpu else ("cpu", "torch")
-    return [name for name in names if _dispatch.unusable(name, "ssd", device, torch.float32) is None]
+    return [name for name in names if registry.unusable(name, Call("ssd", device, torch.float32)) is None]
 
 
 def check_equal(row: dict, op: str, backend: str, state_bytes: int) -> None:

@@ -126,7 +126,8 @@ def _aot(options: argparse.Namespace) -> None:
 def _env(_: argparse.Namespace) -> None:
     import torch
 
-    from s0kernels.ops import _dispatch
+    from s0kernels.calls import Call
+    from s0kernels.ops import registry
 
     rows = [("s0kernels", s0kernels.__version__), ("python", platform.python_version())]
     for package in ("torch", "numpy", "safetensors", "transformers", "accelerate", "triton", "causal-conv1d"):
@@ -143,11 +144,11 @@ def _env(_: argparse.Namespace) -> None:
     print()
     backends = []
     for device in devices:
-        for op in _dispatch.OPS:
-            chosen = _dispatch.choose(op, None, device, torch.float32)
-            for name in _dispatch.ORDER:
-                reason = _dispatch.unusable(name, op, device, torch.float32)
-                verdict = reason or ("usable, the default here" if name == chosen else "usable")
+        for op in registry.OPS:
+            reasons = registry.explain(Call(op, device, torch.float32))
+            default = next(name for name, reason in reasons.items() if reason is None)
+            for name, reason in reasons.items():
+                verdict = reason or ("usable, the default here" if name == default else "usable")
                 backends.append((str(device), op, name, verdict))
     _table(("device", "op", "backend", "for fp32"), backends)
 

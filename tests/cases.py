@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from s0kernels.ops import _dispatch, gated_delta_rule, ssd
+from s0kernels.calls import Call
+from s0kernels.ops import gated_delta_rule, registry, ssd
 
 #: why the compiled kernels cannot be tested, or None
-NO_CPU_KERNELS = _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
+NO_CPU_KERNELS = registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")),
     "torch",

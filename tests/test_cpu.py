@@ -11,7 +11,8 @@ from cases import MAKERS, NO_CPU_KERNELS, error
 from test_surroundings import python
 
 from s0kernels.backends import cpu
-from s0kernels.ops import _dispatch
+from s0kernels.calls import Call
+from s0kernels.ops import registry
 
 pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
 every_op = pytest.mark.parametrize("op", sorted(MAKERS))
@@ -160,8 +161,8 @@ def refused(file: Path, message: str) -> None:
         patch.setenv("S0KERNELS_CPU_LIBRARY", str(file))
         cpu.missing.cache_clear()
         try:
-            assert message in _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32)
-            assert _dispatch.choose("ssd", None, torch.device("cpu"), torch.float32) == "torch"
+            assert message in registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
+            assert registry.choose(None, "ssd", torch.device("cpu"), torch.float32) == "torch"
             with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{message}"):
                 problem_of("ssd").run("cpu")
         finally:
@@ -184,6 +185,6 @@ def test_cpu_library_built_for_a_torch_that_has_more(tmp_path):
 
 
 def test_cpu_backend_is_the_default_on_a_cpu_alone():
-    for op in _dispatch.OPS:
-        assert _dispatch.choose(op, None, torch.device("cpu"), torch.float32) == "cpu"
-        assert "not on cuda" in _dispatch.unusable("cpu", op, torch.device("cuda"), torch.float32)
+    for op in registry.OPS:
+        assert registry.choose(None, op, torch.device("cpu"), torch.float32) == "cpu"
+        assert "not on cuda" in registry.unusable("cpu", Call(op, torch.device("cuda"), torch.float32))

@@ -10,7 +10,8 @@ from models import MODELS, random_states, tokens
 from test_steps import options_of, step, token
 
 from s0kernels import swap_modules
-from s0kernels.ops import _dispatch, gated_delta_rule
+from s0kernels.calls import Call
+from s0kernels.ops import gated_delta_rule, registry
 
 pytestmark = pytest.mark.gpu
 OPS = sorted(MAKERS)
@@ -36,7 +37,7 @@ def no_synchronisation():
 
 
 def needs(backend, op, dtype=torch.float32):
-    if reason := _dispatch.unusable(backend, op, torch.device("cuda"), dtype):
+    if reason := registry.unusable(backend, Call(op, torch.device("cuda"), dtype)):
         pytest.skip(f"backend {backend} {reason}")
 
 

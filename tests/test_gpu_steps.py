@@ -13,10 +13,13 @@ from test_tokens import FINISHES, OPS, ROUNDING, SHAPES, STEPS, double, mixer, t
 from transformers import DynamicCache
 
 from s0kernels import swap_modules
-from s0kernels.ops import _dispatch
+from s0kernels.calls import Call
+from s0kernels.ops import registry
 
 UNUSABLE = (
-    _dispatch.unusable("cuda", "ssd_step", torch.device("cuda"), torch.float32) if torch.cuda.is_available() else None
+    registry.unusable("cuda", Call("ssd_step", torch.device("cuda"), torch.float32))
+    if torch.cuda.is_available()
+    else None
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNUSABLE is not None, reason=f"backend cuda {UNUSABLE}")]
 every_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)

@@ -385,23 +385,19 @@ class _Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 def _products(problem, wanted) -> int:
     """Matrix products of the backward alone, called as the registered op calls it."""
-    from s0kernels.backends import torch_chunked
+    from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, SSDInputs, SSDOptions, Start, Wanted
+from s0kernels.backends import torch_chunked
 
-    options = dict(problem.options)
-    names = {"gated_delta_rule": ("q", "k", "v", "g", "beta"), "ssd": ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")}
-    tensors = [problem.tensors.get(name) for name in names[problem.op]]
-    weights = problem.weights()
-    state = problem.tensors["initial_state"]
-    scale = {"scale": 0.3} if problem.op == "gated_delta_rule" else {}
+    tensors = dict(problem.tensors)
+    state, weights = tensors.pop("initial_state"), problem.weights()
+    start = Start(state, problem.options.get("state_indices"), problem.options.get("cu_seqlens"))
+    if problem.op == "gated_delta_rule":
+        inputs, options = DeltaInputs(**tensors), DeltaOptions(0.3, problem.options["use_qk_l2norm"])
+    else:
+        inputs, options = SSDInputs(**tensors), SSDOptions(problem.options["dt_softplus"], *problem.options["dt_limit"])
+    backward = getattr(torch_chunked, f"{problem.op}_backward")
     with _Products() as counter:
-        getattr(torch_chunked, f"{problem.op}_backward")(
-            *(*weights, *tensors, state, options.pop("state_indices", None), options.pop("cu_seqlens", None)),
-            state_shape=tuple(state.shape),
-            chunk_size=options.pop("chunk_size", None),
-            wanted=frozenset(wanted),
-            **scale,
-            **options,
-        )
+        backward(Grads(*weights), inputs, start, options, Wanted(frozenset(wanted), tuple(state.shape)))
     return counter.count
 
 
@@ -422,7 +418,7 @@ def test_the_fewer_gradients_are_wanted_the_less_is_computed():
 @pytest.mark.parametrize("ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3]], ids=str)
 def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends, monkeypatch):
     """Also where values are not looked at in advance, as on a GPU."""
-    monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
+    monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
     problem = MAKERS[op](10, B=1)
     with pytest.raises(ValueError, match="cu_seqlens"):
         problem.run(backend, cu_seqlens=torch.tensor(ends))
@@ -431,7 +427,7 @@ def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends,
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_index_that_nobody_checked_gives_nan_for_its_sequence(op, backend, monkeypatch):
-    monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
+    monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
     problem = MAKERS[op](6, B=3, state="bank")
     problem.options["state_indices"] = torch.tensor([1, 5, -2])
     leaves = {n: x.clone().requires_grad_() for n, x in problem.tensors.items()}
@@ -444,7 +440,7 @@ def test_a_bad_index_that_nobody_checked_gives_nan_for_its_sequence(op, backend,
 
 
 def test_many_short_packed_sequences_are_not_padded_to_a_long_chunk():
-    from s0kernels.backends._chunks import Chunks
+    from s0kernels.backends.chunks import Chunks
 
     chunks = Chunks(torch.zeros(1, 512, 1), torch.arange(513), 64)
     assert (chunks.size, chunks.count) == (1, 512)

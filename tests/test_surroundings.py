@@ -225,10 +225,10 @@ def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_test
 @pytest.fixture
 def quick_check(monkeypatch):
     from s0kernels.bench import check
-    from s0kernels.ops import _dispatch
+    from s0kernels.ops import registry
 
-    backends = tuple(name for name in _dispatch.ORDER if name != "triton")  # whose interpreter takes minutes for it
-    monkeypatch.setattr(_dispatch, "ORDER", backends)
+    backends = tuple(name for name in registry.ORDER if name != "triton")  # whose interpreter takes minutes for it
+    monkeypatch.setattr(registry, "ORDER", backends)
     monkeypatch.setattr(check, "DRAWS", 1)
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
 
@@ -244,7 +244,7 @@ def quick_check(monkeypatch):
 )
 def test_check_finds_a_backend_that_computes_something_else(module, name, results, monkeypatch, capsys, quick_check):
     """Every op has a row under its public name."""
-    from s0kernels.ops import _dispatch
+    from s0kernels.ops import registry
 
     if module == "cpu" and NO_CPU_KERNELS:
         pytest.skip(f"backend cpu {NO_CPU_KERNELS}")
@@ -260,8 +260,8 @@ def test_check_finds_a_backend_that_computes_something_else(module, name, result
     assert main(["check"]) == (1 if module else 0)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[1] for row in rows if row[-1] == "FAILED"} == ({name.replace("_backward", "")} if module else set())
-    assert {row[1] for row in rows} >= {*_dispatch.OPS[:4]}
-    assert NO_CPU_KERNELS or {row[1] for row in rows} == {*_dispatch.OPS}
+    assert {row[1] for row in rows} >= {*registry.OPS[:4]}
+    assert NO_CPU_KERNELS or {row[1] for row in rows} == {*registry.OPS}
 
 
 def test_check_goes_on_after_a_backend_that_fails(monkeypatch, capsys, quick_check):

@@ -10,7 +10,20 @@ import torch
 from cases import MAKERS, NO_CPU_KERNELS, error
 from test_steps import options_of, token
 
-from s0kernels.backends import _tokens
+from s0kernels.backends import tokens
+from s0kernels.calls import (
+    DeltaInputs,
+    DeltaMixerInputs,
+    DeltaMixerOptions,
+    DeltaOptions,
+    MixerPool,
+    Pool,
+    SSDInputs,
+    SSDMixerInputs,
+    SSDMixerOptions,
+    SSDOptions,
+)
+from s0kernels.ops import gated_delta_rule_step_reference, ssd_step_reference
 from s0kernels.ops.mixer_steps import (
     gated_delta_mixer_step,
     gated_delta_mixer_step_reference,
@@ -62,8 +75,8 @@ def mixer(op, shape, rows=3, width=4, pool=None):
 #: what becomes of the gate and the norm
 FINISHES = {"gated_delta_rule": [{}], "ssd": [{"norm": None}, {"gate_first": True}, {"gate_first": False}]}
 STEPS = {
-    "gated_delta_rule": (gated_delta_mixer_step_reference, _tokens.gated_delta_mixer_step, gated_delta_mixer_step),
-    "ssd": (ssd_mixer_step_reference, _tokens.ssd_mixer_step, ssd_mixer_step),
+    "gated_delta_rule": (gated_delta_mixer_step_reference, tokens.gated_delta_mixer_step, gated_delta_mixer_step),
+    "ssd": (ssd_mixer_step_reference, tokens.ssd_mixer_step, ssd_mixer_step),
 }
 every_finish = pytest.mark.parametrize(
     ("op", "finish"), [(op, finish) for op in OPS for finish in FINISHES[op]], ids=lambda x: x if x in OPS else str(x)
@@ -75,8 +88,16 @@ def run(op, inputs, emulated, tickets=None, **options):
     options = {"eps": 1e-6, "state_indices": None, **more, **options}
     if emulated is None:
         return STEPS[op][0](**inputs, **options)
-    library = torch.ops.s0kernels_cpu
-    return STEPS[op][1](library, **inputs, **options, tickets=tickets, emulated=emulated)
+    inputs, indices = dict(inputs), options.pop("state_indices")
+    pool = MixerPool(inputs.pop("window"), inputs.pop("state"), indices, tickets)
+    if op == "ssd":
+        inputs, options = (
+            SSDMixerInputs(**inputs),
+            SSDMixerOptions(options["eps"], options["gate_first"], *options["dt_limit"]),
+        )
+    else:
+        inputs, options = DeltaMixerInputs(**inputs), DeltaMixerOptions(**options)
+    return STEPS[op][1](torch.ops.s0kernels_cpu, inputs, pool, options, emulated)
 
 
 def to(inputs, dtype):
@@ -98,24 +119,19 @@ def test_a_step_is_the_recurrence(op, shape, emulated):
     if op == "ssd":
         sizes = {"H": each * groups, "G": groups, "P": first, "N": second}
     problem = MAKERS[op](1, B=2, state="each", **sizes)
-    exact, options = token(problem, 0), {"state_indices": None, **options_of(problem)}
+    exact = token(problem, 0)
     truth_state = problem.tensors["initial_state"].clone()
-    state, inputs = truth_state.float(), {n: x.float() for n, x in exact.items()}
+    pool, inputs = Pool(truth_state.float()), {n: x.float() for n, x in exact.items()}
     if op == "gated_delta_rule":
-        from s0kernels.ops import gated_delta_rule_step_reference as reference
-
-        truth = reference(**exact, state=truth_state, scale=0.3, use_qk_l2norm=True)
-        options |= {"scale": 0.3}
-        found = _tokens.gated_delta_rule_step(
-            torch.ops.s0kernels_cpu, **inputs, state=state, emulated=emulated, **options
-        )
+        truth = gated_delta_rule_step_reference(**exact, state=truth_state, scale=0.3, use_qk_l2norm=True)
+        options, library = DeltaOptions(0.3, True), torch.ops.s0kernels_cpu
+        found = tokens.gated_delta_rule_step(library, DeltaInputs(**inputs), pool, options, emulated)
     else:
-        from s0kernels.ops import ssd_step_reference as reference
-
-        truth = reference(**exact, state=truth_state, **options)
-        found = _tokens.ssd_step(torch.ops.s0kernels_cpu, **inputs, state=state, emulated=emulated, **options)
+        truth = ssd_step_reference(**exact, state=truth_state, **options_of(problem))
+        options = SSDOptions(True, *problem.options["dt_limit"])
+        found = tokens.ssd_step(torch.ops.s0kernels_cpu, SSDInputs(**inputs), pool, options, emulated)
     assert error(found, truth) < 1e-6
-    assert error(state, truth_state) < 1e-6
+    assert error(pool.state, truth_state) < 1e-6
 
 
 @every_finish

@@ -169,7 +169,7 @@ def test_pads_with_zero_decay_and_zero_write_change_nothing():
 @pytest.fixture
 def unchecked(monkeypatch):
     """Values are not looked at in advance, as on a GPU."""
-    monkeypatch.setattr("s0kernels.ops._sequences._reads_values", lambda tensor: False)
+    monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
 
 
 def test_a_bad_index_gives_nan_for_its_sequence(unchecked):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from s0kernels import S0States
-from s0kernels.backends._states import state_dtype
+from s0kernels.calls import state_dtype
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 from s0kernels.modules.mixer import S0Mixer
 from s0kernels.tuning.batches import make_batches

@@ -9,12 +9,30 @@ PyTorch.
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s0kernels.backends import _tokens
-from s0kernels.backends._states import dt_grad, process_dt, read_boundaries, reduce_state_grad, silu_slope, state_dtype
+from s0kernels.backends import tokens
+from s0kernels.backends.shared import dt_grad, process_dt, read_boundaries, reduce_state_grad, silu_slope
+from s0kernels.calls import (
+    Call,
+    DeltaInputs,
+    DeltaMixerInputs,
+    DeltaMixerOptions,
+    DeltaOptions,
+    Grads,
+    MixerPool,
+    Pool,
+    SSDInputs,
+    SSDMixerInputs,
+    SSDMixerOptions,
+    SSDOptions,
+    Start,
+    Wanted,
+    state_dtype,
+)
 
 #: with the delta rule and without: there shorter chunks are more exact and as fast
 _CHUNK = {True: 32, False: 64}
@@ -24,16 +42,18 @@ _LONGEST = 256
 _BLOCK = 4
 
 
-def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"for tensors on a CPU, not on {device.type}"
-    if dtype == torch.float64 and op in ("gated_delta_mixer_step", "ssd_mixer_step"):
+def supports(call: Call) -> str | None:
+    mixer = call.op in ("gated_delta_mixer_step", "ssd_mixer_step")
+    if call.device.type != "cpu":
+        return f"for tensors on a CPU, not on {call.device.type}"
+    if call.dtype == torch.float64 and mixer:
         return "computes mixers in fp32, not in fp64"
-    return missing()
+    return missing() or (tokens.too_large(call) if mixer else None)
 
 
-def too_large(op: str, size: int, width: int) -> str | None:
-    return _tokens.too_large(op, size, width) if width else None
+def rows_that_pay(call: Call) -> float:
+    """A fused token convolves its group's inputs anew for each head, which in fp32 is worth it for few rows only."""
+    return 2 if call.dtype == torch.float32 else float("inf")
 
 
 @functools.cache
@@ -59,10 +79,6 @@ def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     )
 
 
-def _sequences(x: Tensor, boundaries: Tensor | None) -> int:
-    return x.shape[0] if boundaries is None else boundaries.shape[0] - 1
-
-
 def _chunk(size: int | None, delta: bool) -> int:
     return min(size or _CHUNK[delta], _LONGEST)
 
@@ -75,138 +91,96 @@ def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).contiguous()
 
 
-def gated_delta_rule_forward(
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, *, scale, use_qk_l2norm, output_final_state, chunk_size
-) -> tuple[Tensor, Tensor]:
-    dtype, boundaries = state_dtype(q.dtype), _boundaries(cu_seqlens, q.shape[1])
-    shape = (_sequences(q, boundaries), v.shape[2], q.shape[3], v.shape[3])
-    output = torch.empty(v.shape, dtype=v.dtype, device="cpu")
-    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype, device="cpu")
-    torch.ops.s0kernels_cpu.scan_forward(
-        q,
-        k,
-        v,
-        _plain(g, dtype),
-        _plain(beta, dtype),
-        None,
-        initial_state,
-        _index(state_indices),
-        boundaries,
-        output,
-        final if output_final_state else None,
-        True,
-        use_qk_l2norm,
-        scale,
-        _chunk(chunk_size, True),
-        _BLOCK,
-    )
+class _Scan(NamedTuple):
+    """Either recurrence as the compiled kernels know it, fields as in their schema; of SSD q = C, k = B, v = x."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    decay: Tensor  # [B, T, heads] in the dtype of states, as weight
+    weight: Tensor
+    skip: Tensor | None
+    initial_state: Tensor | None
+    indices: Tensor | None
+    boundaries: Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.boundaries is None else self.boundaries.shape[0] - 1
+
+
+class _How(NamedTuple):
+    """Options of either, in the order of the schema."""
+
+    delta: bool
+    normalise: bool
+    scale: float
+    chunk: int
+    block: int = _BLOCK
+
+
+def _delta(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[_Scan, _How]:
+    q, k, v, g, beta = inputs
+    dtype = state_dtype(q.dtype)
+    of_tokens = q, k, v, _plain(g, dtype), _plain(beta, dtype), None
+    scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, q.shape[1]))
+    return scan, _How(True, options.use_qk_l2norm, options.scale, _chunk(options.chunk_size, True))
+
+
+def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _How]:
+    """B is missing where the gradient of the state is all that is wanted, which does not need it."""
+    C, B = inputs.C, inputs.C if inputs.B is None else inputs.B
+    steps = process_dt(inputs, options).detach().contiguous()
+    of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, _plain(inputs.D, steps.dtype)
+    scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, C.shape[1]))
+    return scan, _How(False, False, 1.0, _chunk(options.chunk_size, False))
+
+
+def _forward(scan: _Scan, how: _How, kind: torch.dtype, output_final_state: bool) -> tuple[Tensor, Tensor]:
+    heads, K, V = scan.decay.shape[2], scan.q.shape[3], scan.v.shape[3]
+    shape = (heads, K, V) if how.delta else (heads, V, K)
+    output = torch.empty(scan.v.shape, dtype=kind, device="cpu")
+    final = torch.empty(scan.sequences if output_final_state else 0, *shape, dtype=scan.decay.dtype, device="cpu")
+    torch.ops.s0kernels_cpu.scan_forward(*scan, output, final if output_final_state else None, *how)
     return output, final
 
 
+def gated_delta_rule_forward(
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    return _forward(*_delta(inputs, start, options), inputs.v.dtype, output_final_state)
+
+
 def gated_delta_rule_backward(
-    doutput,
-    dfinal,
-    q,
-    k,
-    v,
-    g,
-    beta,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    scale,
-    use_qk_l2norm,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
-    dtype, boundaries = state_dtype(q.dtype), _boundaries(cu_seqlens, q.shape[1])
-    heads, value = g.shape[2], doutput.shape[3] if doutput is not None else dfinal.shape[3]
-    found = _backward(
-        doutput,
-        dfinal,
-        q,
-        k,
-        v,
-        value,
-        _plain(g, dtype),
-        _plain(beta, dtype),
-        None,
-        initial_state,
-        state_indices,
-        boundaries,
-        (_sequences(q, boundaries), heads, q.shape[3], value),
-        {"q", "k", "g", "beta"} & wanted,
-        wanted,
-        True,
-        use_qk_l2norm,
-        scale,
-        chunk_size,
-    )
     names = {"q": "q", "k": "k", "v": "v", "decay": "g", "weight": "beta"}
-    grads = {names[name]: grad for name, grad in found.items() if names.get(name) in wanted}
-    if "initial_state" in wanted:
-        grads["initial_state"] = reduce_state_grad(found["initial_state"], state_shape, state_indices)
-    return grads
+    asked = {name for name in names if names[name] in wanted.names} | wanted.names & {"initial_state"}
+    found = _backward(grads, *_delta(inputs, start, options), asked)
+    found = {names.get(name, name): grad for name, grad in found.items() if name in asked}
+    if "initial_state" in found:
+        found["initial_state"] = reduce_state_grad(found["initial_state"], wanted.state_shape, start.indices)
+    return found
 
 
-def _backward(
-    doutput,
-    dfinal,
-    q,
-    k,
-    v,
-    value,
-    decay,
-    weight,
-    skip,
-    initial_state,
-    state_indices,
-    boundaries,
-    shape,
-    others,
-    wanted,
-    delta,
-    normalise,
-    scale,
-    chunk_size,
-) -> dict[str, Tensor]:
+def _backward(grads: Grads, scan: _Scan, how: _How, wanted: set[str]) -> dict[str, Tensor]:
     """Gradients under the names of the shared recurrence, those of q and k summed over the heads of a group."""
-    dtype = decay.dtype
-    batch, length, heads = decay.shape
-    parts = -(-(heads // q.shape[2]) // _BLOCK)
+    dtype, (batch, length, heads), (groups, K) = scan.decay.dtype, scan.decay.shape, scan.q.shape[2:]
+    V = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[3 if how.delta else 2]
+    parts = -(-(heads // groups) // _BLOCK)
     out: dict[str, Tensor | None] = dict.fromkeys(("initial_state", "q", "k", "v", "decay", "weight"))
     if "initial_state" in wanted:
-        layout = shape if delta else (*shape[:2], shape[3], shape[2])
-        out["initial_state"] = torch.empty(layout, dtype=dtype, device="cpu")
-    if others:
-        out["q"], out["k"] = (
-            torch.empty(batch, length, q.shape[2], parts, q.shape[3], dtype=dtype, device="cpu") for _ in range(2)
-        )
-        out["decay"], out["weight"] = torch.empty_like(decay), torch.empty_like(decay)
+        layout = (heads, K, V) if how.delta else (heads, V, K)
+        out["initial_state"] = torch.empty(scan.sequences, *layout, dtype=dtype, device="cpu")
+    if wanted & {"q", "k", "decay", "weight"}:
+        out["q"], out["k"] = (torch.empty(batch, length, groups, parts, K, dtype=dtype, device="cpu") for _ in range(2))
+        out["decay"], out["weight"] = torch.empty_like(scan.decay), torch.empty_like(scan.decay)
+    else:  # neither the values nor the states matter
+        scan = scan._replace(v=None, initial_state=None, indices=None)
     if "v" in wanted:
-        out["v"] = torch.empty(batch, length, heads, value, dtype=dtype, device="cpu")
-    torch.ops.s0kernels_cpu.scan_backward(
-        doutput,
-        dfinal,
-        q,
-        k,
-        v if others else None,
-        value,
-        decay,
-        weight,
-        skip,
-        initial_state if others else None,
-        _index(state_indices) if others else None,
-        boundaries,
-        *out.values(),
-        delta,
-        normalise,
-        scale,
-        _chunk(chunk_size, delta),
-        _BLOCK,
-    )
+        out["v"] = torch.empty(batch, length, heads, V, dtype=dtype, device="cpu")
+    q, k, v, *rest = scan
+    torch.ops.s0kernels_cpu.scan_backward(*grads, q, k, v, V, *rest, *out.values(), *how)
     for name in ("q", "k"):
         if out[name] is not None:
             out[name] = out[name].squeeze(3) if parts == 1 else out[name].sum(3)
@@ -214,169 +188,77 @@ def _backward(
 
 
 def ssd_forward(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    dt_softplus,
-    dt_limit,
-    output_final_state,
-    chunk_size,
+    inputs: SSDInputs, start: Start, options: SSDOptions, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype, boundaries = state_dtype(x.dtype), _boundaries(cu_seqlens, x.shape[1])
-    steps = process_dt(dt.detach().to(dtype), dt_bias, dt_softplus, dt_limit).contiguous()
-    return _ssd_scan(
-        x, steps, A, B, C, D, z, initial_state, state_indices, boundaries, output_final_state, chunk_size, x.dtype
-    )
-
-
-def _ssd_scan(
-    x, steps, A, B, C, D, z, initial_state, state_indices, boundaries, output_final_state, chunk_size, output_dtype
-) -> tuple[Tensor, Tensor]:
-    dtype = steps.dtype
-    shape = (_sequences(x, boundaries), *x.shape[2:], B.shape[3])
-    output = torch.empty(x.shape, dtype=output_dtype if z is None else dtype, device="cpu")
-    final = torch.empty(shape if output_final_state else (0, *shape[1:]), dtype=dtype, device="cpu")
-    torch.ops.s0kernels_cpu.scan_forward(
-        C,
-        B,
-        x,
-        steps * A.to(dtype),
-        steps,
-        _plain(D, dtype),
-        initial_state,
-        _index(state_indices),
-        boundaries,
-        output,
-        final if output_final_state else None,
-        False,
-        False,
-        1.0,
-        _chunk(chunk_size, False),
-        _BLOCK,
-    )
+    (scan, how), z, kind = _ssd(inputs, start, options), inputs.z, inputs.x.dtype
+    output, final = _forward(scan, how, kind if z is None else scan.decay.dtype, output_final_state)
     if z is not None:
-        output = output.mul_(torch.nn.functional.silu(z.to(dtype))).to(output_dtype)
+        output = output.mul_(torch.nn.functional.silu(z.to(output.dtype))).to(kind)
     return output, final
 
 
 def ssd_backward(
-    doutput,
-    dfinal,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    dt_softplus,
-    dt_limit,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: SSDInputs, start: Start, options: SSDOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
-    dtype, boundaries = state_dtype(C.dtype), _boundaries(cu_seqlens, C.shape[1])
-    raw_dt = dt.detach().to(dtype)
-    steps = process_dt(raw_dt, dt_bias, dt_softplus, dt_limit).contiguous()
-    head = doutput.shape[3] if doutput is not None else dfinal.shape[2]
-    if doutput is None and wanted & {"z", "D"}:
-        doutput = C.new_zeros(*dt.shape, head)
+    (scan, how), names, z = _ssd(inputs, start, options), wanted.names, inputs.z
+    dtype, doutput = scan.decay.dtype, grads.output
+    if doutput is None and names & {"z", "D"}:
+        doutput = inputs.C.new_zeros(*inputs.dt.shape, grads.final_state.shape[2])
     dy = doutput if z is None or doutput is None else doutput * torch.nn.functional.silu(z.to(dtype))
-    grads: dict[str, Tensor] = {}
-    if "D" in wanted:
-        grads["D"] = (dy.to(dtype) * x).sum((0, 1, 3))
-    if "z" in wanted:
-        states = (initial_state, state_indices, boundaries)
-        y, _ = _ssd_scan(x, steps, A, B, C, D, None, *states, False, chunk_size, dtype)
-        grads["z"] = doutput * y * silu_slope(z.to(dtype))
-    if not wanted - {"D", "z"}:
-        return grads
-    found = _backward(
-        dy,
-        dfinal,
-        C,
-        C if B is None else B,  # None where the gradient of the state is all that is wanted, which does not need it
-        x,
-        head,
-        steps * A.to(dtype),
-        steps,
-        _plain(D, dtype),
-        initial_state,
-        state_indices,
-        boundaries,
-        (_sequences(C, boundaries), dt.shape[2], C.shape[3], head),
-        {"B", "C", "dt", "dt_bias", "A"} & wanted,
-        {"v" if name == "x" else name for name in wanted},
-        False,
-        False,
-        1.0,
-        chunk_size,
-    )
-    if "x" in wanted:
-        grads["x"] = found["v"]
-    if wanted & {"dt", "dt_bias", "A"}:
-        decay = found["decay"]
-        ddt = dt_grad(A.to(dtype) * decay + found["weight"], raw_dt, dt_bias, dt_softplus, dt_limit)
-        grads |= {"dt": ddt, "dt_bias": ddt.sum((0, 1)), "A": (steps * decay).sum((0, 1))}
-    grads |= {"C": found.get("q"), "B": found.get("k")}
-    grads = {name: grad for name, grad in grads.items() if name in wanted}
-    if "initial_state" in wanted:
-        grads["initial_state"] = reduce_state_grad(found["initial_state"], state_shape, state_indices)
-    return grads
+    found: dict[str, Tensor] = {}
+    if "D" in names:
+        found["D"] = (dy.to(dtype) * inputs.x).sum((0, 1, 3))
+    if "z" in names:
+        y, _ = _forward(scan, how, dtype, False)
+        found["z"] = doutput * y * silu_slope(z.to(dtype))
+    asked = names & {"initial_state"} | ({"v"} if "x" in names else set())
+    asked |= {"q", "k", "decay", "weight"} if names & {"B", "C", "dt", "dt_bias", "A"} else set()
+    if not asked:
+        return found
+    of_scan = _backward(Grads(dy, grads.final_state), scan, how, asked)
+    if names & {"dt", "dt_bias", "A"}:
+        decay = of_scan["decay"]
+        ddt = dt_grad(inputs.A.to(dtype) * decay + of_scan["weight"], inputs, options)
+        found |= {"dt": ddt, "dt_bias": ddt.sum((0, 1)), "A": (scan.weight * decay).sum((0, 1))}
+    found |= {"x": of_scan.get("v"), "C": of_scan.get("q"), "B": of_scan.get("k")}
+    if "initial_state" in names:
+        found["initial_state"] = reduce_state_grad(of_scan["initial_state"], wanted.state_shape, start.indices)
+    return {name: grad for name, grad in found.items() if name in names}
 
 
-def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
-    return _step(q, k, v, g.to(state.dtype), beta, None, state, state_indices, v.dtype, True, use_qk_l2norm, scale)
+def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    return _step(*_delta(_with_time(inputs), Start(), options), pool, inputs.v.dtype)
 
 
-def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
-    dtype = state.dtype
-    steps = process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-    kind = x.dtype if z is None else dtype
-    output = _step(C, B, x, steps * A.to(dtype), steps, D, state, state_indices, kind, False, False, 1.0)
-    return output if z is None else output.mul_(torch.nn.functional.silu(z.to(dtype))).to(x.dtype)
+def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    z, kind = inputs.z, inputs.x.dtype
+    output = _step(*_ssd(_with_time(inputs), Start(), options), pool, kind if z is None else pool.state.dtype)
+    return output if z is None else output.mul_(torch.nn.functional.silu(z.to(output.dtype))).to(kind)
 
 
-def _step(q, k, v, decay, weight, skip, state, state_indices, kind, delta, normalise, scale) -> Tensor:
-    dtype = state.dtype
-    output = torch.empty(v.shape, dtype=kind, device="cpu")
+def _with_time(inputs):
+    """A token as a sequence of one."""
+    of_tokens = {"q", "k", "v", "g", "beta", "x", "dt", "B", "C"}
+    return inputs._replace(**{name: getattr(inputs, name)[:, None] for name in inputs._fields if name in of_tokens})
+
+
+def _step(scan: _Scan, how: _How, pool: Pool, kind: torch.dtype) -> Tensor:
+    state = pool.state
+    output = torch.empty(scan.v[:, 0].shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()
+    decay, weight = scan.decay[:, 0], scan.weight[:, 0]
     torch.ops.s0kernels_cpu.scan_step(
-        q[:, None],
-        k[:, None],
-        v[:, None],
-        _plain(decay, dtype),
-        _plain(weight, dtype),
-        _plain(skip, dtype),
-        place,
-        _index(state_indices),
-        output,
-        delta,
-        normalise,
-        scale,
+        *(scan.q, scan.k, scan.v, decay, weight, scan.skip, place, _index(pool.indices), output),
+        *(how.delta, how.normalise, how.scale),
     )
     if place is not state:
         state.copy_(place)
     return output
 
 
-def gated_delta_mixer_step(*inputs, **options) -> Tensor:
-    return _tokens.gated_delta_mixer_step(torch.ops.s0kernels_cpu, *inputs, **options)
+def gated_delta_mixer_step(inputs: DeltaMixerInputs, pool: MixerPool, options: DeltaMixerOptions) -> Tensor:
+    return tokens.gated_delta_mixer_step(torch.ops.s0kernels_cpu, inputs, pool, options)
 
 
-def ssd_mixer_step(*inputs, **options) -> Tensor:
-    return _tokens.ssd_mixer_step(torch.ops.s0kernels_cpu, *inputs, **options)
+def ssd_mixer_step(inputs: SSDMixerInputs, pool: MixerPool, options: SSDMixerOptions) -> Tensor:
+    return tokens.ssd_mixer_step(torch.ops.s0kernels_cpu, inputs, pool, options)

@@ -7,18 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from s0kernels.backends import _tokens
-from s0kernels.backends._tokens import too_large
+from s0kernels.backends import tokens
+from s0kernels.backends.tokens import too_large
+from s0kernels.calls import (
+    Call,
+    DeltaInputs,
+    DeltaMixerInputs,
+    DeltaMixerOptions,
+    DeltaOptions,
+    MixerPool,
+    Pool,
+    SSDInputs,
+    SSDMixerInputs,
+    SSDMixerOptions,
+    SSDOptions,
+)
 
-__all__ = ["gated_delta_mixer_step", "gated_delta_rule_step", "ssd_mixer_step", "ssd_step", "supports", "too_large"]
 
-
-def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
+def supports(call: Call) -> str | None:
+    if call.dtype == torch.float64:
         return "computes in fp32, not in fp64"
-    if device.type != "cuda":
-        return f"for tensors on a GPU, not on {device.type}"
-    return _unusable(torch.cuda.current_device() if device.index is None else device.index)
+    if call.device.type != "cuda":
+        return f"for tensors on a GPU, not on {call.device.type}"
+    return _unusable(torch.cuda.current_device() if call.device.index is None else call.device.index) or too_large(call)
 
 
 @functools.cache
@@ -44,17 +55,17 @@ def missing() -> str | None:
     return None
 
 
-def gated_delta_rule_step(*inputs, **options) -> Tensor:
-    return _tokens.gated_delta_rule_step(torch.ops.s0kernels_cuda, *inputs, **options)
+def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    return tokens.gated_delta_rule_step(torch.ops.s0kernels_cuda, inputs, pool, options)
 
 
-def ssd_step(*inputs, **options) -> Tensor:
-    return _tokens.ssd_step(torch.ops.s0kernels_cuda, *inputs, **options)
+def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    return tokens.ssd_step(torch.ops.s0kernels_cuda, inputs, pool, options)
 
 
-def gated_delta_mixer_step(*inputs, **options) -> Tensor:
-    return _tokens.gated_delta_mixer_step(torch.ops.s0kernels_cuda, *inputs, **options)
+def gated_delta_mixer_step(inputs: DeltaMixerInputs, pool: MixerPool, options: DeltaMixerOptions) -> Tensor:
+    return tokens.gated_delta_mixer_step(torch.ops.s0kernels_cuda, inputs, pool, options)
 
 
-def ssd_mixer_step(*inputs, **options) -> Tensor:
-    return _tokens.ssd_mixer_step(torch.ops.s0kernels_cuda, *inputs, **options)
+def ssd_mixer_step(inputs: SSDMixerInputs, pool: MixerPool, options: SSDMixerOptions) -> Tensor:
+    return tokens.ssd_mixer_step(torch.ops.s0kernels_cuda, inputs, pool, options)

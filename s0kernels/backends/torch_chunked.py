@@ -8,7 +8,7 @@ stand beside the code; C is the chunk, S the state at its start, S' at its end.
 import torch
 from torch import Tensor
 
-from s0kernels.backends._chunks import (
+from s0kernels.backends.chunks import (
     Chunks,
     decay_matrix,
     decay_matrix_grad,
@@ -17,10 +17,11 @@ from s0kernels.backends._chunks import (
     unit_lower_inverse,
     upper_product,
 )
-from s0kernels.backends._states import dt_grad, gather_states, process_dt, reduce_state_grad, silu_slope, store_states
+from s0kernels.backends.shared import dt_grad, gather_states, process_dt, reduce_state_grad, silu_slope, store_states
+from s0kernels.calls import Call, DeltaInputs, DeltaOptions, Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
 
-def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def supports(call: Call) -> str | None:
     return None
 
 
@@ -38,21 +39,21 @@ _GDN_CHUNK = 32
 class _DeltaChunks:
     """The inputs of the gated delta rule by chunk, and what depends on k, g and beta alone."""
 
-    def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, l2norm: bool):
-        dtype, heads = chunks.dtype, g.shape[2]
-        self.q, self.k = chunks.split(q, dtype, heads), chunks.split(k, dtype, heads)
-        self.beta = chunks.split(beta, dtype)[..., None]
-        self.scale = scale
+    def __init__(self, chunks: Chunks, inputs: DeltaInputs, options: DeltaOptions):
+        dtype, heads = chunks.dtype, inputs.g.shape[2]
+        self.q, self.k = chunks.split(inputs.q, dtype, heads), chunks.split(inputs.k, dtype, heads)
+        self.beta = chunks.split(inputs.beta, dtype)[..., None]
+        self.scale = options.scale
         self.q_norm = self.k_norm = None
-        if l2norm:
+        if options.use_qk_l2norm:
             self.q, self.q_norm = _normalise(self.q)
             self.k, self.k_norm = _normalise(self.k)
-        g = chunks.split(g, dtype)
+        g = chunks.split(inputs.g, dtype)
         self.from_start = g.cumsum(-1).exp()[..., None]
         self.decay = decay_matrix(g)
         self.to_end = self.decay[..., -1, :, None]
         self.last = self.from_start[..., -1:, :]
-        self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(scale).tril_()
+        self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(self.scale).tril_()
         self.similarity = (self.k @ self.k.mT).mul_(self.decay).tril_(-1)
         self.inverse = unit_lower_inverse((self.beta * self.similarity).tril_(-1))
 
@@ -77,86 +78,75 @@ def _normalise_grad(dx: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
 
 
 def gated_delta_rule_forward(
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, *, scale, use_qk_l2norm, output_final_state, chunk_size
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
-    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, use_qk_l2norm)
-    values = chunks.split(v, chunks.dtype)
-    states = _delta_states(chunks, q, v, initial_state, state_indices)
+    chunks = Chunks(inputs.q, start.cu_seqlens, options.chunk_size or _GDN_CHUNK)
+    parts = _DeltaChunks(chunks, inputs, options)
+    values = chunks.split(inputs.v, chunks.dtype)
+    states = _delta_states(chunks, inputs, start)
     output = torch.empty_like(values)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
-        _, delta = inputs.write(at, values[at], state)
-        read = inputs.scale * inputs.from_start[at] * (inputs.q[at] @ state)
-        output[at] = read + lower_product(inputs.attention[at], delta)
-        inputs.advance(at, state, delta)
+        _, delta = parts.write(at, values[at], state)
+        read = parts.scale * parts.from_start[at] * (parts.q[at] @ state)
+        output[at] = read + lower_product(parts.attention[at], delta)
+        parts.advance(at, state, delta)
     final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
-    return chunks.join(output, v.dtype), final
+    return chunks.join(output, inputs.v.dtype), final
 
 
-def _delta_states(chunks: Chunks, q: Tensor, v: Tensor, initial_state, state_indices) -> Tensor:
-    return chunks.starting_states(initial_state, state_indices, (v.shape[2], q.shape[3], v.shape[3]))
+def _delta_states(chunks: Chunks, inputs: DeltaInputs, start: Start) -> Tensor:
+    return chunks.starting_states(start, (inputs.v.shape[2], inputs.q.shape[3], inputs.v.shape[3]))
 
 
 def gated_delta_rule_backward(
-    doutput,
-    dfinal,
-    q,
-    k,
-    v,
-    g,
-    beta,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    scale,
-    use_qk_l2norm,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
     """With dvalue = W^T (P^T dO + diag(E) K dS'), the gradient of what W is applied to:
     dS = scale Q^T diag(G) dO + G_C dS' - K^T diag(G beta) dvalue, which needs neither v nor S; dV = diag(beta) dvalue.
     """
-    chunks = Chunks(q, cu_seqlens, chunk_size or _GDN_CHUNK)
-    inputs = _DeltaChunks(chunks, q, k, g, beta, scale, use_qk_l2norm)
+    chunks = Chunks(inputs.q, start.cu_seqlens, options.chunk_size or _GDN_CHUNK)
+    parts = _DeltaChunks(chunks, inputs, options)
+    doutput = grads.output
     if doutput is None:
-        doutput = q.new_zeros(*g.shape, dfinal.shape[-1])
+        doutput = inputs.q.new_zeros(*inputs.g.shape, grads.final_state.shape[-1])
     dout = chunks.split(doutput, chunks.dtype)
-    shape = (chunks.sequences, g.shape[2], q.shape[3], dout.shape[3])
-    dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
-    others = wanted & {"q", "k", "g", "beta"}
+    shape = (chunks.sequences, inputs.g.shape[2], inputs.q.shape[3], dout.shape[3])
+    dstate = dout.new_zeros(shape) if grads.final_state is None else chunks.sort(grads.final_state)
+    others = wanted.names & {"q", "k", "g", "beta"}
     dstates = dstate.new_empty(chunks.count if others else 0, *shape[1:])  # dS' of every chunk
-    dvalues = torch.empty_like(dout if wanted - {"initial_state"} else dout[:0])
-    through_output = upper_product(inputs.attention.mT, dout)
+    dvalues = torch.empty_like(dout if wanted.names - {"initial_state"} else dout[:0])
+    through_output = upper_product(parts.attention.mT, dout)
     for at in reversed(chunks.steps):
         grad = dstate[: at.stop - at.start]
-        dvalue = through_output[at] + inputs.to_end[at] * (inputs.k[at] @ grad)
-        dvalue = upper_product(inputs.inverse[at].mT, dvalue)
+        dvalue = through_output[at] + parts.to_end[at] * (parts.k[at] @ grad)
+        dvalue = upper_product(parts.inverse[at].mT, dvalue)
         if others:
             dstates[at] = grad
         if dvalues.numel():
             dvalues[at] = dvalue
-        grad.mul_(inputs.last[at])
-        grad.add_((inputs.scale * inputs.from_start[at] * inputs.q[at]).mT @ dout[at])
-        grad.sub_((inputs.from_start[at] * inputs.beta[at] * inputs.k[at]).mT @ dvalue)
+        grad.mul_(parts.last[at])
+        grad.add_((parts.scale * parts.from_start[at] * parts.q[at]).mT @ dout[at])
+        grad.sub_((parts.from_start[at] * parts.beta[at] * parts.k[at]).mT @ dvalue)
     found = {}
     if others:
-        states = _delta_states(chunks, q, v, initial_state, state_indices)
-        found = _delta_input_grads(chunks, inputs, dout, dvalues, dstates, v, states)
-        found["q"] = chunks.join(_normalise_grad(found["q"], inputs.q, inputs.q_norm), chunks.dtype, q.shape[2])
-        found["k"] = chunks.join(_normalise_grad(found["k"], inputs.k, inputs.k_norm), chunks.dtype, k.shape[2])
-    if "v" in wanted:
-        found["v"] = chunks.join(inputs.beta * dvalues, chunks.dtype)
-    if "initial_state" in wanted:
-        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), state_shape, state_indices)
+        states = _delta_states(chunks, inputs, start)
+        values = chunks.split(inputs.v, chunks.dtype)
+        found = _delta_input_grads(chunks, parts, (dout, dvalues, dstates), values, states)
+        for name, norm in (("q", parts.q_norm), ("k", parts.k_norm)):
+            dx = _normalise_grad(found[name], getattr(parts, name), norm)
+            found[name] = chunks.join(dx, chunks.dtype, inputs.q.shape[2])
+    if "v" in wanted.names:
+        found["v"] = chunks.join(parts.beta * dvalues, chunks.dtype)
+    if "initial_state" in wanted.names:
+        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), wanted.state_shape, start.indices)
     return found
 
 
-def _delta_input_grads(chunks, inputs, dout, dvalue, dstates, v, states) -> dict[str, Tensor]:
-    """dq and dk (by chunk, of the normalised q and k), dg and dbeta. The states and writes are recomputed first."""
-    values = chunks.split(v, chunks.dtype)
+def _delta_input_grads(chunks: Chunks, inputs: _DeltaChunks, grads, values, states) -> dict[str, Tensor]:
+    """dq and dk (by chunk, of the normalised q and k), dg and dbeta. The states and writes are recomputed first.
+    `grads` are dO, dvalue and dS' of every chunk."""
+    dout, dvalue, dstates = grads
     at_start, error, delta = torch.empty_like(dstates), torch.empty_like(values), torch.empty_like(values)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
@@ -189,18 +179,19 @@ def _before(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
 
 
-def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
+def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    state, (q, k, v, g, beta) = pool.state, inputs
     dtype, heads = state.dtype, v.shape[1]
     q, k = q.to(dtype), k.to(dtype)
-    if use_qk_l2norm:
+    if options.use_qk_l2norm:
         q, k = _normalise(q)[0], _normalise(k)[0]
     q, k = _repeat_heads(q, heads)[:, :, None], _repeat_heads(k, heads)[:, :, None]
-    rows = gather_states(state, state_indices, (q.shape[0], *state.shape[1:]), state)
+    rows = gather_states(state, pool.indices, (q.shape[0], *state.shape[1:]), state)
     rows = rows * g.to(dtype).exp()[..., None, None]
     write = beta.to(dtype)[..., None, None] * (v.to(dtype)[:, :, None] - k @ rows)
     rows = torch.addcmul(rows, k.mT, write)
-    store_states(state, state_indices, rows)
-    return (scale * (q @ rows)).squeeze(2).to(v.dtype)
+    store_states(state, pool.indices, rows)
+    return (options.scale * (q @ rows)).squeeze(2).to(v.dtype)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -223,13 +214,13 @@ _SSD_CHUNK = 64
 class _SSDChunks:
     """dt, A and C by chunk: all that the gradient of the initial state needs."""
 
-    def __init__(self, chunks: Chunks, dt: Tensor, A: Tensor, C: Tensor):
-        groups = C.shape[2]
-        self.dt = chunks.split(dt, chunks.dtype).unflatten(1, (groups, -1))[..., None]
-        self.rate = A.to(chunks.dtype).view(groups, -1, 1)
+    def __init__(self, chunks: Chunks, inputs: SSDInputs, options: SSDOptions):
+        groups = inputs.C.shape[2]
+        self.dt = chunks.split(process_dt(inputs, options), chunks.dtype).unflatten(1, (groups, -1))[..., None]
+        self.rate = inputs.A.to(chunks.dtype).view(groups, -1, 1)
         self.log_decay = self.dt[..., 0] * self.rate
         self.from_start = self.log_decay.cumsum(-1).exp()[..., None]
-        self.C = chunks.split(C, chunks.dtype)
+        self.C = chunks.split(inputs.C, chunks.dtype)
         self.last = self.from_start[..., -1:, :].flatten(1, 2)  # [NC, H, 1, 1], against states [., H, P, N]
 
     def split_heads(self, chunks: Chunks, x: Tensor) -> Tensor:
@@ -271,8 +262,8 @@ def _as_matrix(states: Tensor, groups: int) -> Tensor:
     return states.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
-def _ssd_states(chunks: Chunks, x: Tensor, B: Tensor, initial_state, state_indices) -> Tensor:
-    return chunks.starting_states(initial_state, state_indices, (*x.shape[2:], B.shape[3]))
+def _ssd_states(chunks: Chunks, inputs: SSDInputs, start: Start) -> Tensor:
+    return chunks.starting_states(start, (*inputs.x.shape[2:], inputs.B.shape[3]))
 
 
 def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
@@ -286,30 +277,16 @@ def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
 
 
 def ssd_forward(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    dt_softplus,
-    dt_limit,
-    output_final_state,
-    chunk_size,
+    inputs: SSDInputs, start: Start, options: SSDOptions, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    chunks = Chunks(x, cu_seqlens, chunk_size or _SSD_CHUNK)
-    inputs = _SSDChunks(chunks, process_dt(dt.to(chunks.dtype), dt_bias, dt_softplus, dt_limit), A, C)
-    inputs.add_pairs(chunks, x, B)
-    states = _ssd_states(chunks, x, B, initial_state, state_indices)
-    output = _ssd_scan(chunks, inputs, states).flatten(1, 2)
+    x, D, z = inputs.x, inputs.D, inputs.z
+    chunks = Chunks(x, start.cu_seqlens, options.chunk_size or _SSD_CHUNK)
+    parts = _SSDChunks(chunks, inputs, options)
+    parts.add_pairs(chunks, x, inputs.B)
+    states = _ssd_states(chunks, inputs, start)
+    output = _ssd_scan(chunks, parts, states).flatten(1, 2)
     if D is not None:
-        output.addcmul_(inputs.x.flatten(1, 2), D.to(chunks.dtype)[:, None, None])
+        output.addcmul_(parts.x.flatten(1, 2), D.to(chunks.dtype)[:, None, None])
     if z is not None:
         output.mul_(torch.nn.functional.silu(chunks.split(z, chunks.dtype)))
     final = chunks.unsort(states) if output_final_state else states.new_empty(0, *states.shape[1:])
@@ -317,63 +294,46 @@ def ssd_forward(
 
 
 def ssd_backward(
-    doutput,
-    dfinal,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    dt_softplus,
-    dt_limit,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: SSDInputs, start: Start, options: SSDOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
     """dS = G_C dS' + dY^T diag(G) C, which needs neither x, B nor S; dY = dO silu(z)."""
-    chunks = Chunks(C, cu_seqlens, chunk_size or _SSD_CHUNK)
-    raw_dt = dt.to(chunks.dtype)
-    inputs = _SSDChunks(chunks, process_dt(raw_dt, dt_bias, dt_softplus, dt_limit), A, C)
+    x, C, D, z = inputs.x, inputs.C, inputs.D, inputs.z
+    chunks = Chunks(C, start.cu_seqlens, options.chunk_size or _SSD_CHUNK)
+    parts, names = _SSDChunks(chunks, inputs, options), wanted.names
+    doutput = grads.output
     if doutput is None:
-        doutput = C.new_zeros(*dt.shape, dfinal.shape[2])
+        doutput = C.new_zeros(*inputs.dt.shape, grads.final_state.shape[2])
     doutput = doutput.to(chunks.dtype)
     dy = doutput if z is None else doutput * torch.nn.functional.silu(z.to(chunks.dtype))
-    found, scanned = {}, wanted - {"initial_state", "D"}
-    if wanted - {"D"}:
-        dout = inputs.split_heads(chunks, dy)
-        shape = (chunks.sequences, dt.shape[2], dout.shape[-1], C.shape[3])
-        dstate = dout.new_zeros(shape) if dfinal is None else chunks.sort(dfinal)
+    found, scanned = {}, names - {"initial_state", "D"}
+    if names - {"D"}:
+        dout = parts.split_heads(chunks, dy)
+        shape = (chunks.sequences, inputs.dt.shape[2], dout.shape[-1], C.shape[3])
+        dstate = dout.new_zeros(shape) if grads.final_state is None else chunks.sort(grads.final_state)
         dstates = dstate.new_empty(chunks.count if scanned else 0, *shape[1:])  # dS' of every chunk
         for at in reversed(chunks.steps):
             grad = dstate[: at.stop - at.start]
             if scanned:
                 dstates[at] = grad
-            read = _side_by_side(inputs.from_start[at] * dout[at]).mT @ inputs.C[at]
-            grad.mul_(inputs.last[at]).add_(read.view_as(grad))
+            read = _side_by_side(parts.from_start[at] * dout[at]).mT @ parts.C[at]
+            grad.mul_(parts.last[at]).add_(read.view_as(grad))
     if scanned:
-        inputs.add_pairs(chunks, x, B)
-        states = _ssd_states(chunks, x, B, initial_state, state_indices)
-        found = _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted)
+        parts.add_pairs(chunks, x, inputs.B)
+        states = _ssd_states(chunks, inputs, start)
+        found = _ssd_input_grads(chunks, parts, dout, dstates, states, names)
     skip = 0.0 if D is None else D.to(chunks.dtype)[:, None]
-    if "x" in wanted:
+    if "x" in names:
         found["x"] = found["x"] + skip * dy
-    if "z" in wanted:
+    if "z" in names:
         found["z"] = doutput * (found.pop("y") + skip * x) * silu_slope(z.to(chunks.dtype))
-    if "D" in wanted:
+    if "D" in names:
         found["D"] = (dy * x).sum((0, 1, 3))
     if "dt" in found:
-        found["dt"] = dt_grad(found["dt"], raw_dt, dt_bias, dt_softplus, dt_limit)
-    if "dt_bias" in wanted:
+        found["dt"] = dt_grad(found["dt"], inputs, options)
+    if "dt_bias" in names:
         found["dt_bias"] = found["dt"].sum((0, 1))
-    if "initial_state" in wanted:
-        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), state_shape, state_indices)
+    if "initial_state" in names:
+        found["initial_state"] = reduce_state_grad(chunks.unsort(dstate), wanted.state_shape, start.indices)
     return found
 
 
@@ -420,15 +380,16 @@ def _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted) -> dict[str,
     return found
 
 
-def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
+def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    x, D, z, state = inputs.x, inputs.D, inputs.z, pool.state
     dtype = state.dtype
-    steps = process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-    B, C = _repeat_heads(B.to(dtype), x.shape[1]), _repeat_heads(C.to(dtype), x.shape[1])
-    rows = gather_states(state, state_indices, (x.shape[0], *state.shape[1:]), state)
-    rows = rows * (steps * A.to(dtype)).exp()[..., None, None]
+    steps = process_dt(inputs, options)
+    B, C = (_repeat_heads(t.to(dtype), x.shape[1]) for t in (inputs.B, inputs.C))
+    rows = gather_states(state, pool.indices, (x.shape[0], *state.shape[1:]), state)
+    rows = rows * (steps * inputs.A.to(dtype)).exp()[..., None, None]
     rows = torch.addcmul(rows, (steps[..., None] * x.to(dtype))[..., None], B[:, :, None])
     output = (rows @ C[..., None]).squeeze(-1)
-    store_states(state, state_indices, rows)
+    store_states(state, pool.indices, rows)
     if D is not None:
         output = output + D.to(dtype)[:, None] * x
     if z is not None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from s0kernels import ops
-from s0kernels.ops import _dispatch, mixer_steps
+from s0kernels.calls import Call
+from s0kernels.ops import mixer_steps, registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: sets of inputs, over which errors are averaged: what a sum to one number a head loses varies by a factor of five
@@ -116,7 +117,7 @@ def rows() -> Iterator[Row]:
     """One row per op, dtype, device and backend; a budget is twice the error of the recurrence in the same dtype, and
     the rounding of that dtype."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    for op in _dispatch.OPS:
+    for op in registry.OPS:
         exact = [_inputs(op, seed) for seed in range(DRAWS)]
         for dtype in DTYPES:
             draws = [{name: x.to(torch.float32 if name in _FP32 else dtype) for name, x in e.items()} for e in exact]
@@ -125,8 +126,8 @@ def rows() -> Iterator[Row]:
             budgets = {name: 2 * error + torch.finfo(dtype).eps for name, error in plain.items()}
             for device in devices:
                 here = [{name: x.to(device) for name, x in d.items()} for d in draws]
-                for backend in _dispatch.ORDER:
-                    if backend != "reference" and not _dispatch.unusable(backend, op, device, dtype, _E, _W):
+                for backend in registry.ORDER:
+                    if backend != "reference" and not registry.unusable(backend, Call(op, device, dtype, _E, _W)):
                         yield _row(op, backend, here, truth, budgets, dtype)
 
 

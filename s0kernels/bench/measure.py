@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from s0kernels import __version__
+from s0kernels.calls import Call
 from s0kernels.files import replace_file
-from s0kernels.ops import _dispatch
+from s0kernels.ops import registry
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the second: of all threads together
 PACKAGES = ("torch", "numpy", "transformers", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang")
@@ -66,7 +67,7 @@ def machine_name(found: dict) -> str:
 
 def instructions() -> str:
     """Which instructions the compiled kernels use here, or what torch's own do where there are none."""
-    if _dispatch.unusable("cpu", "ssd", torch.device("cpu"), torch.float32):
+    if registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32)):
         return torch.backends.cpu.get_cpu_capability().lower()
     return _INSTRUCTIONS[torch.ops.s0kernels_cpu.instructions()]
 
@@ -104,7 +105,7 @@ def kernel_hashes() -> dict[str, str]:
     """A hash of each backend's sources. An installation has no C++ sources: the library stands for them there."""
     backends, csrc = _PACKAGE / "backends", _PACKAGE.parent / "csrc"
     hashes = {}
-    for name, module in _dispatch._MODULES.items():
+    for name, module in registry.MODULES.items():
         home = backends / module.rpartition(".")[2]
         files = [*home.glob("*.py"), home.with_suffix(".py"), *backends.glob("_*.py")]
         compiled = [*csrc.glob("*.*"), *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []

@@ -21,7 +21,8 @@ import torch
 
 from s0kernels.bench import measure
 from s0kernels.bench.baselines import MODELS, OPS, OUR_BUDGET, Op, Scan, Values, state_for_each
-from s0kernels.ops import _dispatch
+from s0kernels.calls import Call
+from s0kernels.ops import registry
 
 OURS = "s0kernels"
 PASSES = {"forward": "forward", "training": "forward + backward", "state": "backward of S0 alone", "step": "one token"}
@@ -63,7 +64,7 @@ def cut(values: Values, rows: int, length: int) -> Values:
 
 def scan(op: Op, name: str, backend: str | None) -> Scan:
     """That of `name`: OURS on `backend`, a backend of ours, or another library."""
-    if name in (OURS, *_dispatch.ORDER):
+    if name in (OURS, *registry.ORDER):
         return partial(op.scan, backend=backend if name == OURS else name)
     return op.baselines[name].scan()
 
@@ -93,7 +94,7 @@ def case(op: Op, run: Scan, values: Values, what: str, state: bool = True) -> me
 
 def step_case(shape: Shape, name: str, backend: str | None, values: Values) -> measure.Case:
     op, pool = shape.op, state_for_each(values, shape.batch).clone()
-    if name in (OURS, *_dispatch.ORDER):
+    if name in (OURS, *registry.ORDER):
         return op.step(values, pool, backend=backend if name == OURS else name)
     step = op.baselines[name].step
     if step is None:
@@ -256,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", dest="passes", action="append", choices=tuple(PASSES), help="default: all of them")
     dtype = {"action": "append", "choices": tuple(DTYPES), "metavar": "DTYPE"}
     parser.add_argument("--dtype", **dtype, help=f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
-    parser.add_argument("--backend", choices=_dispatch.ORDER[:-1], help="ours to measure (default: the default one)")
+    parser.add_argument("--backend", choices=registry.ORDER[:-1], help="ours to measure (default: the default one)")
     parser.add_argument("--against", action="append", metavar="NAME", help="a baseline, or none (default: all)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
@@ -315,8 +316,8 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     for shape, dtype in product(shapes, options.dtype):
-        chosen = (MODELS[shape.model][0], options.backend, torch.device(options.device), DTYPES[dtype])
-        _dispatch.choose(*chosen)  # or an error that says why not
+        call = Call(MODELS[shape.model][0], torch.device(options.device), DTYPES[dtype])
+        registry.choose(options.backend, *call)  # or an error that says why not
     return shapes
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s0kernels.backends._states import state_dtype
+from s0kernels.calls import state_dtype
 from s0kernels.modules.mixer import Rows, S0Mixer, norm_eps
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
 from s0kernels.ops.mixer_steps import gated_delta_mixer_step

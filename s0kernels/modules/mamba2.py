@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s0kernels.backends._states import state_dtype
+from s0kernels.calls import state_dtype
 from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar, norm_eps
 from s0kernels.modules.padding import Padding
 from s0kernels.ops import ssd, ssd_step

@@ -5,12 +5,12 @@ import operator
 import torch
 from torch import Tensor, nn
 
-from s0kernels.backends._states import state_dtype
+from s0kernels.calls import state_dtype
 from s0kernels.modules.arguments import KEYWORD, find_cache
 from s0kernels.modules.convolution import causal_conv, next_window, packed_causal_conv
 from s0kernels.modules.injection import BoundStates, Site
 from s0kernels.modules.padding import Padding
-from s0kernels.ops import _dispatch, _transforms
+from s0kernels.ops import registry, transforms
 
 _SHARED = (
     "_parameters",
@@ -35,8 +35,6 @@ _NORMS = {
     "Qwen3_5MoeRMSNormGated": "variance_epsilon",
     "Qwen3_5RMSNormGated": "variance_epsilon",
 }
-#: rows of fp32 up to which a fused step is no slower on a CPU, where each head convolves its group's inputs anew
-_FEW_ROWS = 2
 _NOT_COPIED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
@@ -103,8 +101,6 @@ class S0Mixer(nn.Module):
         cache = rows.cache
         if mixed.shape[1] != 1 or rows.padding is not None or not cache.can_step(mixed, *tensors, cache.window):
             return None
-        if mixed.device.type == "cpu" and mixed.dtype == torch.float32 and mixed.shape[0] > _FEW_ROWS:
-            return None
         size, width = operator.index(max(cache.state.shape[2:])), operator.index(cache.window.shape[2])
         if cache.recording or width != self.conv_kernel_size or type(self.conv1d) is not nn.Conv1d:
             return None
@@ -113,8 +109,8 @@ class S0Mixer(nn.Module):
             return None
         if cache.state.dtype != torch.float32 or not _is_plain(self.conv1d):
             return None
-        name = _dispatch.choose(op, None, mixed.device, mixed.dtype, size, width)
-        return None if name == "reference" else name
+        name = registry.choose(None, op, mixed.device, mixed.dtype, size, width)
+        return name if mixed.shape[0] <= registry.rows_that_pay(name, op, mixed.device, mixed.dtype) else None
 
     def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict:
         """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
@@ -196,7 +192,7 @@ class MixerCache:
         if not self.live:
             return False
         tensors = (*inputs, self.state)
-        if _transforms.find(*tensors) is not None:
+        if transforms.find(*tensors) is not None:
             return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 

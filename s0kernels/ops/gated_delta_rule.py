@@ -14,11 +14,12 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from s0kernels.backends import _states
-from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
+from s0kernels.backends import shared
+from s0kernels.calls import DeltaInputs, DeltaOptions, Pool, Start
+from s0kernels.ops import registry, sequences, transforms, validation
 from s0kernels.ops.output import ScanOutput
+from s0kernels.ops.registration import Recurrence, register_scan, register_step
 
 _SCAN = "gated_delta_rule"
 _STEP = "gated_delta_rule_step"
@@ -77,29 +78,16 @@ def gated_delta_rule(
             of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
             for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
     """
-    _validate_scan(q, k, v, g, beta, scale, initial_state, state_indices, cu_seqlens, use_qk_l2norm)
-    _validation.check_flag(_SCAN, "output_final_state", output_final_state)
-    _validation.check_chunk_size(_SCAN, chunk_size)
-    transform = _transforms.find(q, k, v, g, beta, initial_state)
-    name = _dispatch.choose(_SCAN, backend, q.device, q.dtype, transform=transform)
+    inputs, start = DeltaInputs(q, k, v, g, beta), Start(initial_state, state_indices, cu_seqlens)
+    _check_inputs(validation.Checker(_SCAN, "q", q), inputs, "B T", scale, use_qk_l2norm).start(start, "HV K V")
+    validation.check_scan(_SCAN, output_final_state, chunk_size)
+    options = DeltaOptions(_scale(scale, q), use_qk_l2norm, chunk_size or 0)
+    transform = transforms.find(*inputs, initial_state)
+    name = registry.choose(backend, _SCAN, q.device, q.dtype, transform=transform)
     if name == "reference":
-        return gated_delta_rule_reference(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=scale,
-            initial_state=initial_state,
-            state_indices=state_indices,
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=use_qk_l2norm,
-            output_final_state=output_final_state,
-        )
-    output, final_state = torch.ops.s0kernels.gated_delta_rule(
-        *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
-        *(_scale(scale, q), use_qk_l2norm, output_final_state, chunk_size or 0, name),
-    )
+        output, final_state = _scan_reference(inputs, start, options)
+    else:
+        output, final_state = _scan_op(*inputs, *start, *options, output_final_state, name)
     return ScanOutput(output, final_state if output_final_state else None)
 
 
@@ -138,44 +126,26 @@ def gated_delta_rule_step(
         TypeError, ValueError: as in `gated_delta_rule`; also when a row is named twice, and when gradients are enabled
             and an input requires one (there is no backward).
     """
-    _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices)
-    name = _dispatch.choose(_STEP, backend, q.device, q.dtype, operator.index(max(state.shape[-2:])))
-    scale = _scale(scale, q)
-    return torch.ops.s0kernels.gated_delta_rule_step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, name)
+    inputs, pool = DeltaInputs(q, k, v, g, beta), Pool(state, state_indices)
+    _check_inputs(validation.Checker(_STEP, "q", q), inputs, "B", scale, use_qk_l2norm).pool(pool, "HV K V")
+    tensors = {**inputs._asdict(), "state": state}
+    validation.check_no_grad(_STEP, tensors)
+    transforms.refuse(_STEP, *tensors.values())
+    name = registry.choose(backend, _STEP, q.device, q.dtype, operator.index(max(state.shape[-2:])))
+    return _step_op(*inputs, *pool, *DeltaOptions(_scale(scale, q), use_qk_l2norm), name)
 
 
-# Validation
-
-
-def _validate_scan(q, k, v, g, beta, scale, initial_state, state_indices, cu_seqlens, use_qk_l2norm) -> None:
-    _validation.check_floating(_SCAN, "q", q)
-    check = _validation.Checker(_SCAN, q.device)
-    check.tensor("q", q, "B T H K", (q.dtype,))
-    check.tensor("k", k, "B T H K", (q.dtype,))
-    check.tensor("v", v, "B T HV V", (q.dtype,))
+def _check_inputs(check: validation.Checker, inputs: DeltaInputs, rows: str, scale, l2norm) -> validation.Checker:
+    dtype = inputs.q.dtype
+    check.tensor("q", inputs.q, f"{rows} H K", (dtype,))
+    check.tensor("k", inputs.k, f"{rows} H K", (dtype,))
+    check.tensor("v", inputs.v, f"{rows} HV V", (dtype,))
     check.multiple("HV", "H", "v")
-    check.tensor("g", g, "B T HV", (q.dtype, torch.float32))
-    check.tensor("beta", beta, "B T HV", (q.dtype, torch.float32))
-    check.sequences(cu_seqlens)
-    check.state("initial_state", initial_state, state_indices, "HV K V", _states.state_dtype(q.dtype))
-    _validation.check_scale(_SCAN, scale)
-    _validation.check_flag(_SCAN, "use_qk_l2norm", use_qk_l2norm)
-
-
-def _validate_step(q, k, v, g, beta, state, scale, use_qk_l2norm, state_indices) -> None:
-    _validation.check_floating(_STEP, "q", q)
-    check = _validation.Checker(_STEP, q.device)
-    check.tensor("q", q, "B H K", (q.dtype,))
-    check.tensor("k", k, "B H K", (q.dtype,))
-    check.tensor("v", v, "B HV V", (q.dtype,))
-    check.multiple("HV", "H", "v")
-    check.tensor("g", g, "B HV", (q.dtype, torch.float32))
-    check.tensor("beta", beta, "B HV", (q.dtype, torch.float32))
-    check.step_state(state, state_indices, "HV K V", _states.state_dtype(q.dtype))
-    _validation.check_scale(_STEP, scale)
-    _validation.check_flag(_STEP, "use_qk_l2norm", use_qk_l2norm)
-    _validation.check_no_grad(_STEP, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state})
-    _transforms.refuse(_STEP, q, k, v, g, beta, state)
+    check.tensor("g", inputs.g, f"{rows} HV", (dtype, torch.float32))
+    check.tensor("beta", inputs.beta, f"{rows} HV", (dtype, torch.float32))
+    validation.check_scale(check.op, scale)
+    validation.check_flag(check.op, "use_qk_l2norm", l2norm)
+    return check
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -203,20 +173,26 @@ def gated_delta_rule_reference(
 
     Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
     """
-    nseq = _sequences.num_sequences(q.shape[0], cu_seqlens)
-    if not torch.compiler.is_compiling():
-        _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
-    like = q.new_empty(0, dtype=_states.state_dtype(q.dtype))
-    states = _states.gather_states(initial_state, state_indices, (nseq, v.shape[2], q.shape[3], v.shape[3]), like)
-    scan = functools.partial(_reference_scan, scale=_scale(scale, q), use_qk_l2norm=use_qk_l2norm)
-    with _dispatch.without_autocast(q.device):
-        output, final_state = _sequences.scan_each(scan, (q, k, v, g, beta), states, cu_seqlens)
-    return ScanOutput(output.to(q.dtype), final_state if output_final_state else None)
+    inputs, start = DeltaInputs(q, k, v, g, beta), Start(initial_state, state_indices, cu_seqlens)
+    output, final_state = _scan_reference(inputs, start, DeltaOptions(_scale(scale, q), use_qk_l2norm))
+    return ScanOutput(output, final_state if output_final_state else None)
 
 
-def _reference_scan(q, k, v, g, beta, state, *, scale, use_qk_l2norm) -> tuple[Tensor, Tensor]:
+def _scan_reference(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[Tensor, Tensor]:
+    with registry.without_autocast(inputs.q.device):
+        states = sequences.starting_states(start, inputs.q, _state_shape(inputs))
+        scan = functools.partial(_reference_scan, options=options)
+        output, final_state = sequences.scan_each(scan, inputs, states, start.cu_seqlens)
+    return output.to(inputs.q.dtype), final_state
+
+
+def _state_shape(inputs: DeltaInputs) -> tuple[int, int, int]:
+    return inputs.v.shape[-2], inputs.q.shape[-1], inputs.v.shape[-1]
+
+
+def _reference_scan(q, k, v, g, beta, state, *, options: DeltaOptions) -> tuple[Tensor, Tensor]:
     q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
-    if use_qk_l2norm:
+    if options.use_qk_l2norm:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
@@ -225,7 +201,7 @@ def _reference_scan(q, k, v, g, beta, state, *, scale, use_qk_l2norm) -> tuple[T
         state = state * g[:, t, :, None, None].exp()
         error = v[:, t] - (state * k[:, t, :, :, None]).sum(-2)
         state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
-        outputs.append(scale * (state * q[:, t, :, :, None]).sum(-2))
+        outputs.append(options.scale * (state * q[:, t, :, :, None]).sum(-2))
     return (torch.stack(outputs, dim=1) if outputs else v.clone()), state.clone()
 
 
@@ -242,147 +218,20 @@ def gated_delta_rule_step_reference(
     state_indices: Tensor | None = None,
 ) -> Tensor:
     """`gated_delta_rule_step` as a scan over one token; the oracle for every other backend."""
-    output, final_state = gated_delta_rule_reference(
-        *(x.unsqueeze(1) for x in (q, k, v, g, beta)),
-        scale=scale,
-        initial_state=state,
-        state_indices=state_indices,
-        use_qk_l2norm=use_qk_l2norm,
-    )
-    _states.store_states(state, state_indices, final_state)
+    options = DeltaOptions(_scale(scale, q), use_qk_l2norm)
+    return _step_reference(DeltaInputs(q, k, v, g, beta), Pool(state, state_indices), options)
+
+
+def _step_reference(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    token = DeltaInputs(*(x.unsqueeze(1) for x in inputs))
+    output, final_state = _scan_reference(token, Start(pool.state, pool.indices), options)
+    shared.store_states(pool.state, pool.indices, final_state)
     return output.squeeze(1)
 
 
-# Registration: opaque to torch.compile, so that backends may look at values
-
-_INPUTS = ("q", "k", "v", "g", "beta", "initial_state")  # the differentiable ones, in the order of the schema
-
-
-@torch.library.custom_op("s0kernels::gated_delta_rule", mutates_args=())
-def _scan_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    use_qk_l2norm: bool,
-    output_final_state: bool,
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _sequences.check_values(q.shape[1], cu_seqlens, state_indices, initial_state)
-    with _dispatch.without_autocast(q.device):
-        return _dispatch.ready(backend).gated_delta_rule_forward(
-            *(q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            output_final_state=output_final_state,
-            chunk_size=chunk_size or None,
-        )
-
-
-@_scan_op.register_fake
-def _(q, k, v, g, beta, initial_state, state_indices, cu_seqlens, scale, l2norm, output_final_state, chunk, backend):
-    dtype = _states.state_dtype(q.dtype)
-    nseq = _sequences.num_sequences(q.shape[0], cu_seqlens) if output_final_state else 0
-    final = q.new_empty((nseq, v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
-    return q.new_empty(v.shape), final
-
-
-@torch.library.custom_op("s0kernels::gated_delta_rule_backward", mutates_args=())
-def _backward_op(
-    doutput: Tensor | None,
-    dfinal_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state_shape: list[int],
-    scale: float,
-    use_qk_l2norm: bool,
-    chunk_size: int,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients that `needs` asks for, in the order of `_INPUTS`. v and initial_state may be None where only the
-    initial state's is wanted; its shape is `state_shape`."""
-    wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
-    with _dispatch.without_autocast(q.device):
-        found = _dispatch.ready(backend).gated_delta_rule_backward(
-            *(doutput, dfinal_state, q, k, v, g, beta, initial_state, state_indices, cu_seqlens),
-            state_shape=tuple(state_shape),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            chunk_size=chunk_size or None,
-            wanted=frozenset(wanted),
-        )
-    inputs = dict(zip(_INPUTS, (q, k, v, g, beta), strict=False))
-    return [_states.as_gradient(found[name], inputs.get(name)) for name in wanted]
-
-
-@_backward_op.register_fake
-def _(do, dfinal, q, k, v, g, beta, h0, indices, cu_seqlens, state_shape, scale, l2norm, chunk, backend, needs):
-    grads = [x.new_empty(x.shape) for x, need in zip((q, k, v, g, beta), needs, strict=False) if need]
-    if needs[-1]:
-        grads.append(q.new_empty(state_shape, dtype=_states.state_dtype(q.dtype)))
-    return grads
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, scale, l2norm, _, chunk_size, backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.needs = list(ctx.needs_input_grad[: len(_INPUTS)])
-    ctx.arguments = len(inputs)
-    ctx.options = ([] if initial_state is None else list(initial_state.shape), scale, l2norm, chunk_size, backend)
-    if not any(ctx.needs[:-1]):  # only the initial state: v and the states have no part in its gradient
-        v = initial_state = None
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, state_indices, cu_seqlens)
-
-
-def _backward(ctx, doutput, dfinal_state):
-    if doutput is None and dfinal_state is None:
-        return (None,) * ctx.arguments
-    _transforms.check_gradients(_SCAN, doutput, dfinal_state)
-    found = iter(
-        torch.ops.s0kernels.gated_delta_rule_backward(
-            doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs
-        )
-    )
-    grads = [next(found) if need else None for need in ctx.needs]
-    return (*grads, *[None] * (ctx.arguments - len(grads)))
-
-
-_scan_op.register_autograd(_backward, setup_context=_setup_context)
-_scan_op.register_vmap(_transforms.one_by_one(_scan_op))
-_backward_op.register_autograd(_transforms.no_second_derivative(_SCAN))
-_backward_op.register_vmap(_transforms.one_by_one(_backward_op))
-
-
-def _step_op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend) -> Tensor:
-    _sequences.check_values(1, None, state_indices, state, unique=True)
-    increment_version(state)  # kernels write behind autograd's back
-    step = gated_delta_rule_step_reference if backend == "reference" else _dispatch.ready(backend).gated_delta_rule_step
-    with _dispatch.without_autocast(q.device):
-        return step(q, k, v, g, beta, state, scale=scale, use_qk_l2norm=use_qk_l2norm, state_indices=state_indices)
-
-
-# not by custom_op, whose wrappers would take as long as the step of a small model
-_library = torch.library.Library("s0kernels", "FRAGMENT")
-_library.define(
-    "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
-    "Tensor? state_indices, float scale, bool use_qk_l2norm, str backend) -> Tensor"
+_scan_op = register_scan(
+    Recurrence(_SCAN, DeltaInputs, DeltaOptions, like="v", always="q", state_shape=_state_shape, unneeded=("v",))
 )
-_library.impl("gated_delta_rule_step", _step_op, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("s0kernels::gated_delta_rule_step")
-def _(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm, backend):
-    return q.new_empty(v.shape)
+_step_op = register_step(
+    _STEP, (DeltaInputs, Pool, DeltaOptions), _step_reference, lambda inputs, _: inputs.q.new_empty(inputs.v.shape)
+)

@@ -14,11 +14,12 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from s0kernels.backends import _states
-from s0kernels.ops import _dispatch, _sequences, _transforms, _validation
+from s0kernels.backends import shared
+from s0kernels.calls import Pool, SSDInputs, SSDOptions, Start, state_dtype
+from s0kernels.ops import registry, sequences, transforms, validation
 from s0kernels.ops.output import ScanOutput
+from s0kernels.ops.registration import Recurrence, register_scan, register_step
 
 _SCAN = "ssd"
 _STEP = "ssd_step"
@@ -84,32 +85,17 @@ def ssd(
             of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
             for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
     """
-    _validate_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, state_indices, cu_seqlens)
-    _validation.check_flag(_SCAN, "output_final_state", output_final_state)
-    _validation.check_chunk_size(_SCAN, chunk_size)
-    transform = _transforms.find(x, dt, A, B, C, D, z, dt_bias, initial_state)
-    name = _dispatch.choose(_SCAN, backend, x.device, x.dtype, transform=transform)
+    inputs = SSDInputs(x, dt, A, B, C, D, z, dt_bias)
+    start = Start(initial_state, state_indices, cu_seqlens)
+    _check_inputs(validation.Checker(_SCAN, "x", x), inputs, "B T", dt_softplus, dt_limit).start(start, "H P N")
+    validation.check_scan(_SCAN, output_final_state, chunk_size)
+    options = SSDOptions(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), chunk_size or 0)
+    transform = transforms.find(*inputs, initial_state)
+    name = registry.choose(backend, _SCAN, x.device, x.dtype, transform=transform)
     if name == "reference":
-        return ssd_reference(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D=D,
-            z=z,
-            dt_bias=dt_bias,
-            dt_softplus=dt_softplus,
-            dt_limit=dt_limit,
-            initial_state=initial_state,
-            state_indices=state_indices,
-            cu_seqlens=cu_seqlens,
-            output_final_state=output_final_state,
-        )
-    output, final_state = torch.ops.s0kernels.ssd(
-        *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
-        *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), output_final_state, chunk_size or 0, name),
-    )
+        output, final_state = _scan_reference(inputs, start, options)
+    else:
+        output, final_state = _scan_op(*inputs, *start, *options, output_final_state, name)
     return ScanOutput(output, final_state if output_final_state else None)
 
 
@@ -150,54 +136,31 @@ def ssd_step(
         TypeError, ValueError: as in `ssd`; also when a row is named twice, and when gradients are enabled and an
             input requires one (there is no backward).
     """
-    _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
-    name = _dispatch.choose(_STEP, backend, x.device, x.dtype, operator.index(max(state.shape[-2:])))
-    return torch.ops.s0kernels.ssd_step(
-        *(x, dt, A, B, C, state, D, z, dt_bias, state_indices),
-        *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), name),
-    )
+    inputs, pool = SSDInputs(x, dt, A, B, C, D, z, dt_bias), Pool(state, state_indices)
+    _check_inputs(validation.Checker(_STEP, "x", x), inputs, "B", dt_softplus, dt_limit).pool(pool, "H P N")
+    tensors = {**inputs._asdict(), "state": state}
+    validation.check_no_grad(_STEP, tensors)
+    transforms.refuse(_STEP, *tensors.values())
+    name = registry.choose(backend, _STEP, x.device, x.dtype, operator.index(max(state.shape[-2:])))
+    return _step_op(*inputs, *pool, *SSDOptions(dt_softplus, float(dt_limit[0]), float(dt_limit[1])), name)
 
 
-# Validation
-
-
-def _validate_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, indices, cu_seqlens) -> None:
-    _validation.check_floating(_SCAN, "x", x)
-    check = _validation.Checker(_SCAN, x.device)
-    check.tensor("x", x, "B T H P", (x.dtype,))
-    _check_inputs(check, x, dt, A, B, C, D, z, dt_bias, "B T")
-    check.sequences(cu_seqlens)
-    check.state("initial_state", initial_state, indices, "H P N", _states.state_dtype(x.dtype))
-    _validation.check_flag(_SCAN, "dt_softplus", dt_softplus)
-    _validation.check_dt_limit(_SCAN, dt_limit)
-
-
-def _validate_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> None:
-    _validation.check_floating(_STEP, "x", x)
-    check = _validation.Checker(_STEP, x.device)
-    check.tensor("x", x, "B H P", (x.dtype,))
-    _check_inputs(check, x, dt, A, B, C, D, z, dt_bias, "B")
-    check.step_state(state, state_indices, "H P N", _states.state_dtype(x.dtype))
-    _validation.check_flag(_STEP, "dt_softplus", dt_softplus)
-    _validation.check_dt_limit(_STEP, dt_limit)
-    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state}
-    _validation.check_no_grad(_STEP, tensors)
-    _transforms.refuse(_STEP, *tensors.values())
-
-
-def _check_inputs(check: _validation.Checker, x, dt, A, B, C, D, z, dt_bias, rows: str) -> None:
-    scalars = (x.dtype, torch.float32)
-    check.tensor("dt", dt, f"{rows} H", scalars)
-    check.tensor("A", A, "H", scalars)
-    check.tensor("B", B, f"{rows} G N", (x.dtype,))
+def _check_inputs(check: validation.Checker, inputs: SSDInputs, rows: str, dt_softplus, dt_limit) -> validation.Checker:
+    dtype = inputs.x.dtype
+    scalars = (dtype, torch.float32)
+    check.tensor("x", inputs.x, f"{rows} H P", (dtype,))
+    check.tensor("dt", inputs.dt, f"{rows} H", scalars)
+    check.tensor("A", inputs.A, "H", scalars)
+    check.tensor("B", inputs.B, f"{rows} G N", (dtype,))
     check.multiple("H", "G", "x")
-    check.tensor("C", C, f"{rows} G N", (x.dtype,))
-    if D is not None:
-        check.tensor("D", D, "H", scalars)
-    if z is not None:
-        check.tensor("z", z, f"{rows} H P", (x.dtype,))
-    if dt_bias is not None:
-        check.tensor("dt_bias", dt_bias, "H", scalars)
+    check.tensor("C", inputs.C, f"{rows} G N", (dtype,))
+    optional = {"D": ("H", scalars), "z": (f"{rows} H P", (dtype,)), "dt_bias": ("H", scalars)}
+    for name, (dims, dtypes) in optional.items():
+        if getattr(inputs, name) is not None:
+            check.tensor(name, getattr(inputs, name), dims, dtypes)
+    validation.check_flag(check.op, "dt_softplus", dt_softplus)
+    validation.check_dt_limit(check.op, dt_limit)
+    return check
 
 
 # Reference: the recurrence as written, token by token, differentiated by autograd
@@ -224,21 +187,28 @@ def ssd_reference(
 
     Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
     """
-    dtype = _states.state_dtype(x.dtype)
-    nseq = _sequences.num_sequences(x.shape[0], cu_seqlens)
-    if not torch.compiler.is_compiling():
-        _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
-    like = x.new_empty(0, dtype=dtype)
-    states = _states.gather_states(initial_state, state_indices, (nseq, *x.shape[2:], B.shape[3]), like)
-    with _dispatch.without_autocast(x.device):
-        steps = _states.process_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-        scan = functools.partial(_reference_scan, A=A.to(dtype))
-        output, final_state = _sequences.scan_each(scan, (x, steps, B, C), states, cu_seqlens)
-        if D is not None:
-            output = output + D.to(dtype)[:, None] * x
-        if z is not None:
-            output = output * torch.nn.functional.silu(z.to(dtype))
-    return ScanOutput(output.to(x.dtype), final_state if output_final_state else None)
+    inputs = SSDInputs(x, dt, A, B, C, D, z, dt_bias)
+    start, options = Start(initial_state, state_indices, cu_seqlens), SSDOptions(dt_softplus, *dt_limit)
+    output, final_state = _scan_reference(inputs, start, options)
+    return ScanOutput(output, final_state if output_final_state else None)
+
+
+def _scan_reference(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[Tensor, Tensor]:
+    x, dtype = inputs.x, state_dtype(inputs.x.dtype)
+    states = sequences.starting_states(start, x, _state_shape(inputs))
+    with registry.without_autocast(x.device):
+        steps = shared.process_dt(inputs, options)
+        scan = functools.partial(_reference_scan, A=inputs.A.to(dtype))
+        output, final_state = sequences.scan_each(scan, (x, steps, inputs.B, inputs.C), states, start.cu_seqlens)
+        if inputs.D is not None:
+            output = output + inputs.D.to(dtype)[:, None] * x
+        if inputs.z is not None:
+            output = output * torch.nn.functional.silu(inputs.z.to(dtype))
+    return output.to(x.dtype), final_state
+
+
+def _state_shape(inputs: SSDInputs) -> tuple[int, int, int]:
+    return inputs.x.shape[-2], inputs.x.shape[-1], inputs.B.shape[-1]
 
 
 def _reference_scan(x, dt, B, C, state, *, A) -> tuple[Tensor, Tensor]:
@@ -268,162 +238,21 @@ def ssd_step_reference(
     state_indices: Tensor | None = None,
 ) -> Tensor:
     """`ssd_step` as a scan over one token; the oracle for every other backend."""
-    output, final_state = ssd_reference(
-        x.unsqueeze(1),
-        dt.unsqueeze(1),
-        A,
-        B.unsqueeze(1),
-        C.unsqueeze(1),
-        D=D,
-        z=None if z is None else z.unsqueeze(1),
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        initial_state=state,
-        state_indices=state_indices,
-    )
-    _states.store_states(state, state_indices, final_state)
+    inputs, options = SSDInputs(x, dt, A, B, C, D, z, dt_bias), SSDOptions(dt_softplus, *dt_limit)
+    return _step_reference(inputs, Pool(state, state_indices), options)
+
+
+def _step_reference(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    token = {name: getattr(inputs, name).unsqueeze(1) for name in ("x", "dt", "B", "C")}
+    z = None if inputs.z is None else inputs.z.unsqueeze(1)
+    output, final_state = _scan_reference(inputs._replace(**token, z=z), Start(pool.state, pool.indices), options)
+    shared.store_states(pool.state, pool.indices, final_state)
     return output.squeeze(1)
 
 
-# Registration: opaque to torch.compile, so that backends may look at values
-
-# the differentiable ones, in the order of the schema
-_INPUTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
-
-
-@torch.library.custom_op("s0kernels::ssd", mutates_args=())
-def _scan_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    output_final_state: bool,
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _sequences.check_values(x.shape[1], cu_seqlens, state_indices, initial_state)
-    with _dispatch.without_autocast(x.device):
-        return _dispatch.ready(backend).ssd_forward(
-            *(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
-            dt_softplus=dt_softplus,
-            dt_limit=(dt_min, dt_max),
-            output_final_state=output_final_state,
-            chunk_size=chunk_size or None,
-        )
-
-
-@_scan_op.register_fake
-def _(
-    x, dt, A, B, C, D, z, dt_bias, h0, indices, cu_seqlens, softplus, dt_min, dt_max, output_final_state, chunk, backend
-):
-    nseq = _sequences.num_sequences(x.shape[0], cu_seqlens) if output_final_state else 0
-    final = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=_states.state_dtype(x.dtype))
-    return x.new_empty(x.shape), final
-
-
-@torch.library.custom_op("s0kernels::ssd_backward", mutates_args=())
-def _backward_op(
-    doutput: Tensor | None,
-    dfinal_state: Tensor | None,
-    x: Tensor | None,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor | None,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state_shape: list[int],
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients that `needs` asks for, in the order of `_INPUTS`. x, B, D and initial_state may be None where only
-    the initial state's is wanted; its shape is `state_shape`."""
-    wanted = [name for name, need in zip(_INPUTS, needs, strict=True) if need]
-    with _dispatch.without_autocast(dt.device):
-        found = _dispatch.ready(backend).ssd_backward(
-            *(doutput, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens),
-            state_shape=tuple(state_shape),
-            dt_softplus=dt_softplus,
-            dt_limit=(dt_min, dt_max),
-            chunk_size=chunk_size or None,
-            wanted=frozenset(wanted),
-        )
-    inputs = dict(zip(_INPUTS, (x, dt, A, B, C, D, z, dt_bias), strict=False))
-    return [_states.as_gradient(found[name], inputs.get(name)) for name in wanted]
-
-
-@_backward_op.register_fake
-def _(do, dfinal, x, dt, A, B, C, D, z, dt_bias, h0, indices, cu_seqlens, state_shape, *options):
-    needs = options[-1]
-    grads = [t.new_empty(t.shape) for t, need in zip((x, dt, A, B, C, D, z, dt_bias), needs, strict=False) if need]
-    if needs[-1]:
-        grads.append(C.new_empty(state_shape, dtype=_states.state_dtype(C.dtype)))
-    return grads
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens, softplus, low, high, _, *rest = inputs
-    ctx.set_materialize_grads(False)
-    ctx.needs = list(ctx.needs_input_grad[: len(_INPUTS)])
-    ctx.arguments = len(inputs)
-    ctx.options = ([] if initial_state is None else list(initial_state.shape), softplus, low, high, *rest)
-    if not any(ctx.needs[:-1]):  # only the initial state: x, B, D and the states have no part in its gradient
-        x = B = D = initial_state = None
-    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, state_indices, cu_seqlens)
-
-
-def _backward(ctx, doutput, dfinal_state):
-    if doutput is None and dfinal_state is None:
-        return (None,) * ctx.arguments
-    _transforms.check_gradients(_SCAN, doutput, dfinal_state)
-    found = iter(torch.ops.s0kernels.ssd_backward(doutput, dfinal_state, *ctx.saved_tensors, *ctx.options, ctx.needs))
-    grads = [next(found) if need else None for need in ctx.needs]
-    return (*grads, *[None] * (ctx.arguments - len(grads)))
-
-
-_scan_op.register_autograd(_backward, setup_context=_setup_context)
-_scan_op.register_vmap(_transforms.one_by_one(_scan_op))
-_backward_op.register_autograd(_transforms.no_second_derivative(_SCAN))
-_backward_op.register_vmap(_transforms.one_by_one(_backward_op))
-
-
-def _step_op(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend) -> Tensor:
-    _sequences.check_values(1, None, state_indices, state, unique=True)
-    increment_version(state)  # kernels write behind autograd's back
-    step = ssd_step_reference if backend == "reference" else _dispatch.ready(backend).ssd_step
-    options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": (dt_min, dt_max)}
-    with _dispatch.without_autocast(x.device):
-        return step(x, dt, A, B, C, state, state_indices=state_indices, **options)
-
-
-# not by custom_op, whose wrappers would take as long as the step of a small model
-_library = torch.library.Library("s0kernels", "FRAGMENT")
-_library.define(
-    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max, str backend) -> Tensor"
+_scan_op = register_scan(
+    Recurrence(_SCAN, SSDInputs, SSDOptions, like="x", always="C", state_shape=_state_shape, unneeded=("x", "B", "D"))
 )
-_library.impl("ssd_step", _step_op, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("s0kernels::ssd_step")
-def _(x, dt, A, B, C, state, D, z, dt_bias, state_indices, dt_softplus, dt_min, dt_max, backend):
-    return x.new_empty(x.shape)
+_step_op = register_step(
+    _STEP, (SSDInputs, Pool, SSDOptions), _step_reference, lambda inputs, _: inputs.x.new_empty(inputs.x.shape)
+)

@@ -6,6 +6,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from s0kernels.backends.triton.delta import gated_delta_rule_backward, gated_delta_rule_forward, gated_delta_rule_step
 from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
 from s0kernels.backends.triton.mamba import ssd_backward, ssd_forward, ssd_step
+from s0kernels.calls import Call
 
 __all__ = [
     "gated_delta_rule_backward",
@@ -18,7 +19,8 @@ __all__ = [
 ]
 
 
-def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def supports(call: Call) -> str | None:
+    device, dtype = call.device, call.dtype
     if dtype == torch.float64:
         return "computes in fp32, not in fp64"
     if device.type == "cuda":

@@ -27,6 +27,7 @@ from s0kernels.backends.triton.launch import (
 )
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
+from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Pool, Start, Wanted
 
 #: By stage and bytes of the dtype, from which compute capability on: the tile (of V, where there is one), warps,
 #: pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
@@ -49,17 +50,19 @@ TILES = {
 class _Call:
     """The sizes of one call, and the launches that forward and backward share."""
 
-    def __init__(self, q, k, g, beta, V, cu_seqlens, scale, use_qk_l2norm, chunk_size):
-        self.q, self.k, self.g, self.beta, self.cu_seqlens = q, k, g, beta, cu_seqlens
-        self.scale, self.normalise = scale, use_qk_l2norm
+    def __init__(self, inputs: DeltaInputs, V: int, start: Start, options: DeltaOptions):
+        q, cu_seqlens = inputs.q, start.cu_seqlens
+        self.q, self.k, self.v, self.g, self.beta = inputs
+        self.start, self.cu_seqlens = start, cu_seqlens
+        self.scale, self.normalise = options.scale, options.use_qk_l2norm
         self.B, self.T, self.H, self.K = q.shape
-        self.HV, self.V = g.shape[2], V
-        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.HV, self.V = self.g.shape[2], V
+        self.N = start.sequences(self.B)
         if self.N == 0 and self.T * self.B > 0:
             raise ValueError(f"cu_seqlens must start at 0 and end at T = {self.T}, got no sequences")
         self.bytes = q.element_size()
         longest = 64 if self.bytes == 2 else 32
-        self.BT = min(longest, power_of_two(chunk_size or longest))
+        self.BT = min(longest, power_of_two(options.chunk_size or longest))
         self.slots = slot_count(self.B, self.T, self.N, self.BT, cu_seqlens is not None)
         self.sizes = {"H": self.H, "HV": self.HV, "K": self.K}
         self.blocks = {"BT": self.BT, "BK": power_of_two(self.K), "BN": min(1024, power_of_two(self.N))}
@@ -108,13 +111,13 @@ class _Call:
             tiles=self.tiles("prepare"),
         )
 
-    def scan(self, v, initial_state, state_indices, *, o=None, r=None, h=None, ht=None) -> None:
+    def scan(self, *, o=None, r=None, h=None, ht=None) -> None:
         launch(
             gated_delta_rule_scan_fwd_kernel,
             self.walks,
-            *(self.q, self.k, v, self.w, self.p, self.gates, initial_state, state_indices, self.cu_seqlens),
-            *(o, r, h, ht, self.T, self.N, bank_size(initial_state)),
-            *(self.q.stride(), self.k.stride(), v.stride(), state_strides(initial_state)),
+            *(self.q, self.k, self.v, self.w, self.p, self.gates, *self.start),
+            *(o, r, h, ht, self.T, self.N, bank_size(self.start.state)),
+            *(self.q.stride(), self.k.stride(), self.v.stride(), state_strides(self.start.state)),
             **self.sizes,
             V=self.V,
             BV=self.tile,
@@ -136,15 +139,17 @@ class _Call:
             tiles=tiles,
         )
 
-    def scan_backward(
-        self, do, dht, *, dv, dh0, v=None, initial_state=None, state_indices=None, r=None, h=None, dh=None
-    ) -> None:
+    def scan_backward(self, grads: Grads, *, dv, dh0, r=None, h=None, dh=None) -> None:
+        """With r, h and dh the states are recomputed beside it."""
+        again = r is not None
+        v, start = (self.v, self.start) if again else (None, Start(cu_seqlens=self.cu_seqlens))
+        do, dht = grads
         launch(
             gated_delta_rule_scan_bwd_kernel,
-            self.walks if v is None else 2 * self.walks,
-            *(self.q, self.k, v, self.w, self.p, self.gates, initial_state, state_indices, self.cu_seqlens),
-            *(do, dht, r, dv, h, dh, dh0, self.T, self.N, bank_size(initial_state), self.walks),
-            *(self.q.stride(), self.k.stride(), strides(v, 4), state_strides(initial_state)),
+            2 * self.walks if again else self.walks,
+            *(self.q, self.k, v, self.w, self.p, self.gates, *start),
+            *(do, dht, r, dv, h, dh, dh0, self.T, self.N, bank_size(start.state), self.walks),
+            *(self.q.stride(), self.k.stride(), strides(v, 4), state_strides(start.state)),
             *(strides(do, 4), strides(dht, 4)),
             **self.sizes,
             V=self.V,
@@ -188,9 +193,9 @@ class _Call:
 
 
 def gated_delta_rule_forward(
-    q, k, v, g, beta, initial_state, state_indices, cu_seqlens, *, scale, use_qk_l2norm, output_final_state, chunk_size
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(q, k, g, beta, v.shape[3], cu_seqlens, scale, use_qk_l2norm, chunk_size)
+    call = _Call(inputs, inputs.v.shape[3], start, options)
     o = call.tokens()
     shape = (call.N if output_final_state else 0, call.HV, call.K, call.V)
     final = call.scratch(*shape, dtype=torch.float32)
@@ -198,59 +203,50 @@ def gated_delta_rule_forward(
     call.prepare()
     if call.split:
         r, h = call.tokens(), call.chunk_states()
-        call.scan(v, initial_state, state_indices, r=r, h=h, ht=ht)
+        call.scan(r=r, h=h, ht=ht)
         call.output(r, h, o)
     else:
-        call.scan(v, initial_state, state_indices, o=o, ht=ht)
+        call.scan(o=o, ht=ht)
     return o, final
 
 
 def gated_delta_rule_backward(
-    doutput,
-    dfinal,
-    q,
-    k,
-    v,
-    g,
-    beta,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    scale,
-    use_qk_l2norm,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
-    V = doutput.shape[3] if doutput is not None else dfinal.shape[3]
-    call = _Call(q, k, g, beta, V, cu_seqlens, scale, use_qk_l2norm, chunk_size)
-    if doutput is not None:
-        doutput = doutput.to(q.dtype)
-    others = wanted & {"q", "k", "g", "beta"}
-    dv = call.tokens() if others or "v" in wanted else None
+    names = wanted.names
+    V = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[3]
+    call = _Call(inputs, V, start, options)
+    if grads.output is not None:
+        grads = grads._replace(output=grads.output.to(inputs.q.dtype))
+    others = names & {"q", "k", "g", "beta"}
+    dv = call.tokens() if others or "v" in names else None
     dh0 = None
-    if "initial_state" in wanted:
+    if "initial_state" in names:
         dh0 = call.scratch(call.N, call.HV, call.K, call.V, dtype=torch.float32)
     call.prepare()
-    grads = {}
+    found = {}
     if not others:
-        call.scan_backward(doutput, dfinal, dv=dv, dh0=dh0)
+        call.scan_backward(grads, dv=dv, dh0=dh0)
     else:
         r, h, dh = call.tokens(), call.chunk_states(), call.chunk_states()
-        states = {"v": v, "initial_state": initial_state, "state_indices": state_indices, "r": r, "h": h, "dh": dh}
-        call.scan_backward(doutput, dfinal, dv=dv, dh0=dh0, **states)
-        inputs = {"q": q, "k": k, "g": g, "beta": beta}
-        grads = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n, x in inputs.items() if n in wanted}
-        call.inputs_backward(doutput, r, dv, h, dh, **{f"d{name}": grads.get(name) for name in inputs})
-    if "v" in wanted:
-        grads["v"] = dv
-    if "initial_state" in wanted:
-        grads["initial_state"] = reduce_state_grad(dh0, state_shape, state_indices)
-    return grads
+        call.scan_backward(grads, dv=dv, dh0=dh0, r=r, h=h, dh=dh)
+        found = {
+            name: torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for name, x in inputs._asdict().items()
+            if name in others
+        }
+        call.inputs_backward(
+            grads.output, r, dv, h, dh, **{f"d{name}": found.get(name) for name in ("q", "k", "g", "beta")}
+        )
+    if "v" in names:
+        found["v"] = dv
+    if "initial_state" in names:
+        found["initial_state"] = reduce_state_grad(dh0, wanted.state_shape, start.indices)
+    return found
 
 
-def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, state_indices) -> Tensor:
+def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    q, k, v, g, beta = inputs
     (B, HV, V), (_, H, K) = v.shape, q.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tiles = choose_tiles(TILES["step", v.element_size()], v.device)
@@ -258,13 +254,13 @@ def gated_delta_rule_step(q, k, v, g, beta, state, *, scale, use_qk_l2norm, stat
     launch(
         gated_delta_rule_step_kernel,
         B * HV * triton.cdiv(V, tile),
-        *(q, k, v, g, beta, state, state_indices, o, scale, state.shape[0]),
-        *(q.stride(), k.stride(), v.stride(), g.stride(), beta.stride(), state.stride()),
+        *(q, k, v, g, beta, pool.state, pool.indices, o, options.scale, pool.state.shape[0]),
+        *(q.stride(), k.stride(), v.stride(), g.stride(), beta.stride(), pool.state.stride()),
         H=H,
         HV=HV,
         K=K,
         V=V,
-        NORMALISE=use_qk_l2norm,
+        NORMALISE=options.use_qk_l2norm,
         BK=power_of_two(K),
         BV=tile,
         tiles=tiles,

@@ -1,5 +1,7 @@
 """Mamba-2 SSD: which kernels run, with which sizes, on which memory."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -23,6 +25,7 @@ from s0kernels.backends.triton.mamba_forward import ROWS, ssd_output_fwd_kernel,
 from s0kernels.backends.triton.mamba_step import ssd_step_kernel
 from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.tiles import slot_count
+from s0kernels.calls import Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
 #: By stage and bytes of the dtype, from which compute capability on: the tile (of P, or of what a loop sums over),
 #: warps, pipeline stages. What each takes of a chip: `python -m s0kernels aot`. Chips of 8.6, 8.9 and 12.0 have less
@@ -49,20 +52,34 @@ WIDEST = 256
 _SCALARS = ("A", "D", "dt_bias")
 
 
+class _HeadGrads(NamedTuple):
+    """What the kernel of the heads writes, in its order; None where it is not wanted."""
+
+    dx: Tensor | None
+    dz: Tensor | None
+    ddt: Tensor | None
+    dcb: Tensor | None
+    dA: Tensor | None  # [slots, H] each: what every chunk adds
+    dD: Tensor | None
+    dbias: Tensor | None
+
+
 class _Call:
     """The sizes of one call, and the launches that forward and backward share."""
 
-    def __init__(self, dt, A, C, D, z, dt_bias, P, cu_seqlens, dt_softplus, dt_limit, chunk_size):
-        self.dt, self.A, self.C, self.D, self.z, self.dt_bias = dt, A, C, D, z, dt_bias
-        self.cu_seqlens, self.softplus, self.limit = cu_seqlens, dt_softplus, dt_limit
+    def __init__(self, inputs: SSDInputs, P: int, start: Start, options: SSDOptions):
+        C, cu_seqlens = inputs.C, start.cu_seqlens
+        self.inputs, self.start, self.cu_seqlens = inputs, start, cu_seqlens
+        _, self.dt, self.A, _, self.C, self.D, self.z, self.dt_bias = inputs
+        self.softplus, self.limit = options.dt_softplus, options.dt_limit
         self.B, self.T, self.G, self.N = C.shape
-        self.H, self.P = dt.shape[2], P
-        self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.H, self.P = self.dt.shape[2], P
+        self.sequences = start.sequences(self.B)
         if self.sequences == 0 and self.T * self.B > 0:
             raise ValueError(f"cu_seqlens must start at 0 and end at T = {self.T}, got no sequences")
         self.bytes = C.element_size()
         longest = 64 if self.bytes == 2 else 32
-        self.BT = min(longest, power_of_two(chunk_size or longest))
+        self.BT = min(longest, power_of_two(options.chunk_size or longest))
         self.slots = slot_count(self.B, self.T, self.sequences, self.BT, cu_seqlens is not None)
         self.sizes = {"H": self.H, "G": self.G, "P": P, "N": self.N}
         self.blocks = {"BT": self.BT, "BQ": min(1024, power_of_two(self.sequences))}
@@ -113,15 +130,16 @@ class _Call:
         fit = [n for n in range(1, group + 1) if group % n == 0 and self.slots * (self.H // n) >= programs]
         return max(fit, default=1)
 
-    def scan(self, x, B, p, initial_state, state_indices, *, y=None, h=None, ht=None) -> None:
+    def scan(self, p, *, y=None, h=None, ht=None) -> None:
         """With y, a program has all of N, without a tile of it."""
         tiles, BP, BN = self._walk_tiles(y is not None)
+        x, B, start = self.inputs.x, self.inputs.B, self.start
         launch(
             ssd_scan_fwd_kernel,
             self._walks(BP, BN),
-            *(x, B, self.C, self.D, self.z, p, self.gates, initial_state, state_indices, self.cu_seqlens, y, h, ht),
-            *(self.T, self.sequences, bank_size(initial_state)),
-            *(x.stride(), B.stride(), self.C.stride(), strides(self.z, 4), state_strides(initial_state)),
+            *(x, B, self.C, self.D, self.z, p, self.gates, *start, y, h, ht),
+            *(self.T, self.sequences, bank_size(start.state)),
+            *(x.stride(), B.stride(), self.C.stride(), strides(self.z, 4), state_strides(start.state)),
             *strides(self.D, 1),
             **self.sizes,
             BP=BP,
@@ -148,8 +166,8 @@ class _Call:
         long = 1024 * self.sequences <= self.B * self.T
         return long and 2 * self._walks(*self._walk_tiles(True)[1:]) <= target_of(self.C.device).processors
 
-    def output(self, x: Tensor, p: Tensor, h: Tensor, y: Tensor) -> None:
-        tiles = self.tiles("output")
+    def output(self, p: Tensor, h: Tensor, y: Tensor) -> None:
+        tiles, x = self.tiles("output"), self.inputs.x
         BP = min(tiles.tile, power_of_two(self.P))
         launch(
             ssd_output_fwd_kernel,
@@ -163,16 +181,17 @@ class _Call:
             tiles=tiles,
         )
 
-    def scan_backward(self, x, B, do, dht, initial_state, state_indices, *, h=None, dh=None, dh0=None) -> None:
+    def scan_backward(self, grads: Grads, *, h=None, dh=None, dh0=None) -> None:
         tiles, BP, BN = self._walk_tiles(False)
+        x, B, start, (do, dht) = self.inputs.x, self.inputs.B, self.start, grads
         walks = self._walks(BP, BN)
         backwards = 0 if dh is None and dh0 is None else walks
         launch(
             ssd_scan_bwd_kernel,
             backwards if h is None else backwards + walks,
-            *(x, B, self.C, self.z, self.gates, initial_state, state_indices, self.cu_seqlens, do, dht, h, dh, dh0),
-            *(self.T, self.sequences, bank_size(initial_state), backwards),
-            *(strides(x, 4), strides(B, 4), self.C.stride(), strides(self.z, 4), state_strides(initial_state)),
+            *(x, B, self.C, self.z, self.gates, *start, do, dht, h, dh, dh0),
+            *(self.T, self.sequences, bank_size(start.state), backwards),
+            *(strides(x, 4), strides(B, 4), self.C.stride(), strides(self.z, 4), state_strides(start.state)),
             *(do.stride(), strides(dht, 4)),
             **self.sizes,
             BP=BP,
@@ -181,14 +200,14 @@ class _Call:
             tiles=tiles,
         )
 
-    def heads_backward(self, x, B, cb, do, h, dh, *, dx, dz, ddt, dcb, dA, dD, dbias, decays: bool) -> None:
-        tiles = self.tiles("heads")
+    def heads_backward(self, cb, do, h, dh, out: _HeadGrads, decays: bool) -> None:
+        tiles, x, B = self.tiles("heads"), self.inputs.x, self.inputs.B
         BP = min(32, power_of_two(self.P))
         launch(
             ssd_heads_bwd_kernel,
             self.slots * self.H,
             *(x, self.dt, self.A, B, self.C, self.D, self.z, self.dt_bias, cb, self.gates, do, h, dh, self.cu_seqlens),
-            *(dx, dz, ddt, dcb, dA, dD, dbias, *self.limit, self.T, self.sequences, self.N, triton.cdiv(self.P, BP)),
+            *(*out, *self.limit, self.T, self.sequences, self.N, triton.cdiv(self.P, BP)),
             *(x.stride(), self.dt.stride(), B.stride(), self.C.stride(), strides(self.z, 4), do.stride()),
             *(*self.A.stride(), *strides(self.D, 1), *strides(self.dt_bias, 1)),
             **self.sizes,
@@ -200,8 +219,8 @@ class _Call:
             tiles=tiles,
         )
 
-    def groups_backward(self, x, B, do, h, dh, dcb, *, dB, dC) -> None:
-        tiles = self.tiles("groups")
+    def groups_backward(self, do, h, dh, dcb, *, dB, dC) -> None:
+        tiles, x, B = self.tiles("groups"), self.inputs.x, self.inputs.B
         BN = min(tiles.tile, power_of_two(self.N))
         wanted = (dB is not None) + (dC is not None)
         launch(
@@ -227,88 +246,56 @@ class _Call:
 
 
 def ssd_forward(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    dt_softplus,
-    dt_limit,
-    output_final_state,
-    chunk_size,
+    inputs: SSDInputs, start: Start, options: SSDOptions, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(dt, A, C, D, z, dt_bias, x.shape[3], cu_seqlens, dt_softplus, dt_limit, chunk_size)
+    call = _Call(inputs, inputs.x.shape[3], start, options)
     y = call.tokens()
     final = call.final_states(call.sequences if output_final_state else 0)
     ht = final if output_final_state else None
     p = call.pairs(call.H)
-    call.prepare(B, p=p)
+    call.prepare(inputs.B, p=p)
     if call.is_split():
         h = call.chunk_states()
-        call.scan(x, B, p, initial_state, state_indices, h=h, ht=ht)
-        call.output(x, p, h, y)
+        call.scan(p, h=h, ht=ht)
+        call.output(p, h, y)
     else:
-        call.scan(x, B, p, initial_state, state_indices, y=y, ht=ht)
+        call.scan(p, y=y, ht=ht)
     return y, final
 
 
 def ssd_backward(
-    doutput,
-    dfinal,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    initial_state,
-    state_indices,
-    cu_seqlens,
-    *,
-    state_shape,
-    dt_softplus,
-    dt_limit,
-    chunk_size,
-    wanted,
+    grads: Grads, inputs: SSDInputs, start: Start, options: SSDOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
-    P = doutput.shape[3] if doutput is not None else dfinal.shape[2]
-    call = _Call(dt, A, C, D, z, dt_bias, P, cu_seqlens, dt_softplus, dt_limit, chunk_size)
-    doutput = C.new_zeros(1).expand(*dt.shape, P) if doutput is None else doutput.to(C.dtype)
-    others, pairs = wanted - {"initial_state"}, wanted & {"B", "C"}
-    decays = bool(wanted & {"dt", "A", "dt_bias"})
+    C, names = inputs.C, wanted.names
+    P = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[2]
+    call = _Call(inputs, P, start, options)
+    doutput = C.new_zeros(1).expand(*inputs.dt.shape, P) if grads.output is None else grads.output.to(C.dtype)
+    others, pairs = names - {"initial_state"}, names & {"B", "C"}
+    decays = bool(names & {"dt", "A", "dt_bias"})
     cb = call.pairs(call.G) if others else None
-    call.prepare(B if others else None, cb=cb)
-    h = call.chunk_states() if decays or wanted & {"z", "C"} else None
-    dh = call.chunk_states() if decays or wanted & {"x", "B"} else None
-    dh0 = call.final_states(call.sequences) if "initial_state" in wanted else None
-    call.scan_backward(x, B, doutput, dfinal, initial_state, state_indices, h=h, dh=dh, dh0=dh0)
-    grads = {}
+    call.prepare(inputs.B if others else None, cb=cb)
+    h = call.chunk_states() if decays or names & {"z", "C"} else None
+    dh = call.chunk_states() if decays or names & {"x", "B"} else None
+    dh0 = call.final_states(call.sequences) if "initial_state" in names else None
+    call.scan_backward(Grads(doutput, grads.final_state), h=h, dh=dh, dh0=dh0)
+    found = {}
     if others:
-        inputs = {"x": x, "z": z, "dt": dt, "B": B, "C": C}
-        grads = {n: torch.empty(t.shape, dtype=t.dtype, device=t.device) for n, t in inputs.items() if n in wanted}
-        parts = {n: call.scratch(call.slots, call.H, dtype=torch.float32) for n in _SCALARS if n in wanted}
+        of_tokens = {name: getattr(inputs, name) for name in ("x", "z", "dt", "B", "C") if name in names}
+        found = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in of_tokens.items()}
+        parts = {name: call.scratch(call.slots, call.H, dtype=torch.float32) for name in _SCALARS if name in names}
         dcb = call.pairs(call.H) if pairs else None
-        tokens = {"dx": grads.get("x"), "dz": grads.get("z"), "ddt": grads.get("dt"), "dcb": dcb}
-        heads = {"dA": parts.get("A"), "dD": parts.get("D"), "dbias": parts.get("dt_bias"), "decays": decays}
-        call.heads_backward(x, B, cb, doutput, h, dh, **tokens, **heads)
+        out = _HeadGrads(*map(found.get, ("x", "z", "dt")), dcb, *map(parts.get, _SCALARS))
+        call.heads_backward(cb, doutput, h, dh, out, decays)
         if pairs:
-            call.groups_backward(x, B, doutput, h, dh, dcb, dB=grads.get("B"), dC=grads.get("C"))
-        grads |= call.add_slots(parts)
-    if "initial_state" in wanted:
-        grads["initial_state"] = reduce_state_grad(dh0, state_shape, state_indices)
-    return grads
+            call.groups_backward(doutput, h, dh, dcb, dB=found.get("B"), dC=found.get("C"))
+        found |= call.add_slots(parts)
+    if "initial_state" in names:
+        found["initial_state"] = reduce_state_grad(dh0, wanted.state_shape, start.indices)
+    return found
 
 
-def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, state_indices) -> Tensor:
+def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    x, dt, A, B, C, D, z, dt_bias = inputs
     (rows, H, P), (_, G, N) = x.shape, B.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = choose_tiles(TILES["step", x.element_size()], x.device)
@@ -316,14 +303,14 @@ def ssd_step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit, sta
     launch(
         ssd_step_kernel,
         rows * H * triton.cdiv(P, BP),
-        *(x, dt, A, B, C, D, z, dt_bias, state, state_indices, y, *dt_limit, state.shape[0]),
-        *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 3), state.stride()),
+        *(x, dt, A, B, C, D, z, dt_bias, *pool, y, *options.dt_limit, pool.state.shape[0]),
+        *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 3), pool.state.stride()),
         *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),
         H=H,
         G=G,
         P=P,
         N=N,
-        SOFTPLUS=dt_softplus,
+        SOFTPLUS=options.dt_softplus,
         BP=BP,
         BN=power_of_two(N),
         tiles=tiles,

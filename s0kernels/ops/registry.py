@@ -1,8 +1,8 @@
-"""Which backend runs a call.
+"""Which backend runs a call, and why the others do not.
 
 `backend=None` takes the first entry of `ORDER` that supports the call. A named backend never falls back: if it cannot
-run the call, the error says why. A backend module offers `supports(op, device, dtype)`, which gives None or the reason
-why not, one function per op and direction, and `too_large(op, size, width)` where not every size will do.
+run the call, the error says why. A backend is a module with `supports(call)`, which gives None or the reason why not,
+and a function for each op and direction that it has.
 """
 
 import contextlib
@@ -11,10 +11,12 @@ from types import ModuleType
 
 import torch
 
+from s0kernels.calls import Call
+
 OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step", "gated_delta_mixer_step", "ssd_mixer_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-_MODULES = {
+MODULES = {
     "cpu": "s0kernels.backends.cpu",
     "cuda": "s0kernels.backends.cuda",
     "triton": "s0kernels.backends.triton",
@@ -23,7 +25,7 @@ _MODULES = {
 
 
 def load(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(MODULES[name])
 
 
 def ready(name: str) -> ModuleType:
@@ -39,51 +41,49 @@ def ready(name: str) -> ModuleType:
     return module
 
 
-def unusable(name: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0, width: int = 0) -> str | None:
-    """None where backend `name` can run `op`, else the reason why not.
-
-    `size` is the largest dimension of a head, `width` that of a convolution, where they matter. A caller makes ints of
-    them by `operator.index`, by which a graph of dynamic sizes holds for these alone.
-    """
+def unusable(name: str, call: Call) -> str | None:
+    """None where backend `name` can run `call`, else the reason why not."""
     if name == "reference":
         return None
     try:
         module = load(name)
     except ImportError as error:
         return f"cannot be imported: {error}"
-    if not hasattr(module, op if op.endswith("_step") else f"{op}_forward"):
-        return f"has no {op}"
-    reason = module.supports(op, device, dtype)
-    if reason is None and hasattr(module, "too_large"):
-        reason = module.too_large(op, size, width)
-    return reason
+    if not hasattr(module, call.op if call.op.endswith("_step") else f"{call.op}_forward"):
+        return f"has no {call.op}"
+    return module.supports(call)
+
+
+def explain(call: Call) -> dict[str, str | None]:
+    """By backend, fastest first: None where it can run `call`, else the reason why not. The first that can is the
+    default. Triton's interpreter on a CPU is for tests, which name it."""
+    found = {name: unusable(name, call) for name in ORDER}
+    if found["triton"] is None and call.device.type == "cpu":
+        found["triton"] = "its interpreter runs where it is named"
+    return found
 
 
 @torch.compiler.assume_constant_result  # nothing in it depends on tensors, and it imports modules
 def choose(
-    op: str,
     backend: str | None,
+    op: str,
     device: torch.device,
     dtype: torch.dtype,
     size: int = 0,
     width: int = 0,
     transform: str | None = None,
 ) -> str:
-    """`transform` is one that the call takes part in and that the references alone can be put through."""
+    """The backend of a call, whose fields come one by one since torch.compile cannot hand over a record. `transform` is
+    one that it takes part in and that the references alone can be put through. A caller makes ints of sizes by
+    `operator.index`, by which a graph of dynamic sizes holds for these alone."""
+    call = Call(op, device, dtype, size, width)
     if transform is not None and backend in (None, "reference"):
         return "reference"
     if backend is None:
-        reasons = {}
-        for name in ORDER:
-            if name == "triton" and device.type == "cpu":
-                continue  # its interpreter is for tests, which name it
-            reasons[name] = unusable(name, op, device, dtype, size, width)
-            if reasons[name] is None:
-                return name
-        raise ValueError(f"{op}: no backend can run this call: {reasons}")
+        return next(name for name in ORDER if _takes(name, call))
     if backend not in ORDER:
         raise ValueError(f"{op}: backend must be one of {', '.join(ORDER)} or None, got {backend!r}")
-    reason = unusable(backend, op, device, dtype, size, width)
+    reason = unusable(backend, call)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot run this call: {reason}")
     if transform is not None:
@@ -92,6 +92,19 @@ def choose(
             "backend=None then takes"
         )
     return backend
+
+
+def _takes(name: str, call: Call) -> bool:
+    return not (name == "triton" and call.device.type == "cpu") and unusable(name, call) is None
+
+
+@torch.compiler.assume_constant_result
+def rows_that_pay(name: str, op: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Up to how many rows one fused kernel of a backend beats the parts that it puts together, as the backend knows."""
+    if name == "reference":
+        return 0
+    module = load(name)
+    return module.rows_that_pay(Call(op, device, dtype)) if hasattr(module, "rows_that_pay") else float("inf")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -5,10 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States and arithmetic are fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from s0kernels.calls import SSDInputs, SSDOptions, state_dtype
 
 
 def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
@@ -25,13 +22,20 @@ def shorten(values: list[int]) -> str:
     return str(values) if len(values) <= 16 else f"[{', '.join(map(str, values[:16]))}, ... ({len(values)} values)]"
 
 
-def process_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """clamp(softplus(dt + dt_bias), dt_limit), softplus as logaddexp(x, 0), which neither overflows nor rounds to 0."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = torch.logaddexp(dt, torch.zeros_like(dt))
-    return dt.clamp(*dt_limit)
+def process_dt(inputs: SSDInputs, options: SSDOptions) -> Tensor:
+    """clamp(softplus(dt + dt_bias), dt_limit), softplus as logaddexp(x, 0), which neither overflows nor rounds to 0. In
+    the dtype of states."""
+    return _before_limits(inputs, options).clamp(*options.dt_limit)
+
+
+def _before_limits(inputs: SSDInputs, options: SSDOptions) -> Tensor:
+    dt = _raw_dt(inputs)
+    return torch.logaddexp(dt, torch.zeros_like(dt)) if options.dt_softplus else dt
+
+
+def _raw_dt(inputs: SSDInputs) -> Tensor:
+    dt = inputs.dt.to(state_dtype(inputs.C.dtype))
+    return dt if inputs.dt_bias is None else dt + inputs.dt_bias.to(dt.dtype)
 
 
 def silu_slope(z: Tensor) -> Tensor:
@@ -39,13 +43,11 @@ def silu_slope(z: Tensor) -> Tensor:
     return sigmoid * (1 + z * (1 - sigmoid))
 
 
-def dt_grad(ddt, raw_dt, dt_bias, softplus, limit) -> Tensor:
+def dt_grad(ddt: Tensor, inputs: SSDInputs, options: SSDOptions) -> Tensor:
     """Through clamp (the bounds included) and softplus to dt + dt_bias."""
-    before = process_dt(raw_dt, dt_bias, softplus, (-torch.inf, torch.inf))
-    ddt = torch.where((before >= limit[0]) & (before <= limit[1]), ddt, 0.0)
-    if not softplus:
-        return ddt
-    return ddt * torch.sigmoid(raw_dt if dt_bias is None else raw_dt + dt_bias.to(raw_dt.dtype))
+    before = _before_limits(inputs, options)
+    ddt = torch.where((before >= options.dt_min) & (before <= options.dt_max), ddt, 0.0)
+    return ddt * torch.sigmoid(_raw_dt(inputs)) if options.dt_softplus else ddt
 
 
 def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, shape: tuple, like: Tensor) -> Tensor:

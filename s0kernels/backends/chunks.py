@@ -10,7 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from s0kernels.backends._states import gather_states, read_boundaries, state_dtype
+from s0kernels.backends.shared import gather_states, read_boundaries
+from s0kernels.calls import Start, state_dtype
 
 
 class Chunks:
@@ -83,11 +84,11 @@ class Chunks:
             x = x.reshape(self.count * self.size, *tail).index_select(0, self.slots)[None]
         return x.to(dtype).contiguous()
 
-    def starting_states(self, initial_state: Tensor | None, state_indices: Tensor | None, shape: tuple) -> Tensor:
+    def starting_states(self, start: Start, shape: tuple[int, ...]) -> Tensor:
         """What `gather_states` gives, in the order of the scan and in memory of their own: of zeros and of rows of a
         bank there is no second copy."""
-        states = gather_states(initial_state, state_indices, (self.sequences, *shape), self.like)
-        fresh = initial_state is None or state_indices is not None
+        states = gather_states(start.state, start.indices, (self.sequences, *shape), self.like)
+        fresh = start.state is None or start.indices is not None
         return states if fresh and self.order is None else self.sort(states)
 
     def sort(self, states: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s0kernels.calls import MixerPool, Pool, Start, state_dtype
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
@@ -13,9 +15,14 @@ INDICES = (torch.int32, torch.int64)
 class Checker:
     """Checks tensors against named dimensions; a dimension is fixed by the first tensor that has it."""
 
-    def __init__(self, op: str, device: torch.device):
+    def __init__(self, op: str, name: str, first: Tensor):
+        """`first` is the first tensor of a call: it decides dtype and device for the others."""
+        if not isinstance(first, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(first).__name__}")
+        if first.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} must have dtype bfloat16, float16, float32 or float64, got {first.dtype}")
         self.op = op
-        self.device = device
+        self.device, self.dtype = first.device, first.dtype
         self.sizes: dict[str, int] = {}
 
     def tensor(self, name: str, value: Tensor, dims: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -45,7 +52,12 @@ class Checker:
                 f"{self.op}: the heads of {name} ({larger}={a}) must be a multiple of {smaller}={b}, not 0"
             )
 
-    def sequences(self, cu_seqlens: Tensor | None) -> None:
+    def start(self, start: Start, dims: str) -> None:
+        """Where sequences begin, and the initial state [*dims]."""
+        self._sequences(start.cu_seqlens)
+        self._state("initial_state", start.state, start.indices, dims, state_dtype(self.dtype))
+
+    def _sequences(self, cu_seqlens: Tensor | None) -> None:
         """Fix NSEQ: the batch, or the number of packed sequences."""
         if cu_seqlens is None:
             self.sizes["NSEQ"] = self.sizes["B"]
@@ -59,7 +71,7 @@ class Checker:
             raise ValueError(f"{self.op}: cu_seqlens must have shape [NSEQ+1], got [0]")
         self.sizes["NSEQ"] = cu_seqlens.shape[0] - 1
 
-    def state(self, name: str, state: Tensor | None, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
+    def _state(self, name: str, state: Tensor | None, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
         """One shared state, one per sequence, or a bank with indices."""
         if state is None:
             if indices is not None:
@@ -79,23 +91,32 @@ class Checker:
                 f"(one per sequence) or, with state_indices, {self._wanted('S ' + dims)}, got {list(state.shape)}"
             )
 
-    def step_state(self, state: Tensor, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
-        """One state per row of the batch, or a pool with indices."""
+    def pool(self, pool: Pool | MixerPool, dims: str) -> None:
+        """One state [*dims] per row of the batch, or a pool with indices."""
+        state, indices, dtype = pool.state, pool.indices, state_dtype(self.dtype)
         if indices is not None:
             self.tensor("state", state, "S " + dims, (dtype,))
             self.tensor("state_indices", indices, "B", INDICES)
         else:
             self.tensor("state", state, "B " + dims, (dtype,))
-        if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-            raise ValueError(f"{self.op}: state is written in place, so it must not be expanded, got {state.stride()=}")
+        self.writable("state", state)
+
+    def writable(self, name: str, value: Tensor) -> None:
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            raise ValueError(
+                f"{self.op}: {name} is written in place, so it must not be expanded, got {name}.stride()="
+                f"{value.stride()}"
+            )
 
 
-def check_floating(op: str, name: str, value: Tensor) -> None:
-    """The first tensor of a call: it decides dtype and device for the others."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must have dtype bfloat16, float16, float32 or float64, got {value.dtype}")
+def check_scan(op: str, output_final_state: bool, chunk_size: int | None) -> None:
+    check_flag(op, "output_final_state", output_final_state)
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"{op}: chunk_size must be a positive int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be a positive int or None, got {chunk_size}")
 
 
 def check_flag(op: str, name: str, value: bool) -> None:
@@ -110,15 +131,6 @@ def check_scale(op: str, scale: float | None) -> None:
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
     if not -math.inf < scale < math.inf:  # torch.compile does not trace math.isfinite of a dynamic number
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-
-
-def check_chunk_size(op: str, chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"{op}: chunk_size must be a positive int or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size must be a positive int or None, got {chunk_size}")
 
 
 def check_dt_limit(op: str, dt_limit: tuple[float, float]) -> None:

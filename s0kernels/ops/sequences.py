@@ -1,8 +1,4 @@
-"""Where sequences begin and which state each one starts from.
-
-A call covers NSEQ sequences: the rows of a dense batch, or the pieces that `cu_seqlens` cuts out of one packed row.
-`initial_state` is one state shared by all of them, one per sequence, or a bank addressed by `state_indices`.
-"""
+"""Where sequences begin and which state each one starts from; see `s0kernels.calls.Start`."""
 
 import itertools
 import os
@@ -11,11 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s0kernels.backends._states import read_boundaries, shorten
+from s0kernels.backends.shared import gather_states, read_boundaries, shorten
+from s0kernels.calls import Start, state_dtype
 
 
-def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def starting_states(start: Start, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[NSEQ, *shape], of the values of a start that are checked first; `like` is an input [B, T, ...]."""
+    if not torch.compiler.is_compiling():
+        check_values(like.shape[1], start.cu_seqlens, start.indices, start.state)
+    empty = like.new_empty(0, dtype=state_dtype(like.dtype))
+    return gather_states(start.state, start.indices, (start.sequences(like.shape[0]), *shape), empty)
 
 
 def scan_each(

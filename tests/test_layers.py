@@ -1,0 +1,66 @@
+"""Imports between packages run one way, and no package reaches into what another keeps to itself."""
+
+import ast
+from pathlib import Path
+
+import s0kernels
+
+PACKAGE = Path(s0kernels.__file__).parent
+#: from the bottom floor up: what stands in a line may import what stands below it, and itself
+FLOORS = (
+    ("files", "messages", "versions", "hardware"),
+    ("config", "calls"),
+    ("backends",),
+    ("ops",),
+    ("modules",),
+    ("states", "compat"),
+    ("tuning", "bench"),
+    ("data",),
+    ("cli",),
+    ("__main__",),
+)
+
+
+def room(module: str) -> str:
+    """The package or file of s0kernels that a module lies in."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports() -> list[tuple[str, str, list[str]]]:
+    """(importing module, imported module, names) of every import of s0kernels by itself, late ones included."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        here = ".".join(("s0kernels", *file.relative_to(PACKAGE).with_suffix("").parts))
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "s0kernels":
+                assert node.level == 0
+                if node.module == "s0kernels":
+                    found += [(here, f"s0kernels.{name.name}", []) for name in node.names]
+                else:
+                    found.append((here, node.module, [name.name for name in node.names]))
+            elif isinstance(node, ast.Import):
+                found += [(here, name.name, []) for name in node.names if name.name.startswith("s0kernels.")]
+    return found
+
+
+def test_imports_run_one_way():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for here, there, _ in imports():
+        if here == "s0kernels.__init__" or room(there) not in floor:  # a name that the package itself offers
+            continue
+        assert room(here) == room(there) or floor[room(there)] < floor[room(here)], f"{here} imports {there}"
+
+
+def test_nothing_private_is_imported_from_another_package():
+    for here, there, names in imports():
+        if room(here) != room(there):
+            private = [name for name in (*there.split("."), *names) if name.startswith("_") and not name.endswith("__")]
+            assert not private, f"{here} imports {', '.join(private)} of {there}"
+
+
+def test_the_package_knows_nothing_of_examples_and_benchmarks():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"benchmarks", "examples", "tests"} & {name.split(".")[0] for name in names}, file

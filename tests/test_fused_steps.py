@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import s0kernels
 from s0kernels.backends import cpu
+from s0kernels.backends import tokens as kernels
 from s0kernels.modules.mixer import S0Mixer
 
 pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
@@ -25,12 +26,12 @@ def calls(monkeypatch):
     """How a test makes the steps run: what it puts in as "emulated" counts in "steps"."""
     found = {"steps": 0, "emulated": 0}
 
-    def counted(step, *arguments, **options):
+    def counted(step, *records):
         found["steps"] += 1
-        return step(*arguments, **options, emulated=found["emulated"])
+        return step(torch.ops.s0kernels_cpu, *records, emulated=found["emulated"])
 
     for name in STEPS:
-        monkeypatch.setattr(cpu, name, partial(counted, getattr(cpu, name)))
+        monkeypatch.setattr(cpu, name, partial(counted, getattr(kernels, name)))
     return found
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 from cases import BACKENDS, CHUNKED, MAKERS, STATE_KINDS, USABLE, delta_problem, error, ssd_problem
 
+from s0kernels.backends import torch_chunked
+from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, SSDInputs, SSDOptions, Start, Wanted
+
 OPS = sorted(MAKERS)
 LENGTHS = (1, 63, 64, 65, 200)
 PACKED = [5, 0, 70, 1, 0]
@@ -385,9 +388,6 @@ class _Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 def _products(problem, wanted) -> int:
     """Matrix products of the backward alone, called as the registered op calls it."""
-    from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, SSDInputs, SSDOptions, Start, Wanted
-from s0kernels.backends import torch_chunked
-
     tensors = dict(problem.tensors)
     state, weights = tensors.pop("initial_state"), problem.weights()
     start = Start(state, problem.options.get("state_indices"), problem.options.get("cu_seqlens"))

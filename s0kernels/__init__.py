@@ -5,8 +5,15 @@ here are loaded when first used, since most of them need transformers.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 import s0kernels.ops  # noqa: F401
+
+if TYPE_CHECKING:
+    from s0kernels.config import S0Config
+    from s0kernels.modules import restore_modules, swap_modules, swap_report
+    from s0kernels.states import S0States
+    from s0kernels.tuning.trainer import S0Trainer
 
 __version__ = "0.1.0"
 

@@ -46,9 +46,11 @@ class Processor(NamedTuple):
     tried: str
 
 
+_X86_COMPILERS = ("g++ 11", "g++ 12", "clang 14", "clang 16")
+
 PROCESSORS = (
-    Processor("x86-64", "AVX-512", ("g++ 12",), "run"),
-    Processor("x86-64", "AVX2", ("g++ 12",), "run"),
-    Processor("x86-64", "portable", ("g++ 12",), "run"),
-    Processor("aarch64", "portable (NEON)", (), "never"),
+    Processor("x86-64", "AVX-512", _X86_COMPILERS, "run"),
+    Processor("x86-64", "AVX2", _X86_COMPILERS, "run"),
+    Processor("x86-64", "portable", _X86_COMPILERS, "run"),
+    Processor("aarch64", "portable (NEON)", ("g++ 12", "clang 16"), "never"),
 )

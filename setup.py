@@ -69,7 +69,7 @@ def compilations(command: list[str], machine: str, folder: Path) -> dict[str, li
     """The command for each object file of the CPU kernels in `folder`, by a compiler for `machine`."""
     flags = [*FLAGS, f"-I{torch_folder() / 'include'}", *([] if "clang" in says(command) else GCC_FLAGS)]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    sources = dict.fromkeys(SOURCES, []) | (WITH_INSTRUCTIONS if machine.lower() in ("x86_64", "amd64") else {})
+    sources = dict.fromkeys(SOURCES, ()) | (WITH_INSTRUCTIONS if machine.lower() in ("x86_64", "amd64") else {})
     return {
         str(folder / f"{Path(source).stem}.o"): [*command, *flags, *extra, "-c", source]
         for source, extra in sources.items()
@@ -77,8 +77,7 @@ def compilations(command: list[str], machine: str, folder: Path) -> dict[str, li
 
 
 def known_compilers() -> str:
-    table = runpy.run_path(str(Path(__file__).with_name("s0kernels") / "hardware.py"))["PROCESSORS"]
-    return ", ".join(dict.fromkeys(name for row in table for name in row.compilers))
+    return runpy.run_path(str(Path(__file__).with_name("s0kernels") / "hardware.py"))["compilers"]()
 
 
 def why_not() -> str | None:

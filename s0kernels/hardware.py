@@ -52,5 +52,12 @@ PROCESSORS = (
     Processor("x86-64", "AVX-512", _X86_COMPILERS, "run"),
     Processor("x86-64", "AVX2", _X86_COMPILERS, "run"),
     Processor("x86-64", "portable", _X86_COMPILERS, "run"),
-    Processor("aarch64", "portable (NEON)", ("g++ 12", "clang 16"), "never"),
+    Processor("aarch64", "portable (NEON)", ("g++ 12", "clang 16"), "emulated"),
+    Processor("aarch64, macOS", "portable (NEON)", ("clang 22",), "compiled"),
+    Processor("x86-64, macOS", "AVX-512, AVX2, portable", ("clang 22",), "compiled"),
 )
+
+
+def compilers() -> str:
+    """All that build the kernels for a CPU."""
+    return ", ".join(dict.fromkeys(name for row in PROCESSORS for name in row.compilers))

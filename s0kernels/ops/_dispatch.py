@@ -6,7 +6,9 @@ why not, one function per op and direction, and `too_large(op, size, width)` whe
 """
 
 import contextlib
+import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -79,6 +81,11 @@ def choose(
                 continue  # its interpreter is for tests, which name it
             reasons[name] = unusable(name, op, device, dtype, size, width)
             if reasons[name] is None:
+                if name == "torch" and device.type == "cpu" and (missing := load("cpu").missing()) is not None:
+                    say_once(
+                        f"s0kernels: the compiled kernels for a CPU cannot be used, PyTorch is 5 to 16 times "
+                        f"slower: {missing}"
+                    )
                 return name
         raise ValueError(f"{op}: no backend can run this call: {reasons}")
     if backend not in ORDER:
@@ -92,6 +99,11 @@ def choose(
             "backend=None then takes"
         )
     return backend
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -28,7 +28,16 @@ def build(folder: Path, emulator: list[str], compiler: list[str]) -> Path:
         (folder / "torch" / header).parent.mkdir(parents=True, exist_ok=True)
         (folder / "torch" / header).touch()
     program, command = folder.resolve() / "driver", folder / "run"
-    flags = ["-O2", "-std=c++20", "-ffp-contract=fast", "-Wall", f"-I{folder}", f"-I{CSRC}", "-include", HERE / "torch.h"]
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-Wall",
+        f"-I{folder}",
+        f"-I{CSRC}",
+        "-include",
+        HERE / "torch.h",
+    ]
     files = [CSRC / source for source in SOURCES]
     subprocess.run([*compiler, *flags, *files, HERE / "driver.cpp", "-static", "-o", program], check=True)
     command.write_text(f"#!/bin/sh\nexec {shlex.join([*emulator, str(program)])}\n")

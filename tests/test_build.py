@@ -110,7 +110,7 @@ SHARED = re.compile(r"^[0-9a-f]* ?[ABCDGRSTVWuvwi] (\S+)$", re.M)
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only an x86-64 has several instruction sets")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
-@pytest.mark.parametrize("optimised", ["-O2", "-O0"])
+@pytest.mark.parametrize("optimised", [pytest.param("-O2", marks=pytest.mark.slow), "-O0"])
 @pytest.mark.parametrize(
     "name", [compilers.DEFAULT, *(pytest.param(c, marks=pytest.mark.slow) for c in compilers.here())]
 )

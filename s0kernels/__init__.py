@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "S0Config": "s0kernels.config",
     "S0States": "s0kernels.states",
-    "S0Trainer": "s0kernels.trainer",
+    "S0Trainer": "s0kernels.tuning.trainer",
     "restore_modules": "s0kernels.modules",
     "swap_modules": "s0kernels.modules",
     "swap_report": "s0kernels.modules",

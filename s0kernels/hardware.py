@@ -61,3 +61,22 @@ PROCESSORS = (
 def compilers() -> str:
     """All that build the kernels for a CPU."""
     return ", ".join(dict.fromkeys(name for row in PROCESSORS for name in row.compilers))
+
+
+_WORDS = {
+    "run": "the kernels ran on one",
+    "compiled": "the kernels were compiled for it and have never run on one",
+    "never": "nobody has tried the kernels on one",
+}
+
+
+def target_name(properties, hip: str | None) -> str:
+    """What is compiled for, of torch's properties of a device; `hip` is torch.version.hip, None beside CUDA."""
+    if hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def experience(target: str) -> str:
+    """What is known of a GPU, as `env` and `check` say it."""
+    return _WORDS[CHIPS[target].tried if target in CHIPS else "never"]

@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "aarch64")]
 
 import emulate  # noqa: E402
 
+from s0kernels.bench.measure import write_json  # noqa: E402
 from s0kernels.hardware import PROCESSORS  # noqa: E402
 from s0kernels.hardware import compilers as known  # noqa: E402, F401
-from s0kernels.measure import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "compilers.json"
 ZIG = ROOT / ".deps" / "ziglang" / "ziglang" / "zig"

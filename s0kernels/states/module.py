@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s0kernels import __version__
-from s0kernels._files import CONFIG, META, STATES, read_directory, replace_file
 from s0kernels.config import S0Config
-from s0kernels.data import some
+from s0kernels.files import CONFIG, META, STATES, read_directory, replace_file
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.swap import base_model, find_site, layer_devices, swap_modules, swapped_site
+from s0kernels.tuning.data import some
 from s0kernels.versions import installed
 
 #: which task rows start from: one index or name for all of them, or one each

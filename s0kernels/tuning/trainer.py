@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_file
-from s0kernels.batches import Batch, make_batches
-from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
-from s0kernels.data import Example, check_names, encode, read_tasks, some
-from s0kernels.forwards import Asked
-from s0kernels.learner import Callback, EvalMode, Frozen, Learner
-from s0kernels.loading import find_model, load_tokenizer
-from s0kernels.memory import Make, Sizes, for_each, halved, most_tokens
+from s0kernels.files import CONFIG, META, STATES, TASKS, parse_json, replace_file
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
-from s0kernels.processes import processes
 from s0kernels.states import S0States
+from s0kernels.tuning.batches import Batch, make_batches
+from s0kernels.tuning.checkpoint import Checkpoint, describe_run
+from s0kernels.tuning.data import Example, check_names, encode, read_tasks, some
+from s0kernels.tuning.forwards import Asked
+from s0kernels.tuning.loading import find_model, load_tokenizer
+from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
+from s0kernels.tuning.memory import Make, Sizes, for_each, halved, most_tokens
+from s0kernels.tuning.processes import processes
 
 
 class S0Trainer:
@@ -125,7 +125,7 @@ class S0Trainer:
         Args:
             data: pairs (text, prompt_length), the second being the number of first tokens that are the prompt, which
                 is not learned; or mappings with prompt and completion, or with the messages of a conversation; or a
-                file of JSON lines; see `s0kernels.data.read_examples`. A mapping from names to such data trains
+                file of JSON lines; see `s0kernels.tuning.data.read_examples`. A mapping from names to such data trains
                 several tasks at once, each as if it were alone.
             tokens_per_batch: examples go through the model together up to this many tokens per forward, pads included;
                 1 is one example a forward. The result does not depend on it but for rounding: each step's loss is the

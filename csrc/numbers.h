@@ -9,7 +9,7 @@
 #include "compiler.h"
 #include "kind.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(__CUDACC__)
 #include <immintrin.h>
 #endif
 
@@ -57,10 +57,11 @@ S0_CALL void assign(float& to, float x) { to = x; }
 S0_CALL void assign(double& to, double x) { to = x; }
 S0_CALL void assign(BFloat16& to, float x) { to.bits = static_cast<uint16_t>(narrow_bfloat16<uint32_t>(x)); }
 
-#if defined(__F16C__)
+#if defined(__CUDACC__)  // where Half is another: see cuda/block.h
+#elif defined(__F16C__)
 S0_CALL float to_float(Half x) { return _cvtsh_ss(x.bits); }
 S0_CALL void assign(Half& to, float x) { to.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-#elif !defined(__CUDACC__)
+#else
 S0_CALL float to_float(Half x) { return widen_half<float>(uint32_t{x.bits}); }
 S0_CALL void assign(Half& to, float x) { to.bits = static_cast<uint16_t>(narrow_half<uint32_t>(x)); }
 #endif

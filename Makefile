@@ -6,6 +6,7 @@ OTHERS := $(addprefix .deps/transformers-,$(shell $(VERSIONS) others transformer
 METHOD := .deps/s0-tuning
 ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
+ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -19,7 +20,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.install
 	$(PYTEST) -m "not slow"
 
 # The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
-test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(OTHERS:%=%/.installed)
+test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
 		PYTHONPATH=$(CURDIR)/$$transformers $(PYTEST) $(OF_TRANSFORMERS) || exit 1; \
@@ -66,6 +67,13 @@ sanitize: $(VENV)/.installed
 				tests/test_cpu.py tests/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
+
+# The compiled kernels by every compiler of s0kernels/hardware.py, on each instruction set that the machine has and, in
+# an emulator, on aarch64. What is not here makes it fail, with the command that installs it.
+.PHONY: matrix matrix-csrc
+matrix: matrix-csrc
+matrix-csrc: $(VENV)/.installed $(ZIG)/.installed
+	$(VENV)/bin/python tests/compilers.py
 
 # What is published, a wheel and a source package, each installed into an environment that borrows the dependencies from
 # $(VENV) and knows nothing of this folder, and tested from another one.
@@ -127,6 +135,13 @@ $(ITS_TRANSFORMERS)/.installed:
 	rm -rf $(ITS_TRANSFORMERS)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(ITS_TRANSFORMERS) transformers==5.14.1 \
 		tokenizers==0.22.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
+	touch $@
+
+# A clang with the headers of other systems, which tells whether the sources compile for them.
+$(ZIG)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(ZIG)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(ZIG) ziglang==0.17.1
 	touch $@
 
 # What reads and scores the data sets of large models: half a gigabyte that a few tests need and nothing else.

@@ -3,7 +3,8 @@ where it is not.
 
 Everything else about the package stands in pyproject.toml. S0KERNELS_BUILD=0 leaves the kernels out; with 1 it is an
 error if those for a CPU cannot be built, with `cuda` also if those for GPUs cannot. They need a C++20 compiler (CXX,
-else g++) and torch 2.10 or newer in the environment that builds, so an isolated build leaves them out: use
+which may be a command with arguments, else g++, else clang++; s0kernels/hardware.py has those that were tried) and
+torch 2.10 or newer in the environment that builds, so an isolated build leaves them out: use
 `pip install --no-build-isolation .` Those for GPUs also need nvcc (NVCC, else on the path or in CUDA_HOME or
 /usr/local/cuda) and a torch for CUDA.
 """
@@ -11,6 +12,9 @@ else g++) and torch 2.10 or newer in the environment that builds, so an isolated
 import importlib.metadata
 import importlib.util
 import os
+import platform
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,23 +26,23 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 WANTED = os.environ.get("S0KERNELS_BUILD")
-COMPILER = os.environ.get("CXX", "g++")
+COMPILERS = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
 NVCC = os.environ.get("NVCC") or shutil.which(
     "nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
 )
-SOURCES = [
-    "csrc/library.cpp",
-    "csrc/cpu/avx512.cpp",
-    "csrc/cpu/avx2.cpp",
-    "csrc/cpu/portable.cpp",
-    "csrc/cuda/emulated.cpp",
-]
+SOURCES = ["csrc/library.cpp", "csrc/cpu/portable.cpp", "csrc/cuda/emulated.cpp"]
+#: what is compiled besides on an x86-64, with the instructions that are switched on for it alone
+WITH_INSTRUCTIONS = {
+    "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
 CUDA_SOURCES = ["csrc/cuda/library.cpp", "csrc/cuda/kernels.cu"]
 #: machine code for those of these that nvcc knows, and PTX of the last for what is newer
 CAPABILITIES = (80, 90, 100)
-#: -O2: at -O3 gcc 12 vectorises the loops around the explicit vectors, which makes them three times slower
+#: -O2: at -O3 g++ 12 vectorises the loops around the explicit vectors, which makes them three times slower
 FLAGS = [
     "-O2",
+    "-ffp-contract=fast",
     "-std=c++20",
     "-fPIC",
     "-fvisibility=hidden",
@@ -46,13 +50,41 @@ FLAGS = [
     "-Icsrc",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+#: what g++ 12 and later do at -O2 anyway; and without the last a loop may lie so that a token takes 1.2 times as long
+GCC_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=very-cheap", "-falign-loops=32"]
+
+
+def compiler() -> list[str]:
+    """The command that compiles: the first of COMPILERS that is here, or the first."""
+    return shlex.split(next((name for name in COMPILERS if shutil.which(shlex.split(name)[0])), COMPILERS[0]))
+
+
+def says(command: list[str]) -> str:
+    """The first line of what a compiler says about itself."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]
+
+
+def compilations(command: list[str], machine: str, folder: Path) -> dict[str, list[str]]:
+    """The command for each object file of the CPU kernels in `folder`, by a compiler for `machine`."""
+    flags = [*FLAGS, f"-I{torch_folder() / 'include'}", *([] if "clang" in says(command) else GCC_FLAGS)]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    sources = dict.fromkeys(SOURCES, ()) | (WITH_INSTRUCTIONS if machine.lower() in ("x86_64", "amd64") else {})
+    return {
+        str(folder / f"{Path(source).stem}.o"): [*command, *flags, *extra, "-c", source]
+        for source, extra in sources.items()
+    }
+
+
+def known_compilers() -> str:
+    return runpy.run_path(str(Path(__file__).with_name("s0kernels") / "hardware.py"))["compilers"]()
 
 
 def why_not() -> str | None:
     if WANTED == "0":
         return "S0KERNELS_BUILD is 0"
-    if shutil.which(COMPILER) is None:
-        return f"there is no compiler {COMPILER!r}"
+    if shutil.which(compiler()[0]) is None:
+        return f"there is no compiler {' or '.join(map(repr, COMPILERS))}; tried ones are {known_compilers()}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not in the environment that builds"
     version = importlib.metadata.version("torch")
@@ -86,48 +118,51 @@ class Build(build_ext):
         return fullname.replace(".", "/") + ".so"  # no module of Python's, so of no version of it either
 
     def build_extension(self, extension: Extension) -> None:
-        torch = torch_folder()
+        torch, command = torch_folder(), compiler()
         target = Path(self.get_ext_fullpath(extension.name))
         objects = Path(self.build_temp) / extension.name
         target.parent.mkdir(parents=True, exist_ok=True)
         objects.mkdir(parents=True, exist_ok=True)
-        flags = [*FLAGS, f"-I{torch / 'include'}", *os.environ.get("CXXFLAGS", "").split()]
-        outputs = [objects / (Path(source).stem + ".o") for source in extension.sources]
-        compilers = {".cpp": [COMPILER, *flags]}
-        link = [COMPILER, *os.environ.get("LDFLAGS", "").split()]
-        libraries = ["-ltorch_cpu"]
+        print(f"s0kernels: {extension.name} is compiled by {says(command) or command[0]}", file=sys.stderr)
+        commands = compilations(command, platform.machine(), objects)
+        link, libraries = [*command, *shlex.split(os.environ.get("LDFLAGS", ""))], ["-ltorch_cpu"]
         if extension.sources == CUDA_SOURCES:
-            link, libraries = [NVCC, "-ccbin", COMPILER], ["-ltorch_cpu", "-ltorch_cuda"]
-            compilers[".cu"] = [*link, *nvcc_flags()]
-        commands = [
-            [*compilers[Path(source).suffix], "-c", source, "-o", str(output)]
-            for source, output in zip(extension.sources, outputs, strict=True)
-        ]
+            link, libraries = [NVCC, "-ccbin", command[0]], ["-ltorch_cpu", "-ltorch_cuda"]
+            host = [*command, *FLAGS, f"-I{torch / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+            commands = {
+                str(objects / "library.o"): [*host, "-c", "csrc/cuda/library.cpp"],
+                str(objects / "kernels.o"): [*link, *nvcc_flags(), "-c", "csrc/cuda/kernels.cu"],
+            }
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, commands))
-        run([*link, "-shared", *map(str, outputs), f"-L{torch / 'lib'}", *libraries, "-o", str(target)])
+            list(pool.map(run, ([*command, "-o", output] for output, command in commands.items())))
+        run([*link, "-shared", *commands, f"-L{torch / 'lib'}", *libraries, "-o", str(target)])
 
 
 def run(command: list[str]) -> None:
     if subprocess.run(command).returncode != 0:
-        raise CompileError(f"{' '.join(command)} failed")
+        raise CompileError(f"{' '.join(command)} failed. The compilers that build s0kernels: {known_compilers()}")
 
 
-extensions = []
-reason = why_not()
-if reason is not None:
-    message = f"s0kernels: the compiled kernels are left out: {reason}"
-    if WANTED in ("1", "cuda"):
+def left_out(what: str, reason: str, needed: bool) -> None:
+    message = f"s0kernels: the {what} are left out: {reason}"
+    if needed:
         sys.exit(message)
     print(message, file=sys.stderr)
-else:
-    extensions.append(Extension("s0kernels._cpu", SOURCES, optional=WANTED not in ("1", "cuda")))
-    cuda_reason = why_not_cuda()
-    if cuda_reason is None:
-        extensions.append(Extension("s0kernels._cuda", CUDA_SOURCES, optional=WANTED != "cuda"))
+
+
+def extensions() -> list[Extension]:
+    reason, found = why_not(), []
+    if reason is not None:
+        left_out("compiled kernels", reason, WANTED in ("1", "cuda"))
+        return found
+    found.append(Extension("s0kernels._cpu", SOURCES, optional=WANTED not in ("1", "cuda")))
+    reason = why_not_cuda()
+    if reason is None:
+        found.append(Extension("s0kernels._cuda", CUDA_SOURCES, optional=WANTED != "cuda"))
     else:
-        message = f"s0kernels: the kernels for GPUs are left out: {cuda_reason}"
-        if WANTED == "cuda":
-            sys.exit(message)
-        print(message, file=sys.stderr)
-setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+        left_out("kernels for GPUs", reason, WANTED == "cuda")
+    return found
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -107,9 +107,17 @@ Kind kind_of(const Tensor& x) {
   }
 }
 
-Rows rows_of(const Tensor& x) {
+// Arithmetic in fp64 reads and writes fp64 and nothing else; that in fp32 the other three.
+Kind kind_beside(const Tensor& x, ScalarType arithmetic) {
+  const Kind kind = kind_of(x);
+  STD_TORCH_CHECK((kind == Kind::kDouble) == (arithmetic == ScalarType::Double),
+                  "s0kernels: tensors of fp64 and of other dtypes do not mix");
+  return kind;
+}
+
+Rows rows_of(const Tensor& x, ScalarType arithmetic) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "s0kernels: [B, T, heads, columns] on a CPU expected");
-  return {x.const_data_ptr(), kind_of(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return {x.const_data_ptr(), kind_beside(x, arithmetic), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 // [*, heads, K, V], or [*, heads, V, K] where `turned`
@@ -147,8 +155,8 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   s.scale = scale;
   constexpr int64_t most = 16384;  // products of two sizes are counted in int
   STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
-  s.q = rows_of(q);
-  s.k = rows_of(k);
+  s.q = rows_of(q, type);
+  s.k = rows_of(k, type);
   s.decay = plain(decay, type);
   s.weight = plain(weight, type);
   s.sequences = q.size(0);
@@ -183,12 +191,13 @@ void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Opt
                   double scale, int64_t chunk, int64_t block) {
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, state, indices, boundaries, delta, normalise, scale,
                    chunk, block);
-  s.v = rows_of(v);
-  s.skip = plain(skip, decay.scalar_type());
+  const ScalarType type = decay.scalar_type();
+  s.v = rows_of(v, type);
+  s.skip = plain(skip, type);
   spread(s);
   STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
-  const Forward f{output.mutable_data_ptr(), kind_of(output), states_of(final, !delta, decay.scalar_type(), true)};
-  const bool wide = decay.scalar_type() == ScalarType::Double;
+  const Forward f{output.mutable_data_ptr(), kind_beside(output, type), states_of(final, !delta, type, true)};
+  const bool wide = type == ScalarType::Double;
   run(units(s), 1, entries().forward_bytes(s, wide),
       [&](int64_t unit, void* memory) { entries().forward(s, f, wide, unit, memory); });
 }
@@ -200,10 +209,10 @@ void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Option
   const ScalarType type = decay.scalar_type();
   Scan s = scan_of(q, k, decay.size(2), value, decay, weight, state, indices, boundaries, delta, normalise, scale,
                    chunk, block);
-  if (v.has_value()) s.v = rows_of(*v);
+  if (v.has_value()) s.v = rows_of(*v, type);
   s.skip = plain(skip, type);
   Backward b{};
-  if (doutput.has_value()) b.doutput = rows_of(*doutput);
+  if (doutput.has_value()) b.doutput = rows_of(*doutput, type);
   b.dfinal = states_of(dfinal, !delta, type);
   b.dinitial = states_of(dinitial, !delta, type, true);
   b.dq = target(dq, type);
@@ -222,10 +231,10 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
   const ScalarType type = decay.scalar_type();
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, std::nullopt, indices, std::nullopt, delta, normalise,
                    scale, 1, 1);
-  s.v = rows_of(v);
+  s.v = rows_of(v, type);
   s.skip = plain(skip, type);
   STD_TORCH_CHECK(state.is_contiguous() && output.is_contiguous(), "s0kernels: contiguous states and output expected");
-  const Step step{states_of(state, !delta, type, true), output.mutable_data_ptr(), kind_of(output)};
+  const Step step{states_of(state, !delta, type, true), output.mutable_data_ptr(), kind_beside(output, type)};
   const bool wide = type == ScalarType::Double;
   run(s.sequences * s.heads, 4, entries().step_bytes(s, wide),
       [&](int64_t unit, void* memory) { entries().step(s, step, wide, unit, memory); });

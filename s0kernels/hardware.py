@@ -46,12 +46,21 @@ class Processor(NamedTuple):
     tried: str
 
 
+_X86_COMPILERS = ("g++ 11", "g++ 12", "clang 14", "clang 16")
+
 PROCESSORS = (
-    Processor("x86-64", "AVX-512", ("g++ 12",), "run"),
-    Processor("x86-64", "AVX2", ("g++ 12",), "run"),
-    Processor("x86-64", "portable", ("g++ 12",), "run"),
-    Processor("aarch64", "portable (NEON)", (), "never"),
+    Processor("x86-64", "AVX-512", _X86_COMPILERS, "run"),
+    Processor("x86-64", "AVX2", _X86_COMPILERS, "run"),
+    Processor("x86-64", "portable", _X86_COMPILERS, "run"),
+    Processor("aarch64", "portable (NEON)", ("g++ 12", "clang 16"), "emulated"),
+    Processor("aarch64, macOS", "portable (NEON)", ("clang 22",), "compiled"),
+    Processor("x86-64, macOS", "AVX-512, AVX2, portable", ("clang 22",), "compiled"),
 )
+
+
+def compilers() -> str:
+    """All that build the kernels for a CPU."""
+    return ", ".join(dict.fromkeys(name for row in PROCESSORS for name in row.compilers))
 
 
 _WORDS = {

@@ -1,5 +1,6 @@
 """The compiled kernels: threads, processes, instruction sets, and libraries that are not there or do not fit."""
 
+import re
 import shutil
 import subprocess
 import threading
@@ -12,6 +13,7 @@ from test_surroundings import python
 
 from s0kernels.backends import cpu
 from s0kernels.calls import Call
+from s0kernels.hardware import compilers
 from s0kernels.ops import registry
 
 pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
@@ -155,22 +157,104 @@ print(torch.ops.s0kernels_cpu.instructions())
     assert int(done.stdout) == bits
 
 
+def through(values: torch.Tensor, dtype: torch.dtype, columns: int, *, spaced: bool = False) -> torch.Tensor:
+    """The values read and written in another dtype, by a step that computes v = 1 * v; so many to a row, and in it next
+    to each other or not."""
+    v = values.reshape(-1, 1, 1, columns)
+    if spaced:
+        v = torch.stack([v, torch.zeros_like(v)], dim=-1)[..., 0]
+    rows = v.shape[0]
+    one, output = torch.ones(rows, 1, 1, 1), torch.empty(rows, 1, columns, dtype=dtype)
+    gates, zero = torch.ones(rows, 1, 1), torch.full((rows,), -1)
+    state = torch.empty(1, 1, columns, 1)
+    torch.ops.s0kernels_cpu.scan_step(one, one, v, gates, gates, None, state, zero, output, False, False, 1.0)
+    return output.reshape(values.shape)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Those of a tensor, with one kind of NaN."""
+    return torch.where(x.isnan(), torch.nan, x).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+#: whole vectors of every width, none, and vectors with a rest
+every_width = pytest.mark.parametrize("columns", [64, 1, 37])
+every_format = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(params=[False, True], ids=["", "subnormal floats are zero"])
+def flushed(request):
+    yield torch.set_flush_denormal(request.param) and request.param
+    torch.set_flush_denormal(False)
+
+
+@every_format
+@every_width
+@pytest.mark.parametrize("spaced", [False, True])
+def test_cpu_reads_every_number_of_16_bits_exactly(dtype, columns, spaced, flushed):
+    count = 65536 // columns * columns
+    values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[-count:]
+    found = through(values, torch.float32, columns, spaced=spaced)
+    if flushed and dtype == torch.bfloat16:  # those are what the machine was told to take for zero
+        small = values.float().abs() < torch.finfo(torch.float32).tiny
+        values, found = values[~small], found[~small]
+    assert torch.equal(bits(found), bits(values.float()))
+
+
+@every_format
+@every_width
+def test_cpu_rounds_to_the_nearest_number_of_16_bits(dtype, columns, flushed):
+    """Every number, every middle of two neighbours, and the floats next to those; beyond the largest; beside zero."""
+    finite = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = finite[finite.isfinite()].double().sort().values
+    largest, step = finite[-1], finite[-1] - finite[-2]
+    edge = torch.stack(
+        [largest + step / 2, -largest - step / 2]
+    )  # as far from the largest as from what would come next
+    middles = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, edge]).float()
+    up, down = (torch.nextafter(middles, torch.tensor(sign * torch.inf)) for sign in (1, -1))
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -3e38, 1e-30, -1e-30, -0.0])
+    values = torch.cat([middles, up, down, special])
+    if flushed:
+        values = values[(values.abs() >= torch.finfo(torch.float32).tiny) | (values == 0)]
+    values = torch.cat([values, torch.zeros(-len(values) % columns)])
+    assert torch.equal(bits(through(values, dtype, columns)), bits(values.to(dtype)))
+    assert not flushed or torch.finfo(torch.float32).tiny / 2 * torch.ones(1) == 0
+
+
+@every_op
+@pytest.mark.parametrize("mixed", ["fp64 input", "fp64 gates"])
+def test_cpu_operators_refuse_fp64_beside_other_dtypes(op, mixed):
+    """Nothing above them asks for it; they would read memory as what it is not."""
+    kinds = [torch.float64, torch.float32] if mixed == "fp64 input" else [torch.float32, torch.float64]
+    x, output = torch.ones(1, 2, 1, 4, dtype=kinds[0]), torch.empty(1, 2, 1, 4, dtype=kinds[0])
+    gates, delta = torch.ones(1, 2, 1, dtype=kinds[1]), op == "gated_delta_rule"
+    arguments = (x, x, x, gates, gates, None, None, None, None, output, None, delta, False, 1.0, 32, 4)
+    with pytest.raises(RuntimeError, match="fp64 and of other dtypes do not mix"):
+        torch.ops.s0kernels_cpu.scan_forward(*arguments)
+
+
 def refused(file: Path, message: str) -> None:
-    """A reason, not a crash, and the next backend by default."""
+    """A reason, not a crash, and the next backend by default, which is said once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("S0KERNELS_CPU_LIBRARY", str(file))
         cpu.missing.cache_clear()
+        registry.say_once.cache_clear()
         try:
             assert message in registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
+            with pytest.warns(RuntimeWarning, match=f"compiled kernels .*{re.escape(message)}"):
+                assert registry.choose(None, "ssd", torch.device("cpu"), torch.float32) == "torch"
             assert registry.choose(None, "ssd", torch.device("cpu"), torch.float32) == "torch"
-            with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{message}"):
+            with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this call: .*{re.escape(message)}"):
                 problem_of("ssd").run("cpu")
         finally:
             cpu.missing.cache_clear()
 
 
 def test_cpu_library_that_is_missing_or_is_none(tmp_path):
-    refused(tmp_path / "library.so", "was not built")
+    refused(
+        tmp_path / "library.so",
+        f"was not built: install with --no-build-isolation where torch and a C++ compiler are: {compilers()}",
+    )
     (tmp_path / "library.so").write_bytes(b"not a library")
     refused(tmp_path / "library.so", "cannot be used beside torch")
 

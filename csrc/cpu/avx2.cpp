@@ -1,5 +1,3 @@
-#if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
 #define S0_ISA avx2
 #define S0_VECTOR_BYTES 32
 #define S0_BLOCK_VECTORS 2
@@ -7,4 +5,3 @@
 #include "cpu/forward.h"
 #include "cpu/step.h"
 #include "cpu/token.h"
-#endif

@@ -1,12 +1,15 @@
 // Vectors of one instruction set, and the register-blocked matrix product that everything is made of.
 //
 // Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_BLOCK_VECTORS
-// and has switched the instructions on. Nothing here may be shared between those files, or the linker could give an old
-// machine the code of a new one: no function of the standard library that is not a builtin, no static variable.
+// and for which setup.py switches the instructions on. Nothing here may be shared between those files, or the linker
+// could give an old machine the code of a new one: no function of the standard library that is not a builtin, no static
+// variable.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "compiler.h"
 
 namespace s0::S0_ISA {
 
@@ -24,15 +27,13 @@ constexpr int kLanes = S0_VECTOR_BYTES / sizeof(T);
 constexpr int kRows = 6;
 constexpr int kVectors = S0_BLOCK_VECTORS;
 
-#define S0_INLINE inline __attribute__((always_inline))
-
 template <class T>
-S0_INLINE Vec<T> load(const T* p) {
+S0_CALL Vec<T> load(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
 }
 
 template <class T>
-S0_INLINE void store(T* p, Vec<T> x) {
+S0_CALL void store(T* p, Vec<T> x) {
   *reinterpret_cast<Vec<T>*>(p) = x;
 }
 
@@ -43,12 +44,12 @@ struct LooseVecOf {
 };
 
 template <class T>
-S0_INLINE Vec<T> load_loose(const T* p) {
+S0_CALL Vec<T> load_loose(const T* p) {
   return *reinterpret_cast<const typename LooseVecOf<T>::type*>(p);
 }
 
 template <class T>
-S0_INLINE void store_loose(T* p, Vec<T> x) {
+S0_CALL void store_loose(T* p, Vec<T> x) {
   *reinterpret_cast<typename LooseVecOf<T>::type*>(p) = x;
 }
 
@@ -93,11 +94,11 @@ template <class T>
 constexpr T kMinusOne = -1;
 
 template <class T>
-S0_INLINE Target<T> set(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}) {
+S0_CALL Target<T> set(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}) {
   return {data, ld, to, {nullptr, 0}, data};
 }
 template <class T>
-S0_INLINE Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}, Factors<T> keep = {&kOne<T>, 0}) {
+S0_CALL Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0}, Factors<T> keep = {&kOne<T>, 0}) {
   return {data, ld, to, keep, data};
 }
 
@@ -117,15 +118,15 @@ struct Product {
 
 // sums += depth d of the product, for the M rows from `a` on, of which those from `top` to `bottom`
 template <class T, int M, int N>
-S0_INLINE void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, const T* b, int top, int bottom) {
+S0_CALL void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, const T* b, int top, int bottom) {
   Vec<T> right[N];
-#pragma GCC unroll 8
+  S0_UNROLL_WHOLE
   for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes<T>);
-#pragma GCC unroll 8
+  S0_UNROLL_WHOLE
   for (int m = 0; m < M; ++m) {
     if (m < top || m > bottom) continue;
     const Vec<T> left = a[m * row] - Vec<T>{};
-#pragma GCC unroll 8
+    S0_UNROLL_WHOLE
     for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
   }
 }
@@ -137,31 +138,31 @@ __attribute__((noinline)) void block(const Product<T>& p, int i, int j, int dept
   const T *a = p.a.data + i * p.a.row + first * p.a.column, *b = p.b + first * p.ldb + j;
   const std::ptrdiff_t row = p.a.row, column = p.a.column, ldb = p.ldb;
   Vec<T> sums[M][N];
-#pragma GCC unroll 8
+  S0_UNROLL_WHOLE
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+    S0_UNROLL_WHOLE
     for (int n = 0; n < N; ++n) sums[m][n] = Vec<T>{};
   if constexpr (S == Shape::kUpper) {
-#pragma GCC unroll 8
+    S0_UNROLL_WHOLE
     for (int d = 0; d < M; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, 0, d);
   }
   const int rest = S == Shape::kUpper ? depth - i - M : S == Shape::kLower ? i : depth;
   for (int d = 0; d < rest; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, 0, M - 1);
   if constexpr (S == Shape::kLower) {
-#pragma GCC unroll 8
+    S0_UNROLL_WHOLE
     for (int d = 0; d < M; ++d, a += column, b += ldb) add_depth<T, M, N>(sums, a, row, b, d, M - 1);
   }
   const Target<T>& c = p.c;
   T* to = c.data + i * c.ld + j;
   const T *before = c.before + i * c.ld + j, *factor = c.to.data + i * c.to.step;
   const T* keep = c.keep.data == nullptr ? nullptr : c.keep.data + i * c.keep.step;
-#pragma GCC unroll 8
+  S0_UNROLL_WHOLE
   for (int m = 0; m < M; ++m, to += c.ld, before += c.ld, factor += c.to.step) {
     if (keep == nullptr) {
-#pragma GCC unroll 8
+      S0_UNROLL_WHOLE
       for (int n = 0; n < N; ++n) store(to + n * kLanes<T>, *factor * sums[m][n]);
     } else {
-#pragma GCC unroll 8
+      S0_UNROLL_WHOLE
       for (int n = 0; n < N; ++n)
         store(to + n * kLanes<T>, *keep * load(before + n * kLanes<T>) + *factor * sums[m][n]);
       keep += c.keep.step;

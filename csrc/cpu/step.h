@@ -7,14 +7,14 @@ namespace s0::S0_ISA {
 
 // Calls each(offset, lanes as a vector) over n elements of any alignment, the last ones through a copy.
 template <class T, class Each>
-S0_INLINE void over(int n, Each&& each) {
+S0_CALL void over(int n, Each&& each) {
   int j = 0;
   for (; j + kLanes<T> <= n; j += kLanes<T>) each(j, kLanes<T>);
   if (j < n) each(j, n - j);
 }
 
 template <class T>
-S0_INLINE Vec<T> load_some(const T* p, int lanes) {
+S0_CALL Vec<T> load_some(const T* p, int lanes) {
   if (lanes == kLanes<T>) return load_loose(p);
   Vec<T> x{};
   for (int i = 0; i < lanes; ++i) x[i] = p[i];
@@ -22,7 +22,7 @@ S0_INLINE Vec<T> load_some(const T* p, int lanes) {
 }
 
 template <class T>
-S0_INLINE void store_some(T* p, Vec<T> x, int lanes) {
+S0_CALL void store_some(T* p, Vec<T> x, int lanes) {
   if (lanes == kLanes<T>) {
     store_loose(p, x);
     return;

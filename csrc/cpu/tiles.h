@@ -6,57 +6,61 @@
 
 #include "cpu/scan.h"
 #include "cpu/simd.h"
+#include "numbers.h"
 
 namespace s0::S0_ISA {
 
-// Vectors of another type with as many lanes as those of T, at any address.
-template <class T, class Other>
-struct LooseOf {
-  typedef Other type __attribute__((vector_size(kLanes<T> * sizeof(Other)), may_alias, aligned(sizeof(Other))));
-};
+// As many bits as a vector has, and numbers of 16 bits for its lanes, at any address.
+typedef uint32_t Bits __attribute__((vector_size(S0_VECTOR_BYTES)));
+typedef uint16_t Shorts __attribute__((vector_size(S0_VECTOR_BYTES / 2), may_alias, aligned(2)));
 
-// bfloat16 is kept as its bits.
-template <class T, class From>
-S0_INLINE Vec<T> widen(const From* p) {
-  const auto x = *reinterpret_cast<const typename LooseOf<T, From>::type*>(p);
-  if constexpr (sizeof(From) == 2 && static_cast<From>(0.5f) == From(0)) {
-    typedef uint32_t Bits __attribute__((vector_size(kLanes<float> * 4)));
-    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-    if constexpr (sizeof(T) == 4) return __builtin_bit_cast(Vec<T>, __builtin_convertvector(x, Bits) << 16);
-    return Vec<T>{};
-  } else {
-    return __builtin_convertvector(x, Vec<T>);
-  }
+// A vector from memory at any address, and back.
+S0_CALL Vec<float> widen(const float* p) { return load_loose(p); }
+S0_CALL Vec<double> widen(const double* p) { return load_loose(p); }
+
+S0_CALL Vec<float> widen(const BFloat16* p) {
+  return widen_bfloat16<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Bits));
+}
+
+// Masked where g++ 12 would otherwise warn of what its own header leaves without a value.
+S0_CALL Vec<float> widen(const Half* p) {
+  const Shorts x = *reinterpret_cast<const Shorts*>(p);
+#if defined(__F16C__) && S0_VECTOR_BYTES == 64
+  return __builtin_bit_cast(Vec<float>, _mm512_maskz_cvtph_ps(-1, __builtin_bit_cast(__m256i, x)));
+#elif defined(__F16C__) && S0_VECTOR_BYTES == 32
+  return __builtin_bit_cast(Vec<float>, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, x)));
+#else
+  return widen_half<Vec<float>>(__builtin_convertvector(x, Bits));
+#endif
+}
+
+S0_CALL void narrow(float* p, Vec<float> x) { store_loose(p, x); }
+S0_CALL void narrow(double* p, Vec<double> x) { store_loose(p, x); }
+
+S0_CALL void narrow(BFloat16* p, Vec<float> x) {
+  *reinterpret_cast<Shorts*>(p) = __builtin_convertvector(narrow_bfloat16<Bits>(x), Shorts);
+}
+
+S0_CALL void narrow(Half* p, Vec<float> x) {
+#if defined(__F16C__) && S0_VECTOR_BYTES == 64
+  const __m256i found = _mm512_maskz_cvtps_ph(-1, __builtin_bit_cast(__m512, x), _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && S0_VECTOR_BYTES == 32
+  const __m128i found = _mm256_cvtps_ph(__builtin_bit_cast(__m256, x), _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Shorts found = __builtin_convertvector(narrow_half<Bits>(x), Shorts);
+#endif
+  *reinterpret_cast<Shorts*>(p) = __builtin_bit_cast(Shorts, found);
 }
 
 template <class T, class From>
-S0_INLINE T widen_one(From x) {
-  if constexpr (sizeof(From) == 2 && static_cast<From>(0.5f) == From(0))
-    return static_cast<T>(__builtin_bit_cast(float, static_cast<uint32_t>(x) << 16));
-  else
-    return static_cast<T>(x);
-}
-
-template <class To, class T>
-S0_INLINE To narrow_one(T x) {
-  if constexpr (sizeof(To) == 2 && static_cast<To>(0.5f) == To(0)) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(x));
-    return x != x ? To(0x7fc0) : static_cast<To>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  } else {
-    return static_cast<To>(x);
-  }
-}
-
-template <class T, class From>
-S0_INLINE void read_as(T* to, int ld, const void* data, int64_t at, int64_t token, int64_t element, int rows,
+S0_CALL void read_as(T* to, int ld, const void* data, int64_t at, int64_t token, int64_t element, int rows,
                        int columns) {
   const From* from = static_cast<const From*>(data) + at;
   for (int i = 0; i < rows; ++i, to += ld, from += token) {
     int j = 0;
-    if constexpr (sizeof(T) == 4 || sizeof(From) == 8)
-      if (element == 1)
-        for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, widen<T>(from + j));
-    for (; j < columns; ++j) to[j] = widen_one<T>(from[j * element]);
+    if (element == 1)
+      for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, widen(from + j));
+    for (; j < columns; ++j) to[j] = to_float(from[j * element]);
     for (; j < padded<T>(columns); ++j) to[j] = 0;
   }
 }
@@ -65,24 +69,23 @@ S0_INLINE void read_as(T* to, int ld, const void* data, int64_t at, int64_t toke
 template <class T>
 void read(T* to, int ld, const Rows& x, int64_t at, int rows, int columns) {
   if (columns == 0) return;  // there may be no memory
-  switch (x.kind) {
-    case Kind::kFloat: return read_as<T, float>(to, ld, x.data, at, x.token, x.element, rows, columns);
-    case Kind::kDouble: return read_as<T, double>(to, ld, x.data, at, x.token, x.element, rows, columns);
-    case Kind::kHalf: return read_as<T, _Float16>(to, ld, x.data, at, x.token, x.element, rows, columns);
-    case Kind::kBFloat16: return read_as<T, uint16_t>(to, ld, x.data, at, x.token, x.element, rows, columns);
-  }
+  if constexpr (sizeof(T) == 8)
+    read_as<T, double>(to, ld, x.data, at, x.token, x.element, rows, columns);
+  else if (x.kind == Kind::kHalf)
+    read_as<T, Half>(to, ld, x.data, at, x.token, x.element, rows, columns);
+  else if (x.kind == Kind::kBFloat16)
+    read_as<T, BFloat16>(to, ld, x.data, at, x.token, x.element, rows, columns);
+  else
+    read_as<T, float>(to, ld, x.data, at, x.token, x.element, rows, columns);
 }
 
 template <class T, class To>
-S0_INLINE void write_as(void* data, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
+S0_CALL void write_as(void* data, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
   To* to = static_cast<To*>(data) + at;
   for (int i = 0; i < rows; ++i, from += ld, to += token) {
     int j = 0;
-    if constexpr (sizeof(T) == sizeof(To))
-      for (; j + kLanes<T> <= columns; j += kLanes<T>)
-        store_loose(to + j, load(from + j));
-#pragma GCC ivdep
-    for (; j < columns; ++j) to[j] = narrow_one<To>(from[j]);
+    for (; j + kLanes<T> <= columns; j += kLanes<T>) narrow(to + j, load(from + j));
+    for (; j < columns; ++j) assign(to[j], from[j]);
   }
 }
 
@@ -90,30 +93,37 @@ S0_INLINE void write_as(void* data, int64_t at, int64_t token, const T* from, in
 template <class T>
 void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
   if (columns == 0) return;
-  switch (kind) {
-    case Kind::kFloat: return write_as<T, float>(data, at, token, from, ld, rows, columns);
-    case Kind::kDouble: return write_as<T, double>(data, at, token, from, ld, rows, columns);
-    case Kind::kHalf: return write_as<T, _Float16>(data, at, token, from, ld, rows, columns);
-    case Kind::kBFloat16: return write_as<T, uint16_t>(data, at, token, from, ld, rows, columns);
-  }
+  if constexpr (sizeof(T) == 8)
+    write_as<T, double>(data, at, token, from, ld, rows, columns);
+  else if (kind == Kind::kHalf)
+    write_as<T, Half>(data, at, token, from, ld, rows, columns);
+  else if (kind == Kind::kBFloat16)
+    write_as<T, BFloat16>(data, at, token, from, ld, rows, columns);
+  else
+    write_as<T, float>(data, at, token, from, ld, rows, columns);
 }
 
 // Lanes of a and b that change places in one stage: those that differ in bit S. The masks have to be constants.
 template <class T, int S, int... L>
-S0_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+S0_CALL void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int lanes = sizeof...(L);
+#if __has_builtin(__builtin_shufflevector)
+  const Vec<T> low = __builtin_shufflevector(a, b, ((L & S) != 0 ? lanes + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) != 0 ? lanes + L : L + S)...);
+#else  // g++ 11
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef Index Mask __attribute__((vector_size(S0_VECTOR_BYTES)));
-  constexpr int lanes = sizeof...(L);
   const Vec<T> low = __builtin_shuffle(a, b, Mask{((L & S) != 0 ? lanes + L - S : L)...});
   b = __builtin_shuffle(a, b, Mask{((L & S) != 0 ? lanes + L : L + S)...});
+#endif
   a = low;
 }
 
 template <class T, int S = 1>
-S0_INLINE void exchange_all(Vec<T>* x) {
+S0_CALL void exchange_all(Vec<T>* x) {
   constexpr int lanes = kLanes<T>;
   if constexpr (S < lanes) {
-#pragma GCC unroll 16
+    S0_UNROLL_WHOLE
     for (int i = 0; i < lanes; ++i)
       if ((i & S) == 0) exchange<T, S>(x[i], x[i + S], std::make_integer_sequence<int, lanes>());
     exchange_all<T, 2 * S>(x);
@@ -122,13 +132,13 @@ S0_INLINE void exchange_all(Vec<T>* x) {
 
 // A square of vectors turned over its diagonal, bit by bit of row and lane.
 template <class T>
-S0_INLINE void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
+S0_CALL void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
   constexpr int lanes = kLanes<T>;
   Vec<T> x[lanes];
-#pragma GCC unroll 16
+  S0_UNROLL_WHOLE
   for (int i = 0; i < lanes; ++i) x[i] = load_loose(from + i * ld);
   exchange_all<T>(x);
-#pragma GCC unroll 16
+  S0_UNROLL_WHOLE
   for (int i = 0; i < lanes; ++i) store_loose(to + i * ld_to, x[i]);
 }
 
@@ -163,14 +173,14 @@ void transpose_padded(T* to, int64_t ld_to, const T* from, int64_t ld, int rows,
 }
 
 template <class T>
-S0_INLINE T sum(Vec<T> x) {
+S0_CALL T sum(Vec<T> x) {
   T total = 0;
   for (int i = 0; i < kLanes<T>; ++i) total += x[i];
   return total;
 }
 
 template <class T>
-S0_INLINE T dot(const T* a, const T* b, int n) {
+S0_CALL T dot(const T* a, const T* b, int n) {
   Vec<T> first{}, second{};
   int j = 0;
   for (; j + 2 * kLanes<T> <= n; j += 2 * kLanes<T>) {
@@ -183,36 +193,36 @@ S0_INLINE T dot(const T* a, const T* b, int n) {
 
 // y = y * factor, over padded rows
 template <class T>
-S0_INLINE void scale_row(T* y, T factor, int n) {
+S0_CALL void scale_row(T* y, T factor, int n) {
   for (int j = 0; j < n; j += kLanes<T>) store(y + j, load(y + j) * factor);
 }
 
 // y += factor * x
 template <class T>
-S0_INLINE void add_row(T* y, const T* x, T factor, int n) {
+S0_CALL void add_row(T* y, const T* x, T factor, int n) {
   for (int j = 0; j < n; j += kLanes<T>) store(y + j, load(y + j) + factor * load(x + j));
 }
 
 // n padded to whole vectors
 template <class T>
-S0_INLINE void fill(T* p, T value, int64_t n) {
+S0_CALL void fill(T* p, T value, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) store(p + i, value - Vec<T>{});
 }
 
 template <class T>
 T exponential(T x);
 template <>
-S0_INLINE float exponential(float x) {
+S0_CALL float exponential(float x) {
   return __builtin_expf(x);
 }
 template <>
-S0_INLINE double exponential(double x) {
+S0_CALL double exponential(double x) {
   return __builtin_exp(x);
 }
 
 // x * rsqrt(sum(x^2) + 1e-6) in place; the factor.
 template <class T>
-S0_INLINE T normalise(T* x, int n) {
+S0_CALL T normalise(T* x, int n) {
   const T factor = 1 / __builtin_sqrt(dot(x, x, n) + T(1e-6));
   scale_row(x, factor, n);
   return factor;

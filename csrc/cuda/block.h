@@ -10,13 +10,12 @@
 #include <cstdint>
 
 #include "cuda/arguments.h"
+#include "numbers.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#define S0_CALL __device__ __forceinline__
 #define S0_UNROLL _Pragma("unroll")
 #else
-#define S0_CALL inline __attribute__((always_inline))
 #define S0_UNROLL
 #endif
 
@@ -29,6 +28,8 @@ struct alignas(16) Wide {
 
 #if defined(__CUDACC__)
 using Half = __half;
+S0_CALL float to_float(Half x) { return static_cast<float>(x); }
+S0_CALL void assign(Half& to, float x) { to = static_cast<Half>(x); }
 
 struct GpuBlock {
   static constexpr int kLanes = 32;  // threads of a warp
@@ -86,20 +87,11 @@ struct GpuBlock {
     __stwb(reinterpret_cast<float4*>(p), make_float4(x.v[0], x.v[1], x.v[2], x.v[3]));  // or the compiler splits it
   }
 };
-#else
-using Half = _Float16;
 #endif
 
-S0_CALL float from_bfloat16(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
-
-S0_CALL uint16_t to_bfloat16(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 S0_CALL float read(const void* data, Kind kind, int64_t at) {
-  if (kind == Kind::kBFloat16) return from_bfloat16(static_cast<const uint16_t*>(data)[at]);
-  if (kind == Kind::kHalf) return static_cast<float>(static_cast<const Half*>(data)[at]);
+  if (kind == Kind::kBFloat16) return to_float(static_cast<const BFloat16*>(data)[at]);
+  if (kind == Kind::kHalf) return to_float(static_cast<const Half*>(data)[at]);
   return static_cast<const float*>(data)[at];
 }
 
@@ -109,9 +101,9 @@ S0_CALL float read(const Values& x, int64_t row, int64_t head, int64_t column) {
 
 S0_CALL void write(void* data, Kind kind, int64_t at, float x) {
   if (kind == Kind::kBFloat16) {
-    static_cast<uint16_t*>(data)[at] = to_bfloat16(x);
+    assign(static_cast<BFloat16*>(data)[at], x);
   } else if (kind == Kind::kHalf) {
-    static_cast<Half*>(data)[at] = static_cast<Half>(x);
+    assign(static_cast<Half*>(data)[at], x);
   } else {
     static_cast<float*>(data)[at] = x;
   }
@@ -119,8 +111,8 @@ S0_CALL void write(void* data, Kind kind, int64_t at, float x) {
 
 template <class Block>
 S0_CALL float read_fresh(const void* data, Kind kind, int64_t at) {
-  if (kind == Kind::kBFloat16) return from_bfloat16(Block::fresh(static_cast<const uint16_t*>(data) + at));
-  if (kind == Kind::kHalf) return static_cast<float>(Block::fresh(static_cast<const Half*>(data) + at));
+  if (kind == Kind::kBFloat16) return to_float(BFloat16{Block::fresh(static_cast<const uint16_t*>(data) + at)});
+  if (kind == Kind::kHalf) return to_float(Block::fresh(static_cast<const Half*>(data) + at));
   return Block::fresh(static_cast<const float*>(data) + at);
 }
 

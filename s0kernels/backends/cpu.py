@@ -33,6 +33,7 @@ from s0kernels.calls import (
     Wanted,
     state_dtype,
 )
+from s0kernels.hardware import compilers
 
 #: with the delta rule and without: there shorter chunks are more exact and as fast
 _CHUNK = {True: 32, False: 64}
@@ -61,7 +62,7 @@ def missing() -> str | None:
     """None once the library is there, else the reason why not."""
     file = Path(os.environ.get("S0KERNELS_CPU_LIBRARY") or Path(__file__).parents[1] / "_cpu.so")
     if not file.is_file():
-        return "was not built: install with --no-build-isolation where a C++ compiler and torch are"
+        return f"was not built: install with --no-build-isolation where torch and a C++ compiler are: {compilers()}"
     try:
         torch.ops.load_library(str(file))
         torch.ops.s0kernels_cpu.instructions()

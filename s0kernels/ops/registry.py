@@ -6,7 +6,9 @@ and a function for each op and direction that it has.
 """
 
 import contextlib
+import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -80,7 +82,12 @@ def choose(
     if transform is not None and backend in (None, "reference"):
         return "reference"
     if backend is None:
-        return next(name for name in ORDER if _takes(name, call))
+        name = next(name for name in ORDER if _takes(name, call))
+        if name == "torch" and device.type == "cpu" and (missing := load("cpu").missing()) is not None:
+            say_once(
+                f"s0kernels: the compiled kernels for a CPU cannot be used, PyTorch is 5 to 16 times slower: {missing}"
+            )
+        return name
     if backend not in ORDER:
         raise ValueError(f"{op}: backend must be one of {', '.join(ORDER)} or None, got {backend!r}")
     reason = unusable(backend, call)
@@ -105,6 +112,11 @@ def rows_that_pay(name: str, op: str, device: torch.device, dtype: torch.dtype) 
         return 0
     module = load(name)
     return module.rows_that_pay(Call(op, device, dtype)) if hasattr(module, "rows_that_pay") else float("inf")
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

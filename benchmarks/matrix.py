@@ -1,0 +1,238 @@
+"""Every Triton kernel compiled ahead of time: for each chip, with each tested Triton, each optional argument absent and
+present.
+
+    python benchmarks/matrix.py                 # what the file of results is behind on
+    python benchmarks/matrix.py --behind        # print it, by kernel, and compile nothing
+    python benchmarks/matrix.py --table         # the file as a table
+
+It writes benchmarks/results/kernels-aot.json: the hash of each kernel's source, and for each launch, chip and Triton
+[registers, bytes of spills, bytes of shared memory, instructions that multiply matrices], or why it does not compile.
+Other versions of Triton than the installed one are looked for in .deps/triton-VERSION (`make matrix-triton`).
+"""
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "kernels-aot.json"
+sys.path.insert(0, str(ROOT))
+
+from s0kernels._files import replace_file  # noqa: E402
+from s0kernels.hardware import CHIPS  # noqa: E402
+from s0kernels.versions import PINNED, TESTED  # noqa: E402
+
+#: chips with so little shared memory that other tiles are chosen there, and the one that all else is tried on
+EVERY_SHAPE = ("sm_90", "sm_86", "sm_120", "gfx942")
+
+
+def sampled(version: str) -> dict[str, list[str]]:
+    """The cases that are compiled with a Triton, by chip: the flagships and the widest states everywhere, pairs of
+    optional arguments for one chip, and, with the pinned Triton, the heads of every family."""
+    from s0kernels.backends.triton.aot_cases import CASES, FLAGSHIPS, PAIRS
+
+    few = [*FLAGSHIPS, "delta rule 256/256"]
+    found = {chip: few for chip in CHIPS}
+    if version == PINNED["triton"]:
+        found |= dict.fromkeys(EVERY_SHAPE, list(CASES))
+    return found | {"sm_90": [*found["sm_90"], *PAIRS]}
+
+
+def of_ci() -> dict[str, list[str]]:
+    """Of what is compiled with the pinned Triton, what every change is tried on."""
+    from s0kernels.backends.triton.aot_cases import FLAGSHIPS, PAIRS
+
+    return dict.fromkeys(CHIPS, list(FLAGSHIPS)) | {"sm_90": [*FLAGSHIPS, *PAIRS]}
+
+
+def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Callable]]:
+    """(kernel, key of the launch, chip, what it belongs to, how to compile it), each once."""
+    from s0kernels.backends.triton import aot
+    from s0kernels.backends.triton.aot_cases import CASES, PAIRS
+    from s0kernels.backends.triton.launch import known_target
+
+    seen = set()
+    for chip, names in cases.items():
+        target = known_target(chip)
+        for name in names:
+            for call, run in (CASES | PAIRS)[name]().items():
+                if 0 < target.capability < 80 and call != "step":
+                    continue
+                for launch in aot.launches_of(run, target):
+                    kernel, key = launch.kernel.__name__.removesuffix("_kernel"), aot.specialise(launch).key(launch)
+                    if (kernel, key, chip) not in seen:
+                        seen.add((kernel, key, chip))
+                        yield kernel, key, chip, f"{name}, {call}", lambda x=launch, t=target: aot.compile_launch(x, t)
+
+
+def sources() -> dict[str, str]:
+    """The hash of every kernel."""
+    from s0kernels.backends.triton import aot, delta, mamba, states
+
+    kernels = {name: value for module in (delta, mamba, states) for name, value in vars(module).items()}
+    return {
+        name.removesuffix("_kernel"): aot.source_hash(kernel)
+        for name, kernel in sorted(kernels.items())
+        if name.endswith("_kernel")
+    }
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"sources": {}, "launches": {}}
+
+
+def missing(results: dict, version: str, cases: dict[str, list[str]]) -> list[tuple]:
+    """The jobs that have no figures of today's source."""
+    current = sources()
+    return [
+        job
+        for job in jobs(cases)
+        if results["sources"].get(job[0]) != current[job[0]]
+        or version not in results["launches"][job[0]].get(job[1], {}).get(job[2], {})
+    ]
+
+
+def behind(results: dict) -> dict[str, int]:
+    """How many launches of each kernel have no figures, over all chips and versions."""
+    return collections.Counter(job[0] for version in TESTED["triton"] for job in missing(results, version, sampled(version)))
+
+
+def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> None:
+    """Compile every so many-th of the jobs that are not known, and print a line of JSON for each."""
+    import triton
+
+    for job in missing(known, triton.__version__, cases)[share::shares]:
+        kernel, key, chip, what, compile_it = job
+        try:
+            usage, wrong = compile_it()
+            found = "; ".join(wrong) or list(usage)
+        except Exception as error:  # whatever the compiler raises, the others go on
+            found = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        print(json.dumps([kernel, key, chip, what, found]), flush=True)
+
+
+def compiled(version: str, shares: int, *options: str) -> Iterator[list]:
+    """What that many processes find with a Triton."""
+    path = [] if version == PINNED["triton"] else [str(ROOT / ".deps" / f"triton-{version}")]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, __file__, *options, "--share"]
+    running = [
+        subprocess.Popen([*command, f"{i}/{shares}"], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(shares)
+    ]
+    for process in running:
+        yield from map(json.loads, process.stdout)
+    if any(process.wait() for process in running):
+        raise RuntimeError(f"compiling with Triton {version} ended with an error")
+
+
+def merge(results: dict, version: str, rows: Iterable[list]) -> None:
+    """Take what was found in, after what does not belong to today's kernels has gone."""
+    for kernel, key, chip, what, found in rows:
+        of_kernel = results["launches"][kernel]
+        of_kernel.setdefault(key, {"what": what}).setdefault(chip, {})[version] = found
+
+
+def prune(results: dict) -> None:
+    """What was found of other kernels than today's, or of launches that nothing makes any more, goes."""
+    current = sources()
+    wanted = {}
+    for version in TESTED["triton"]:
+        for kernel, key, chip, what, _ in jobs(sampled(version)):
+            wanted.setdefault((kernel, key), {"what": what}).setdefault(chip, set()).add(version)
+    launches = {kernel: {} for kernel in current}
+    for (kernel, key), chips in wanted.items():
+        old = results["launches"].get(kernel, {}).get(key) if results["sources"].get(kernel) == current[kernel] else None
+        if old:
+            kept = {chip: {v: x for v, x in old[chip].items() if v in of} for chip, of in chips.items() if chip in old}
+            launches[kernel][key] = {"what": chips["what"]} | kept
+    results["sources"], results["launches"] = current, launches
+
+
+def save(results: dict) -> None:
+    """A line for each launch."""
+    lines = []
+    for kernel, launches in results["launches"].items():
+        rows = ",\n".join(f" {json.dumps(key)}:{json.dumps(row, separators=(',', ':'))}" for key, row in launches.items())
+        lines.append(f"{json.dumps(kernel)}:{{\n{rows}\n}}")
+    text = ",\n".join(lines)
+    replace_file(RESULTS, f'{{"sources":{json.dumps(results["sources"])},\n"launches":{{\n{text}\n}}}}\n'.encode())
+
+
+def table(results: dict) -> list[str]:
+    """Versions by chips: kernels compiled, bytes of spills in all of them, failures."""
+    found = collections.defaultdict(list)
+    for launches in results["launches"].values():
+        for row in launches.values():
+            for chip, versions in row.items():
+                for version, figures in versions.items() if chip != "what" else ():
+                    found[version, chip].append(figures)
+    lines = [f"| Triton | {' | '.join(CHIPS)} |", "|---" * (len(CHIPS) + 1) + "|"]
+    for version in TESTED["triton"]:
+        cells = []
+        for chip in CHIPS:
+            good = [x for x in found[version, chip] if isinstance(x, list)]
+            spilling = sum(x[1] > 0 for x in good)
+            cells.append(f"{len(good)}, {spilling} spill, {len(found[version, chip]) - len(good)} fail")
+        lines.append(f"| {version} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--behind", action="store_true", help="print what the file is behind on, and compile nothing")
+    parser.add_argument("--table", action="store_true", help="print the file as a table")
+    parser.add_argument("--ci", action="store_true", help="with the pinned Triton, what every change is tried on")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="of --ci, these alone")
+    parser.add_argument("--share", help="for the processes that this one starts")
+    options = parser.parse_args()
+    results = load()
+    if options.table:
+        print("\n".join(table(results)))
+    elif options.behind:
+        print("\n".join(f"{kernel}: {count}" for kernel, count in behind(results).items()))
+    elif options.share:
+        cases = of_ci() if options.ci else sampled(_installed())
+        cases = {chip: cases[chip] for chip in options.chip or cases}
+        known = {"sources": {}} if options.ci else results
+        work(*map(int, options.share.split("/")), cases, known)
+    else:
+        return fill(results)
+    return 0
+
+
+def _installed() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def fill(results: dict) -> int:
+    prune(results)
+    save(results)
+    failures, start = 0, time.monotonic()
+    for version in sorted(TESTED["triton"], key=lambda x: x != PINNED["triton"]):
+        rows = []
+        for row in compiled(version, os.cpu_count() or 1):
+            rows.append(row)
+            if isinstance(row[4], str):
+                failures += 1
+                print(f"Triton {version}, {row[2]}, {row[0]} ({row[3]}): {row[4]}", flush=True)
+            if len(rows) % 50 == 0:
+                merge(results, version, rows)
+                save(results)
+        merge(results, version, rows)
+        save(results)
+        print(f"Triton {version}: {len(rows)} compiled, {time.monotonic() - start:.0f} s", flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ present.
     python benchmarks/matrix.py --table         # the file as a table
 
 It writes benchmarks/results/kernels-aot.json: the hash of each kernel's source, and for each launch, chip and Triton
-[registers, bytes of spills, bytes of shared memory, instructions that multiply matrices], or why it does not compile.
+[registers, bytes of spills, bytes of shared memory, instructions on matrices], or why it does not compile.
 Other versions of Triton than the installed one are looked for in .deps/triton-VERSION (`make matrix-triton`).
 """
 
@@ -28,27 +28,20 @@ from s0kernels._files import replace_file  # noqa: E402
 from s0kernels.hardware import CHIPS  # noqa: E402
 from s0kernels.versions import PINNED, TESTED  # noqa: E402
 
-#: chips with so little shared memory that other tiles are chosen there, and the one that all else is tried on
-EVERY_SHAPE = ("sm_90", "sm_86", "sm_120", "gfx942")
+#: with so little shared memory that tiles are chosen for it
+SMALL = ("sm_86", "sm_120", "gfx942")
 
 
 def sampled(version: str) -> dict[str, list[str]]:
-    """The cases that are compiled with a Triton, by chip: the flagships and the widest states everywhere, pairs of
-    optional arguments for one chip, and, with the pinned Triton, the heads of every family."""
-    from s0kernels.backends.triton.aot_cases import CASES, FLAGSHIPS, PAIRS
+    """The cases that are compiled with a Triton, by chip: the flagships everywhere, the widest states where memory is
+    small, the optional arguments in pairs for one chip; with the pinned Triton there the heads of every family, too,
+    and all their sizes of states where memory is small."""
+    from s0kernels.backends.triton.aot_cases import CASES, FLAGSHIPS, PAIRS, SIZES
 
-    few = [*FLAGSHIPS, "delta rule 256/256"]
-    found = {chip: few for chip in CHIPS}
-    if version == PINNED["triton"]:
-        found |= dict.fromkeys(EVERY_SHAPE, list(CASES))
-    return found | {"sm_90": [*found["sm_90"], *PAIRS]}
-
-
-def of_ci() -> dict[str, list[str]]:
-    """Of what is compiled with the pinned Triton, what every change is tried on."""
-    from s0kernels.backends.triton.aot_cases import FLAGSHIPS, PAIRS
-
-    return dict.fromkeys(CHIPS, list(FLAGSHIPS)) | {"sm_90": [*FLAGSHIPS, *PAIRS]}
+    pinned = version == PINNED["triton"]
+    found = {chip: list(FLAGSHIPS) for chip in CHIPS}
+    found |= {chip: list(SIZES) if pinned else [*FLAGSHIPS, "delta rule 256/256"] for chip in SMALL}
+    return found | {"sm_90": [*(CASES if pinned else FLAGSHIPS), *PAIRS]}
 
 
 def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Callable]]:
@@ -100,7 +93,9 @@ def missing(results: dict, version: str, cases: dict[str, list[str]]) -> list[tu
 
 def behind(results: dict) -> dict[str, int]:
     """How many launches of each kernel have no figures, over all chips and versions."""
-    return collections.Counter(job[0] for version in TESTED["triton"] for job in missing(results, version, sampled(version)))
+    return collections.Counter(
+        job[0] for version in TESTED["triton"] for job in missing(results, version, sampled(version))
+    )
 
 
 def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> None:
@@ -117,24 +112,26 @@ def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> N
         print(json.dumps([kernel, key, chip, what, found]), flush=True)
 
 
-def compiled(version: str, shares: int, *options: str) -> Iterator[list]:
+def compiled(version: str, shares: int) -> Iterator[list]:
     """What that many processes find with a Triton."""
     path = [] if version == PINNED["triton"] else [str(ROOT / ".deps" / f"triton-{version}")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, __file__, *options, "--share"]
+    command = [sys.executable, __file__, "--share"]
+    found, written = os.pipe()
     running = [
-        subprocess.Popen([*command, f"{i}/{shares}"], stdout=subprocess.PIPE, text=True, env=environment)
-        for i in range(shares)
+        subprocess.Popen([*command, f"{i}/{shares}"], stdout=written, text=True, env=environment) for i in range(shares)
     ]
-    for process in running:
-        yield from map(json.loads, process.stdout)
-    if any(process.wait() for process in running):
+    os.close(written)
+    with os.fdopen(found) as lines:  # each is written at once
+        yield from map(json.loads, lines)
+    failed = [process for process in running if process.wait()]
+    if failed:
         raise RuntimeError(f"compiling with Triton {version} ended with an error")
 
 
 def merge(results: dict, version: str, rows: Iterable[list]) -> None:
-    """Take what was found in, after what does not belong to today's kernels has gone."""
+    """Take in what was found."""
     for kernel, key, chip, what, found in rows:
         of_kernel = results["launches"][kernel]
         of_kernel.setdefault(key, {"what": what}).setdefault(chip, {})[version] = found
@@ -149,7 +146,9 @@ def prune(results: dict) -> None:
             wanted.setdefault((kernel, key), {"what": what}).setdefault(chip, set()).add(version)
     launches = {kernel: {} for kernel in current}
     for (kernel, key), chips in wanted.items():
-        old = results["launches"].get(kernel, {}).get(key) if results["sources"].get(kernel) == current[kernel] else None
+        old = (
+            results["launches"].get(kernel, {}).get(key) if results["sources"].get(kernel) == current[kernel] else None
+        )
         if old:
             kept = {chip: {v: x for v, x in old[chip].items() if v in of} for chip, of in chips.items() if chip in old}
             launches[kernel][key] = {"what": chips["what"]} | kept
@@ -160,7 +159,9 @@ def save(results: dict) -> None:
     """A line for each launch."""
     lines = []
     for kernel, launches in results["launches"].items():
-        rows = ",\n".join(f" {json.dumps(key)}:{json.dumps(row, separators=(',', ':'))}" for key, row in launches.items())
+        rows = ",\n".join(
+            f" {json.dumps(key)}:{json.dumps(row, separators=(',', ':'))}" for key, row in launches.items()
+        )
         lines.append(f"{json.dumps(kernel)}:{{\n{rows}\n}}")
     text = ",\n".join(lines)
     replace_file(RESULTS, f'{{"sources":{json.dumps(results["sources"])},\n"launches":{{\n{text}\n}}}}\n'.encode())
@@ -189,9 +190,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--behind", action="store_true", help="print what the file is behind on, and compile nothing")
     parser.add_argument("--table", action="store_true", help="print the file as a table")
-    parser.add_argument("--ci", action="store_true", help="with the pinned Triton, what every change is tried on")
-    parser.add_argument("--chip", action="append", choices=CHIPS, help="of --ci, these alone")
-    parser.add_argument("--share", help="for the processes that this one starts")
+    parser.add_argument("--share", help="I/N: with the installed Triton, print every N-th row that the file lacks")
+    parser.add_argument("--fresh", action="store_true", help="of --share: as if there were no file")
+    parser.add_argument("--chip", choices=CHIPS, help="of --share: this one alone")
+    parser.add_argument("--case", action="append", help="of --share: this one alone")
     options = parser.parse_args()
     results = load()
     if options.table:
@@ -199,10 +201,11 @@ def main() -> int:
     elif options.behind:
         print("\n".join(f"{kernel}: {count}" for kernel, count in behind(results).items()))
     elif options.share:
-        cases = of_ci() if options.ci else sampled(_installed())
-        cases = {chip: cases[chip] for chip in options.chip or cases}
-        known = {"sources": {}} if options.ci else results
-        work(*map(int, options.share.split("/")), cases, known)
+        cases = sampled(_installed())
+        for chip in cases:
+            wanted = options.case or cases[chip] if options.chip in (None, chip) else ()
+            cases[chip] = [case for case in cases[chip] if case in wanted]
+        work(*map(int, options.share.split("/")), cases, {"sources": {}} if options.fresh else results)
     else:
         return fill(results)
     return 0

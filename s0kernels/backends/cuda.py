@@ -18,6 +18,8 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "computes in fp32, not in fp64"
     if device.type != "cuda":
         return f"for tensors on a GPU, not on {device.type}"
+    if torch.version.hip is not None:
+        return "is for GPUs by NVIDIA, and this torch is for those by AMD"
     return _unusable(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -31,8 +31,8 @@ def supports(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _unusable(op: str, target: Target) -> str | None:
-    """A torch for ROCm calls its devices cuda, too. Before 8.0 Triton makes no tensor-core instructions, and scans would
-    be slower than those in PyTorch; a step has no use for them."""
+    """A torch for ROCm calls its devices cuda, too. Before 8.0 Triton makes no tensor-core instructions, and scans
+    spill kilobytes; a step has no use for them."""
     if target.capability == 0:
         compiled = [name for name, chip in CHIPS.items() if name.startswith("gfx") and chip.tried != "never"]
         if target.name in compiled:

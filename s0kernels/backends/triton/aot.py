@@ -118,8 +118,9 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
     if shared > room:
         name = launch.kernel.__name__
         raise ValueError(f"{name} with {tiles} takes {shared} bytes of shared memory on {target.name}, of {room}")
-    registers, spills, tensor = _of_amd(compiled.asm["amdgcn"]) if amd else _of_nvidia(compiled.asm["cubin"])
-    return Usage(registers, spills, shared, tensor), miscompiled(compiled.asm["ttir"])
+    asm = compiled.asm
+    registers, spills, tensor = _of_amd(asm["amdgcn"]) if amd else _of_nvidia(asm["cubin"], asm["ptx"])
+    return Usage(registers, spills, shared, tensor), miscompiled(asm["ttir"])
 
 
 def _width(launch: Launch) -> int:
@@ -135,18 +136,15 @@ def _of_amd(assembly: str) -> tuple[int, int, int]:
     return registers, scratch, len(re.findall(r"\bv_mfma_", assembly))
 
 
-def _of_nvidia(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, bytes of stack, tensor-core instructions)."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
+    """(registers, bytes of stack, instructions on matrices)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code))
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
+    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
 
 
 def source_hash(kernel) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 Calls = dict[str, Callable[[], object]]
 
 
-class Optional(NamedTuple):
+class Given(NamedTuple):
     """What may be absent from a call, or given in more ways than one. `gradients` are those that come back, of the
     output, the final state, or both; `inputs` is all of those that want one, what a frozen model wants, or S0 alone."""
 
@@ -28,6 +28,7 @@ class Optional(NamedTuple):
     softplus: bool = True
 
 
+EVERYTHING = Given()
 _LEVELS = {
     "state": ("shared", None, "each", "bank"),
     "packed": (False, True),
@@ -79,7 +80,7 @@ class _Start(NamedTuple):
     final: Tensor
 
     @classmethod
-    def of(cls, B: int, shape: tuple[int, ...], how: Optional) -> "_Start":
+    def of(cls, B: int, shape: tuple[int, ...], how: Given) -> "_Start":
         leading = {None: None, "shared": (), "each": (B,), "bank": (B + 2,)}[how.state]
         return cls(
             None if leading is None else _empty(*leading, *shape, dtype=torch.float32),
@@ -89,7 +90,7 @@ class _Start(NamedTuple):
         )
 
 
-def _scheduled(how: Optional, run: Callable[[], object]) -> Callable[[], object]:
+def _scheduled(how: Given, run: Callable[[], object]) -> Callable[[], object]:
     """The call under the schedule that is asked for."""
 
     def call():
@@ -107,7 +108,7 @@ def _scheduled(how: Optional, run: Callable[[], object]) -> Callable[[], object]
 
 
 def delta_calls(
-    B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, how=Optional(), wanted=("all", "state")
+    B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "state")
 ) -> Calls:
     """Calls of the gated delta rule; the backwards are those of `wanted`."""
     from s0kernels.backends.triton import delta
@@ -144,15 +145,7 @@ def delta_calls(
 
 
 def ssd_calls(
-    B=1,
-    T=8192,
-    H=24,
-    P=128,
-    N=256,
-    G=1,
-    dtype=torch.bfloat16,
-    how=Optional(),
-    wanted=("all", "frozen", "state"),
+    B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "frozen", "state")
 ) -> Calls:
     """Calls of Mamba-2 SSD; the backwards are those of `wanted`."""
     from s0kernels.backends.triton import mamba
@@ -192,12 +185,12 @@ def ssd_calls(
 _BACKWARDS = {"all": "backward", "frozen": "frozen backward", "state": "state-only backward"}
 
 
-def _any(inputs: str, how: Optional) -> bool:
+def _any(inputs: str, how: Given) -> bool:
     """Whether anything wants a gradient."""
     return inputs != "state" or how.state is not None
 
 
-def _gradients(output: Tensor, final: Tensor, how: Optional) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(output: Tensor, final: Tensor, how: Given) -> tuple[Tensor | None, Tensor | None]:
     return (None if how.gradients == "final state" else output, None if how.gradients == "output" else final)
 
 
@@ -224,18 +217,32 @@ CASES: dict[str, Callable[[], Calls]] = {
     "Zamba2, 112 heads": functools.partial(ssd_calls, B=8, T=1024, H=112, P=64, N=64, G=2),
     "Mamba-2 2.7B fp16": functools.partial(ssd_calls, B=8, T=1024, H=80, P=64, N=128, dtype=torch.float16),
     "Falcon-H1-7B, no optional input": functools.partial(
-        ssd_calls, B=8, T=1024, how=Optional(D=False, z=False, dt_bias=False)
+        ssd_calls, B=8, T=1024, how=Given(D=False, z=False, dt_bias=False)
     ),
     "Falcon-H1-7B fp32": functools.partial(ssd_calls, B=8, T=1024, dtype=torch.float32),
 }
 #: the heads of Qwen3.5-4B and those of Falcon-H1-7B
 FLAGSHIPS = ("delta rule 128/128", "Falcon-H1-7B")
+#: cases that are more than other numbers of heads
+SIZES = (
+    *FLAGSHIPS,
+    "delta rule 128/128, few heads",
+    "delta rule 64/64 fp16",
+    "delta rule 256/256",
+    "delta rule 128/128 fp32",
+    "OLMo-Hybrid",
+    "Falcon-H1-7B, one sequence",
+    "Falcon-H1-0.5B",
+    "Falcon-H1-1.5B",
+    "Zamba2, 80 heads",
+    "Falcon-H1-7B fp32",
+)
 
 
 def _row(maker: Callable[..., Calls], row: dict, **sizes) -> Callable[[], Calls]:
     options = dict(row)
     wanted = (options.pop("inputs"),)
-    return functools.partial(maker, B=8, T=1024, how=Optional(**options), wanted=wanted, **sizes)
+    return functools.partial(maker, B=8, T=1024, how=Given(**options), wanted=wanted, **sizes)
 
 
 #: Small heads, their optional arguments in pairs.

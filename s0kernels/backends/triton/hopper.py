@@ -55,9 +55,9 @@ def _parse(ttir: str) -> Graph:
                         graph.setdefault(handed, (_HANDED_ON, []))[1].append(value)
         elif name is not None:
             graph[name] = (operation, _VALUE.findall(rest.partition(" : ")[0]))
-        if open_regions and line.strip().startswith("}") and not line.strip().startswith("} else"):
-            if not line.strip().startswith("})"):  # the end of a reduction or scan
-                open_regions.pop()
+        end = line.strip()
+        if open_regions and end.startswith("}") and not end.startswith(("} else", "})")):  # "})" ends a reduction
+            open_regions.pop()
     return graph
 
 

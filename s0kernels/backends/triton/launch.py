@@ -71,9 +71,10 @@ def _properties(index: int) -> Target:
     name = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         name = found.gcnArchName.partition(":")[0]
-    # not every torch for ROCm tells
-    shared = getattr(found, "shared_memory_per_block_optin", None) or getattr(found, "shared_memory_per_block", None)
-    return Target(name, found.multi_processor_count, shared or CHIPS[name].shared, found.warp_size)
+    shared = 65536  # not every torch for ROCm tells; no chip by AMD has less
+    for field in ("shared_memory_per_block", "shared_memory_per_block_optin"):
+        shared = getattr(found, field, shared)
+    return Target(name, found.multi_processor_count, shared, found.warp_size)
 
 
 def target_of(device: torch.device) -> Target:

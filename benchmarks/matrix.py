@@ -109,7 +109,8 @@ def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> N
             found = "; ".join(wrong) or list(usage)
         except Exception as error:  # whatever the compiler raises, the others go on
             found = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-        print(json.dumps([kernel, key, chip, what, found]), flush=True)
+        sys.stdout.write(json.dumps([kernel, key, chip, what, found]) + "\n")
+        sys.stdout.flush()
 
 
 def compiled(version: str, shares: int) -> Iterator[list]:
@@ -123,7 +124,7 @@ def compiled(version: str, shares: int) -> Iterator[list]:
         subprocess.Popen([*command, f"{i}/{shares}"], stdout=written, text=True, env=environment) for i in range(shares)
     ]
     os.close(written)
-    with os.fdopen(found) as lines:  # each is written at once
+    with os.fdopen(found) as lines:  # each of which is written at once
         yield from map(json.loads, lines)
     failed = [process for process in running if process.wait()]
     if failed:

@@ -169,22 +169,47 @@ def save(results: dict) -> None:
 
 
 def table(results: dict) -> list[str]:
-    """Versions by chips: kernels compiled, bytes of spills in all of them, failures."""
+    """Versions by chips: launches compiled, how many of them spill, failures."""
     found = collections.defaultdict(list)
     for launches in results["launches"].values():
         for row in launches.values():
-            for chip, versions in row.items():
-                for version, figures in versions.items() if chip != "what" else ():
+            for chip in CHIPS.keys() & row.keys():
+                for version, figures in row[chip].items():
                     found[version, chip].append(figures)
     lines = [f"| Triton | {' | '.join(CHIPS)} |", "|---" * (len(CHIPS) + 1) + "|"]
     for version in TESTED["triton"]:
         cells = []
         for chip in CHIPS:
             good = [x for x in found[version, chip] if isinstance(x, list)]
-            spilling = sum(x[1] > 0 for x in good)
-            cells.append(f"{len(good)}, {spilling} spill, {len(found[version, chip]) - len(good)} fail")
+            failed = len(found[version, chip]) - len(good)
+            cells.append(f"{len(good)} ({sum(x[1] > 0 for x in good)})" + (f", {failed} failed" if failed else ""))
         lines.append(f"| {version} | {' | '.join(cells)} |")
     return lines
+
+
+def figures(results: dict, case: str) -> list[str]:
+    """Kernels by chips: registers / bytes spilled / KiB of shared memory, with the pinned Triton."""
+    rows = collections.defaultdict(dict)
+    for kernel, launches in results["launches"].items():
+        for row in launches.values():
+            name, _, call = row["what"].rpartition(", ")
+            if name == case:
+                for chip in CHIPS.keys() & row.keys():
+                    if isinstance(found := row[chip].get(PINNED["triton"]), list):
+                        rows[f"`{kernel}`, {call}"][chip] = f"{found[0]} / {found[1]} / {found[2] / 1024:.0f}"
+    lines = [f"| {case} | {' | '.join(CHIPS)} |", "|---" * (len(CHIPS) + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(row.get(chip, '') for chip in CHIPS)} |" for name, row in rows.items()]
+
+
+def document(results: dict) -> str:
+    """For docs/triton-kernels.md."""
+    lines = ["Launches compiled, and how many of them spill registers to memory:", "", *table(results), ""]
+    lines += [f"Registers / bytes spilled / KiB of shared memory, with Triton {PINNED['triton']}:", ""]
+    for case in ("delta rule 128/128", "Falcon-H1-7B"):
+        lines += [*figures(results, case), ""]
+    if any(results["sources"].get(kernel) != found for kernel, found in sources().items()):
+        lines += ["**The kernels have changed since these were compiled.**", ""]
+    return "\n".join(lines[:-1])
 
 
 def main() -> int:
@@ -198,7 +223,7 @@ def main() -> int:
     options = parser.parse_args()
     results = load()
     if options.table:
-        print("\n".join(table(results)))
+        print(document(results))
     elif options.behind:
         print("\n".join(f"{kernel}: {count}" for kernel, count in behind(results).items()))
     elif options.share:

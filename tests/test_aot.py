@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from test_surroundings import ROOT, python
+from test_surroundings import ROOT, TESTS, python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import matrix
@@ -118,3 +118,21 @@ def test_the_cli_compiles_a_case():
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert (row["target"], row["call"], row["kernel"], row["spills"]) == ("sm_75", "step", "ssd_step_kernel", 0)
+
+
+def test_what_triton_compiles_wrongly_is_found():
+    done = python(str(TESTS / "miscompiled.py"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    refused = found.pop("refused")
+    transpose, both = "multiplies by the transpose of a product", "has the same transpose on the left and on the right"
+    assert found == {
+        "transpose_of_a_product": [transpose],
+        "transpose_of_the_product_before": [transpose],
+        "transpose_of_a_product_in_a_branch": [transpose],
+        "same_on_both_sides": [both],
+        "loaded_as_its_transpose": [],
+        "transposes_of_what_was_loaded": [],
+    }
+    assert "bytes of shared memory on sm_90, of 1000" in refused[0]
+    assert "bytes of shared memory on sm_90, of 690" in refused[1]

@@ -12,8 +12,8 @@ Calls = dict[str, Callable[[], object]]
 
 
 class Given(NamedTuple):
-    """What may be absent from a call, or given in more ways than one. `gradients` are those that come back, of the
-    output, the final state, or both; `inputs` is all of those that want one, what a frozen model wants, or S0 alone."""
+    """What may be absent from a call, or given in more ways than one. `gradients` are those that come back: of the
+    output, the final state, or both."""
 
     state: str = "shared"
     packed: bool = False

@@ -90,8 +90,7 @@ def choose_tiles(table: Table, device: torch.device, width: int = 0) -> Tiles:
     last where none has."""
     target = target_of(device)
     choices = table[max(least for least in table if least <= target.capability)]
-    fitting = [tiles for tiles in choices if tiles.base + tiles.per_column * width <= target.shared]
-    return fitting[0] if fitting else choices[-1]
+    return next((x for x in choices if x.base + x.per_column * width <= target.shared), choices[-1])
 
 
 def dot_precision(size: int, device: torch.device) -> str:

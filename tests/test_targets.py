@@ -1,5 +1,6 @@
 """What is chosen by what a device offers: tiles, precision, and whether the Triton kernels run on it at all."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -56,22 +57,22 @@ def test_tiles_where_memory_is_small(chip):
     assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 2)]
 
 
-@pytest.mark.parametrize("chip", ["sm_90", "sm_86", "gfx942"])
-@pytest.mark.parametrize("sizes", [{"K": 256, "V": 256}, {"K": 96, "V": 192}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.slow
-def test_every_choice_of_tiles_of_the_delta_rule(chip, sizes, dtype):
-    with launch.assuming(launch.known_target(chip)):
-        assert_within_budget(delta_problem(70, B=1, H=1, HV=2, **sizes).to(dtype, torch.float32))
-
-
 @pytest.mark.parametrize("chip", ["sm_90", "sm_86", "gfx942"])
-@pytest.mark.parametrize("sizes", [{"P": 128, "N": 256}, {"P": 64, "N": 128}], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(delta_problem, 70, B=1, H=1, HV=2, K=256, V=256),
+        partial(delta_problem, 70, B=1, H=1, HV=2, K=96, V=192),
+        partial(ssd_problem, 70, B=1, H=2, G=1, P=128, N=256),
+        partial(ssd_problem, 70, B=1, H=2, G=1, P=64, N=128),
+    ],
+    ids=["delta 256/256", "delta 96/192", "ssd 128/256", "ssd 64/128"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.slow
-def test_every_choice_of_tiles_of_ssd(chip, sizes, dtype):
+def test_every_choice_of_tiles(chip, make, dtype):
     with launch.assuming(launch.known_target(chip)):
-        assert_within_budget(ssd_problem(70, B=1, H=2, G=1, **sizes).to(dtype, torch.float32))
+        assert_within_budget(make().to(dtype, torch.float32))
 
 
 @pytest.mark.parametrize("chip", ["sm_86", "gfx950"])

@@ -127,8 +127,7 @@ def delta_calls(
 
     def backward(inputs: str):
         names = {"all": {"q", "k", "v", "g", "beta"}, "state": set()}[inputs]
-        if start.state is not None:
-            names = names | {"initial_state"}
+        names = names | _state_wanted(inputs, how)
         shape = None if start.state is None else tuple(start.state.shape)
         given = _gradients(v, start.final, how)
         delta.gated_delta_rule_backward(
@@ -166,8 +165,7 @@ def ssd_calls(
         tokens = {"x", "dt", "B", "C", "z"}
         names = {"all": tokens | {"A", "D", "dt_bias"}, "frozen": tokens, "state": set()}[inputs_of]
         names = names - {name for name, value in optional.items() if value is None}
-        if start.state is not None:
-            names = names | {"initial_state"}
+        names = names | _state_wanted(inputs_of, how)
         shape = None if start.state is None else tuple(start.state.shape)
         given = _gradients(x, start.final, how)
         mamba.ssd_backward(*given, *inputs, state_shape=shape, chunk_size=None, wanted=names, **options)
@@ -188,6 +186,11 @@ _BACKWARDS = {"all": "backward", "frozen": "frozen backward", "state": "state-on
 def _any(inputs: str, how: Given) -> bool:
     """Whether anything wants a gradient."""
     return inputs != "state" or how.state is not None
+
+
+def _state_wanted(inputs: str, how: Given) -> set[str]:
+    """A state for each sequence stands for those that nobody tunes: its gradient is wanted alone, or not at all."""
+    return set() if how.state is None or (how.state == "each" and inputs != "state") else {"initial_state"}
 
 
 def _gradients(output: Tensor, final: Tensor, how: Given) -> tuple[Tensor | None, Tensor | None]:

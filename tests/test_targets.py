@@ -58,19 +58,23 @@ def test_tiles_where_memory_is_small(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_90", "sm_86", "gfx942"])
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [("sm_90", torch.float16), ("sm_86", torch.float16), ("gfx942", torch.float16), ("gfx942", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "make",
     [
-        partial(delta_problem, 70, B=1, H=1, HV=2, K=256, V=256),
-        partial(delta_problem, 70, B=1, H=1, HV=2, K=96, V=192),
-        partial(ssd_problem, 70, B=1, H=2, G=1, P=128, N=256),
-        partial(ssd_problem, 70, B=1, H=2, G=1, P=64, N=128),
+        partial(delta_problem, 66, B=1, H=1, HV=1, K=256, V=256),
+        partial(delta_problem, 66, B=1, H=1, HV=1, K=96, V=192),
+        partial(ssd_problem, 66, B=1, H=1, G=1, P=128, N=256),
+        partial(ssd_problem, 66, B=1, H=1, G=1, P=64, N=128),
     ],
     ids=["delta 256/256", "delta 96/192", "ssd 128/256", "ssd 64/128"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_choice_of_tiles(chip, make, dtype):
+    """In fp32 all chips have tiles of the same sizes."""
     with launch.assuming(launch.known_target(chip)):
         assert_within_budget(make().to(dtype, torch.float32))
 

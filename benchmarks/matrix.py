@@ -81,13 +81,13 @@ def load() -> dict:
 
 
 def missing(results: dict, version: str, cases: dict[str, list[str]]) -> list[tuple]:
-    """The jobs that have no figures of today's source."""
+    """The jobs that have no figures of today's source, or failed."""
     current = sources()
     return [
         job
         for job in jobs(cases)
         if results["sources"].get(job[0]) != current[job[0]]
-        or version not in results["launches"][job[0]].get(job[1], {}).get(job[2], {})
+        or not isinstance(results["launches"][job[0]].get(job[1], {}).get(job[2], {}).get(version), list)
     ]
 
 

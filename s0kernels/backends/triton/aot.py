@@ -149,18 +149,17 @@ def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
 
 def source_hash(kernel) -> str:
     """Of the text of a kernel, of all functions of ours that it calls, and of the constants they use: what a change
-    of leads to another kernel, on every version of Triton alike."""
+    of leads to another kernel, on every version of Triton alike, wherever it stands."""
     texts, waiting = {}, [kernel]
     while waiting:
         function = waiting.pop().fn
-        name = f"{function.__module__}.{function.__qualname__}"
-        if name in texts:
+        if function in texts:
             continue
-        texts[name] = inspect.getsource(function)
+        texts[function] = inspect.getsource(function)
         for used in function.__code__.co_names:
             value = function.__globals__.get(used)
             if isinstance(value, triton.language.constexpr):
-                texts[used] = repr(value.value)
+                texts[used, value.value] = f"{used} = {value.value}"
             elif hasattr(value, "fn") and value.fn.__module__.startswith("s0kernels."):
                 waiting.append(value)
-    return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:8]
+    return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:8]

@@ -140,19 +140,12 @@ def merge(results: dict, version: str, rows: Iterable[list]) -> None:
 
 def prune(results: dict) -> None:
     """What was found of other kernels than today's, or of launches that nothing makes any more, goes."""
-    current = sources()
-    wanted = {}
+    current, launches = sources(), {kernel: {} for kernel in sources()}
     for version in TESTED["triton"]:
         for kernel, key, chip, what, _ in jobs(sampled(version)):
-            wanted.setdefault((kernel, key), {"what": what}).setdefault(chip, set()).add(version)
-    launches = {kernel: {} for kernel in current}
-    for (kernel, key), chips in wanted.items():
-        old = (
-            results["launches"].get(kernel, {}).get(key) if results["sources"].get(kernel) == current[kernel] else None
-        )
-        if old:
-            kept = {chip: {v: x for v, x in old[chip].items() if v in of} for chip, of in chips.items() if chip in old}
-            launches[kernel][key] = {"what": chips["what"]} | kept
+            old = results["launches"].get(kernel, {}).get(key, {}).get(chip, {})
+            if version in old and results["sources"].get(kernel) == current[kernel]:
+                launches[kernel].setdefault(key, {"what": what}).setdefault(chip, {})[version] = old[version]
     results["sources"], results["launches"] = current, launches
 
 

@@ -113,6 +113,25 @@ def test_a_change_of_a_function_that_a_kernel_calls_is_a_change_of_the_kernel(mo
     assert changed == {"ssd_prepare"}
 
 
+def test_what_is_not_of_todays_kernels_goes_from_the_file():
+    results = json.loads(json.dumps(load()))
+    results["sources"]["ssd_step"] = "another"
+    results["launches"]["state_grad"]["nobody's"] = {"what": "", "sm_90": {"3.7.1": [1, 0, 0, 0]}}
+    matrix.prune(results)
+    assert results["sources"] == matrix.sources()
+    assert results["launches"].pop("ssd_step") == {}
+    kept = {kernel: rows for kernel, rows in load()["launches"].items() if kernel != "ssd_step"}
+    assert results["launches"] == kept
+
+
+def test_what_failed_is_compiled_again():
+    results = json.loads(json.dumps(load()))
+    before = matrix.behind(results)
+    row = next(iter(results["launches"]["ssd_step"].values()))
+    row[next(chip for chip in CHIPS if chip in row)]["3.7.1"] = "ValueError: it does not fit"
+    assert matrix.behind(results) - before == {"ssd_step": 1}
+
+
 def test_the_cli_compiles_a_case():
     done = python("-m", "s0kernels", "aot", "--json", "--case", "Zamba2, 80 heads", "--chip", "sm_75")
     assert done.returncode == 0, done.stderr

@@ -253,6 +253,8 @@ def fill(results: dict) -> int:
         merge(results, version, rows)
         save(results)
         print(f"Triton {version}: {len(rows)} compiled, {time.monotonic() - start:.0f} s", flush=True)
+    prune(results)  # into the order of the jobs, whichever process was quicker
+    save(results)
     return int(failures > 0)
 
 

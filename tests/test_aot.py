@@ -10,6 +10,7 @@ from test_surroundings import ROOT, TESTS, python
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import matrix
 
+from s0kernels.backends.triton import aot
 from s0kernels.backends.triton.aot_cases import FLAGSHIPS, LEVELS, PAIRS, SIZES, pairwise
 from s0kernels.hardware import CHIPS
 from s0kernels.versions import PINNED, TESTED
@@ -62,6 +63,13 @@ def test_optional_arguments(case, share):
 @pytest.mark.parametrize("share", ["0/2", "1/2"])
 def test_what_the_file_is_behind_on_compiles(share):
     check(share)
+
+
+def test_comments_are_no_change():
+    text = "@jit\ndef f(x):\n    {}y = x{}\n    return y\n"
+    plain = aot._without_comments(text.format("", ""))
+    assert aot._without_comments(text.format('"""What it does."""\n    ', "  # why")) == plain
+    assert aot._without_comments(text.format("", " + 1")) != plain
 
 
 def test_what_the_file_is_behind_on_is_said(record_property):

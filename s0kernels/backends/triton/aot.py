@@ -1,10 +1,12 @@
 """Kernels compiled ahead of time, on any machine: what each launch of a call would take of a chip."""
 
+import ast
 import hashlib
 import inspect
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -148,14 +150,14 @@ def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
 
 
 def source_hash(kernel) -> str:
-    """Of the text of a kernel, of all functions of ours that it calls, and of the constants they use: what a change
-    of leads to another kernel, on every version of Triton alike, wherever it stands."""
+    """Of a kernel, of all functions of ours that it calls, and of the constants they use: what a change of leads to
+    another kernel, on every version of Triton alike. Comments, docstrings and where a function stands do not matter."""
     texts, waiting = {}, [kernel]
     while waiting:
         function = waiting.pop().fn
         if function in texts:
             continue
-        texts[function] = inspect.getsource(function)
+        texts[function] = _without_comments(inspect.getsource(function))
         for used in function.__code__.co_names:
             value = function.__globals__.get(used)
             if isinstance(value, triton.language.constexpr):
@@ -163,3 +165,10 @@ def source_hash(kernel) -> str:
             elif hasattr(value, "fn") and value.fn.__module__.startswith("s0kernels."):
                 waiting.append(value)
     return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:8]
+
+
+def _without_comments(source: str) -> str:
+    tree = ast.parse(textwrap.dedent(source))
+    if ast.get_docstring(function := tree.body[0]) is not None:
+        del function.body[0]
+    return ast.unparse(tree)

@@ -8,7 +8,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("tests", "")]
 
-from s0kernels import measure, rivals  # noqa: E402
+from s0kernels.bench import baselines, measure  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _TINY = {"gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16}, "ssd": {"H": 2, "P": 16, "G": 1, "N": 16}}
@@ -21,8 +21,8 @@ def pytest_benchmark_update_machine_info(machine_info):
 @pytest.fixture(autouse=True)
 def heads(benchmark, monkeypatch):
     if benchmark.disabled:
-        for name, (op, _) in rivals.MODELS.items():
-            monkeypatch.setitem(rivals.MODELS, name, (op, _TINY[op]))
+        for name, (op, _) in baselines.MODELS.items():
+            monkeypatch.setitem(baselines.MODELS, name, (op, _TINY[op]))
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import hybrids  # noqa: E402
 from gpu_scans import HEADS, SMOKE_HEADS, medians  # noqa: E402
 
-from s0kernels import S0States, measure, swap_modules  # noqa: E402
-from s0kernels.bench import brief  # noqa: E402
+from s0kernels import S0States, swap_modules  # noqa: E402
+from s0kernels.bench import measure  # noqa: E402
+from s0kernels.bench.baselines import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
+from s0kernels.bench.scans import brief  # noqa: E402
 from s0kernels.modules.families import family_of  # noqa: E402
 from s0kernels.modules.mixer import S0Mixer  # noqa: E402
 from s0kernels.ops import _dispatch  # noqa: E402
-from s0kernels.rivals import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
 MODELS = {"gated_delta_rule": "Qwen3.5-4B", "ssd": "Falcon-H1-7B"}
@@ -46,14 +47,14 @@ def steps(name: str, heads: dict, batch: int, device: str, dtype: torch.dtype, r
     state = state_for_each(values, batch).clone()
     cases, missing = {"copy of the states": partial(torch.empty_like(state).copy_, state)}, {}
     backends = [backend for backend in _dispatch.ORDER if backend not in ("reference", "torch")]
-    for label in (*backends, *(rival for rival in op.rivals if op.rivals[rival].step)):
+    for label in (*backends, *(baseline for baseline in op.baselines if op.baselines[baseline].step)):
         try:
             if label in backends:
                 step, budget = partial(op.step, backend=label), OUR_BUDGET
             else:
-                if why_not := op.rivals[label].unusable(device):
+                if why_not := op.baselines[label].unusable(device):
                     raise RuntimeError(why_not)
-                step, budget = op.rivals[label].step(), THEIR_BUDGET
+                step, budget = op.baselines[label].step(), THEIR_BUDGET
             if wrong := op.step_out_of_budget(step, values, budget):
                 raise RuntimeError(wrong)
             cases[label] = step(values, state)

@@ -21,8 +21,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from s0kernels import bench, measure  # noqa: E402
-from s0kernels.rivals import MODELS, OPS, OUR_BUDGET, THEIR_BUDGET, Op, Scan, Values, state_for_each  # noqa: E402
+from s0kernels.bench import measure, scans  # noqa: E402
+from s0kernels.bench.baselines import MODELS, OPS, OUR_BUDGET, THEIR_BUDGET, Op, Scan, Values, state_for_each  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
 CASES = {
@@ -42,14 +42,14 @@ def load(op: Op, values: Values) -> tuple[dict[str, Scan], dict[str, str]]:
     """(implementations that may be timed, why the others may not)."""
     runs, missing = {}, {}
     device = values["s0"].device
-    for name in (bench.OURS, *op.rivals):
-        reason = None if name == bench.OURS else op.rivals[name].unusable(str(device))
+    for name in (scans.OURS, *op.baselines):
+        reason = None if name == scans.OURS else op.baselines[name].unusable(str(device))
         try:
-            run = None if reason else bench.scan(op, name, "triton")
-            budget = OUR_BUDGET if name == bench.OURS else THEIR_BUDGET
+            run = None if reason else scans.scan(op, name, "triton")
+            budget = OUR_BUDGET if name == scans.OURS else THEIR_BUDGET
             reason = reason or op.out_of_budget(run, values, budget)
         except Exception as error:  # whatever a library does here must not end the others' measurement
-            reason = bench.brief(error)
+            reason = scans.brief(error)
         if reason is None:
             runs[name] = run
         else:
@@ -71,18 +71,18 @@ def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int, device:
     forward, backward, memory, refused = {}, {}, {}, {}
     for name, run in runs.items():
         try:
-            training = bench.case(op, run, values, "training")
+            training = scans.case(op, run, values, "training")
             memory[name] = peak(training, device)
             training()
         except Exception as error:  # a case that a library does not know
-            refused[name] = bench.brief(error)
+            refused[name] = scans.brief(error)
             continue
-        forward[f"{name} forward, zero"] = bench.case(op, run, values, "forward", state=False)
-        forward[f"{name} forward, S0"] = bench.case(op, run, values, "forward")
-        backward[f"{name} backward"] = bench.case(op, run, values, "backward")
-    if bench.OURS in runs:
-        forward["s0kernels forward, S0 again"] = bench.case(op, runs[bench.OURS], values, "forward")
-        backward["s0kernels state-only backward"] = bench.case(op, runs[bench.OURS], values, "state")
+        forward[f"{name} forward, zero"] = scans.case(op, run, values, "forward", state=False)
+        forward[f"{name} forward, S0"] = scans.case(op, run, values, "forward")
+        backward[f"{name} backward"] = scans.case(op, run, values, "backward")
+    if scans.OURS in runs:
+        forward["s0kernels forward, S0 again"] = scans.case(op, runs[scans.OURS], values, "forward")
+        backward["s0kernels state-only backward"] = scans.case(op, runs[scans.OURS], values, "state")
     times = medians(forward, rounds, device) | medians(backward, rounds, device)
     return {"ms": times, "peak MiB": memory, "refused": refused}
 
@@ -131,7 +131,7 @@ def main() -> None:
                 row = {"case": case, "layout": "channel-first" if channel_first else "token-major"}
                 entry["scans"].append(row | measured(op, runs, values, options.rounds, device))
                 print(json.dumps(entry["scans"][-1]), flush=True)
-        if bench.OURS in runs:
+        if scans.OURS in runs:
             entry["steps"] = steps(op, heads, device, dtype, batches, options.rounds)
         print(f"\n{name}\n{table(op, entry)}\n", flush=True)
     out = options.out or HERE / "results" / f"{measure.machine_name(results['machine'])}-scans.json"
@@ -151,7 +151,7 @@ def table(op: Op, results: dict) -> str:
 
         def cell(what: str, ms: dict = ms) -> str:
             mine = ms[f"s0kernels {what}"]
-            others = {name: ms[f"{name} {what}"] / mine for name in op.rivals if f"{name} {what}" in ms}
+            others = {name: ms[f"{name} {what}"] / mine for name in op.baselines if f"{name} {what}" in ms}
             best = min(others, key=others.get, default=None)
             return f"{mine:.3f}" + (f" ({best} {others[best]:.2f}x)" if best else "")
 

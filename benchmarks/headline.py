@@ -15,7 +15,7 @@ Examples are random tokens with lengths like those of HumanEval: prompts of 60 t
 
 Every part is saved to benchmarks/results/headline-<machine>.json when it is finished, by model and stand-in, with what
 it was measured with; started again, the script does what is missing, what was measured with other settings or kernels,
-and with --fresh everything. `machine` as in `s0kernels.measure.machine`; `parts` by "model, stand-in, part".
+and with --fresh everything. `machine` as in `s0kernels.bench.measure.machine`; `parts` by "model, stand-in, part".
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from pairs import Settings, compare, generation, table
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
-from s0kernels.measure import CLOCKS, _status, machine, machine_name, write_json
+from s0kernels.bench.measure import CLOCKS, _status, machine, machine_name, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("states", "train", "use")

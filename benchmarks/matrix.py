@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels-aot.json"
 sys.path.insert(0, str(ROOT))
 
-from s0kernels._files import replace_file  # noqa: E402
+from s0kernels.files import replace_file  # noqa: E402
 from s0kernels.hardware import CHIPS  # noqa: E402
 from s0kernels.versions import PINNED, TESTED  # noqa: E402
 

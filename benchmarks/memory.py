@@ -16,12 +16,13 @@ import hybrids
 import torch
 from transformers import masking_utils
 
-from s0kernels import S0States, memory, swap_modules
-from s0kernels.batches import PaddedBatch
-from s0kernels.data import Example
-from s0kernels.forwards import _PER_VALUE, Layers
-from s0kernels.head import Head
-from s0kernels.measure import machine, write_json
+from s0kernels import S0States, swap_modules
+from s0kernels.bench.measure import machine, write_json
+from s0kernels.tuning import memory
+from s0kernels.tuning.batches import PaddedBatch
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.forwards import _PER_VALUE, Layers
+from s0kernels.tuning.head import Head
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIMITS = (2, 8, 48)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from s0kernels.measure import Work, interleaved, ratio, work
+from s0kernels.bench.measure import Work, interleaved, ratio, work
 
 Case = Callable[[], object]
 Samples = dict[str, list[float]]

@@ -4,7 +4,8 @@
 
 What stands between `<!-- bench: NAME -->` and `<!-- end -->` becomes the table of benchmarks/results/NAME.json, which
 says so where the kernels have changed since; of scans (`python -m s0kernels bench --json`) and scaling a plot is
-written beside that file, NAME.svg. A test fails where a document is not what this gives.
+written beside that file, NAME.svg. After `<!-- hardware -->` stands the table of s0kernels/hardware.py. A test fails
+where a document is not what this gives.
 """
 
 import json
@@ -19,13 +20,15 @@ sys.path.insert(0, str(ROOT))
 
 import matrix  # noqa: E402
 
-from s0kernels import measure  # noqa: E402
-from s0kernels._files import replace_file  # noqa: E402
-from s0kernels.bench import OURS, PASSES, interval  # noqa: E402
+from s0kernels import hardware  # noqa: E402
+from s0kernels.bench import measure  # noqa: E402
+from s0kernels.bench.scans import OURS, PASSES, interval  # noqa: E402
+from s0kernels.files import replace_file  # noqa: E402
 
 NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
 KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _MARKED = re.compile(r"(<!-- bench: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_HARDWARE = re.compile(r"(<!-- hardware -->\n).*?(<!-- end -->)", re.DOTALL)
 _GREY = "#808080"  # to be read on white and on black
 
 
@@ -52,7 +55,7 @@ def changed(machine: dict) -> bool:
 
 
 def table(results: dict) -> str:
-    """Per length: milliseconds, and what each rival takes for one of ours. The other columns are of the longest, and
+    """Per length: milliseconds, and what each baseline takes for one of ours. The other columns are of the longest, and
     left out where nothing was measured."""
     lengths = sorted({length(row) for row in results["rows"]})
     head = ["", "", *(f"T = {T}, ms" for T in lengths)]
@@ -170,8 +173,8 @@ def _where(machine: dict) -> str:
 
 
 def _cell(row: dict) -> str:
-    rivals = [f"{name} {found[0]:.1f}x" for name, found in row["ratio"].items()]
-    return f"{row['ms'][OURS]:.3g}" + (f" ({', '.join(rivals)})" if rivals else "")
+    baselines = [f"{name} {found[0]:.1f}x" for name, found in row["ratio"].items()]
+    return f"{row['ms'][OURS]:.3g}" + (f" ({', '.join(baselines)})" if baselines else "")
 
 
 def _memory(row: dict) -> str:
@@ -200,7 +203,18 @@ def filled(text: str) -> str:
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))
         return f"{found[1]}{make(load(found[2]))}\n{found[3]}"
 
-    return _MARKED.sub(fill, text)
+    return _HARDWARE.sub(rf"\g<1>{hardware_table()}\n\g<2>", _MARKED.sub(fill, text))
+
+
+def hardware_table() -> str:
+    """What was tried, of s0kernels/hardware.py."""
+    lines = [["hardware", "", "compilers", "tried"], ["---"] * 4]
+    for chip in hardware.CHIPS.values():
+        compiler = "Triton, nvcc" if chip.target.startswith("sm_") else "Triton"
+        lines.append([chip.names, f"`{chip.target}`", compiler, chip.tried])
+    for processor in hardware.PROCESSORS:
+        lines.append([processor.architecture, processor.instructions, ", ".join(processor.compilers), processor.tried])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _style() -> dict:

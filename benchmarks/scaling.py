@@ -4,8 +4,9 @@
 
 fp32 on a CPU, bf16 on a GPU, heads of Qwen3.5-4B and of Falcon-H1-7B. Each axis is walked alone from batch 1, length
 1024 (256 beside more than one sequence), all heads, one task; with tasks, 8 sequences pick theirs from a bank.
-transformers' PyTorch functions go along up to --rivals-longest tokens. Writes benchmarks/results/scaling-<machine>.json
-after every point; started again it measures what is missing, unless the kernels or the machine have changed.
+transformers' PyTorch functions go along up to --baselines-longest tokens. Writes
+benchmarks/results/scaling-<machine>.json after every point; started again it measures what is missing, unless the
+kernels or the machine have changed.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from s0kernels import bench, measure, ops
-from s0kernels.rivals import MODELS, Values
+from s0kernels import ops
+from s0kernels.bench import measure, scans
+from s0kernels.bench.baselines import MODELS, Values
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AXES = ("length", "batch", "heads", "tasks")
@@ -46,25 +48,25 @@ def points(model: str, axis: str, longest: int) -> Iterator[dict]:
 def make(point: dict, device: str, dtype: torch.dtype) -> Values:
     op, heads = MODELS[point["model"]]
     scaled = {n: max(1, int(x * point["heads"])) if n in ("H", "HV") else x for n, x in heads.items()}
-    return bench.OPS[op].make((point["batch"], point["length"]), scaled, device, dtype)
+    return scans.OPS[op].make((point["batch"], point["length"]), scaled, device, dtype)
 
 
 def case(point: dict, name: str, what: str, device: str, dtype: torch.dtype) -> measure.Case:
-    op = bench.OPS[MODELS[point["model"]][0]]
+    op = scans.OPS[MODELS[point["model"]][0]]
     values = make(point, device, dtype)
     if not point["tasks"]:
-        return bench.case(op, bench.scan(op, name, None), values, what)
+        return scans.case(op, scans.scan(op, name, None), values, what)
     values["s0"] = values["s0"].repeat(point["tasks"], 1, 1, 1)
     rows = torch.arange(_ROWS, device=device) * 37 % point["tasks"]
 
     def run(values: Values, _: bool):
         inputs = [values[n] for n in op.inputs]
-        if op is bench.OPS["ssd"]:
+        if op is scans.OPS["ssd"]:
             return ops.ssd(*inputs, initial_state=values["s0"], state_indices=rows)
         options = {"use_qk_l2norm": True, "initial_state": values["s0"], "state_indices": rows}
         return ops.gated_delta_rule(*inputs, **options)
 
-    return bench.case(op, run, values, what)
+    return scans.case(op, run, values, what)
 
 
 def measured(point: dict, what: str, names: list[str], settings: argparse.Namespace, process) -> dict:
@@ -72,9 +74,9 @@ def measured(point: dict, what: str, names: list[str], settings: argparse.Namesp
     cases = {name: case(point, name, what, device, dtype) for name in names}
     options = {"clock": settings.clock, "device": device, "rounds": settings.rounds, "budget": settings.seconds}
     times = measure.interleaved(cases, **options)
-    found = {"pass": what, "rounds": len(times[bench.OURS])}
+    found = {"pass": what, "rounds": len(times[scans.OURS])}
     found["ms"] = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
-    found["ratio"] = {name: measure.ratio(times[name], times[bench.OURS]) for name in names if name != bench.OURS}
+    found["ratio"] = {name: measure.ratio(times[name], times[scans.OURS]) for name in names if name != scans.OURS}
     del cases
     small, memory = {**point, "length": min(64, point["length"])}, {"device": device, "process": process}
     found["peak_mib"] = {}
@@ -82,9 +84,9 @@ def measured(point: dict, what: str, names: list[str], settings: argparse.Namesp
         rest = (name, what, device, dtype)
         peak = measure.peak_memory(case, point, *rest, warm_up=(small, *rest), **memory)
         found["peak_mib"][name] = peak / 2**20
-    op, heads = bench.OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
+    op, heads = scans.OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
     gflop = point["heads"] * point["batch"] * point["length"] * op.work(heads, what == "training") / 1e9
-    moved = bench.traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
+    moved = scans.traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
     return found | {"gflop": gflop, "gb": moved}
 
 
@@ -92,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
     parser.add_argument("--longest", type=int, default=32768)
-    parser.add_argument("--rivals-longest", type=int, default=4096)
+    parser.add_argument("--baselines-longest", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processor-time", action="store_true", help="of all threads together, not wall time")
     parser.add_argument("--rounds", type=int, default=9)
@@ -122,8 +124,8 @@ def main() -> None:
         for axis, point, what in tqdm(plan, unit="point"):
             if json.dumps([axis, point, what]) in done:
                 continue
-            alone = point["tasks"] or point["batch"] * point["length"] > settings.rivals_longest
-            names = [bench.OURS] if alone else [bench.OURS, "transformers"]
+            alone = point["tasks"] or point["batch"] * point["length"] > settings.baselines_longest
+            names = [scans.OURS] if alone else [scans.OURS, "transformers"]
             results["points"].append({"axis": axis, "point": point, **measured(point, what, names, settings, process)})
             measure.write_json(out, results)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from s0kernels import bench
+from s0kernels.bench import scans
+from s0kernels.bench.baselines import MODELS
 from s0kernels.ops import _dispatch
-from s0kernels.rivals import MODELS
 
 SHAPES = ("1x8192", "8x1024") if DEVICE == "cuda" else ("1x512", "4x64")
 BATCHES = (1, 32, 256) if DEVICE == "cuda" else (1, 8)
@@ -24,9 +24,9 @@ every_model = pytest.mark.parametrize("model", MEASURED)
 @pytest.mark.parametrize("what", ["forward", "training", "state"])
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_scan(sizes, what, dtype, model, backend, benchmark, timed):
-    benchmark.group = f"{model} {sizes} {dtype}, {bench.PASSES[what]}"
-    shape = bench.Shape.parse(f"{model}:{sizes}")
-    timed(bench.case(shape.op, bench.scan(shape.op, backend, None), shape.values(DEVICE, bench.DTYPES[dtype]), what))
+    benchmark.group = f"{model} {sizes} {dtype}, {scans.PASSES[what]}"
+    shape = scans.Shape.parse(f"{model}:{sizes}")
+    timed(scans.case(shape.op, scans.scan(shape.op, backend, None), shape.values(DEVICE, scans.DTYPES[dtype]), what))
 
 
 @every_backend
@@ -34,5 +34,5 @@ def test_scan(sizes, what, dtype, model, backend, benchmark, timed):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_step(batch, model, backend, benchmark, timed):
     benchmark.group = f"{model}, one token of {batch}"
-    shape = bench.Shape(model, batch, 1)
-    timed(bench.step_case(shape, backend, None, shape.values(DEVICE, torch.float32)), rounds=20)
+    shape = scans.Shape(model, batch, 1)
+    timed(scans.step_case(shape, backend, None, shape.values(DEVICE, torch.float32)), rounds=20)

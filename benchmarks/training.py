@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         way, name, steps, count = options.child
         print(json.dumps(run_child(way, name, int(steps), int(count))))
         return None
-    from s0kernels.measure import machine, machine_name, write_json
+    from s0kernels.bench.measure import machine, machine_name, write_json
 
     where = machine("cpu", "wall and processor")
     settings = {name: getattr(options, name) for name in ("steps", "examples", "threads")}

@@ -113,7 +113,7 @@ def since(began: tuple[float, float]) -> dict:
 def trainer_step(model, tokenizer, data: list, tokens: int | None) -> dict:
     """The step begins where the trainer starts on the first forward of it."""
     from s0kernels import S0Config, S0Trainer
-    from s0kernels.learner import Learner
+    from s0kernels.tuning.loop import Learner
 
     began, step = [], Learner._step
     Learner._step = lambda *rest: (began.append((time.perf_counter(), time.process_time())), step(*rest))[1]
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         return None
     from report import vocabulary
 
-    from s0kernels.measure import machine, machine_name, write_json
+    from s0kernels.bench.measure import machine, machine_name, write_json
 
     where = {**machine("cpu", "wall and processor"), "threads": options.threads}
     settings = {name: getattr(options, name) for name in ("examples", "threads", "rounds")}

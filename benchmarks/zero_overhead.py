@@ -18,7 +18,7 @@ kernels (operators on a CPU that compute or move something, views excepted), byt
 must agree in all three, or the script ends with an error: the PyTorch scans are allowed to copy S0 where they fill
 zeros in, one state per sequence.
 
-Prints tables and writes benchmarks/results/zero-overhead-<machine>.json: `machine` (see `s0kernels.measure.machine`),
+Prints tables and writes benchmarks/results/zero-overhead-<machine>.json: `machine` (of `s0kernels.bench.measure`),
 `settings`, and by level a list of lines: `what`; by case `ms`, `ratio` (median, low, high), `verdict` and `work`; and
 `control`, the ratio of the base to itself.
 """
@@ -34,7 +34,7 @@ import torch
 from pairs import Settings, compare, generation, table
 
 from s0kernels import restore_modules, swap_modules
-from s0kernels.measure import machine, machine_name, write_json
+from s0kernels.bench.measure import machine, machine_name, write_json
 from s0kernels.ops import _dispatch, gated_delta_rule, gated_delta_rule_step, ssd, ssd_step
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "S0Config": "s0kernels.config",
     "S0States": "s0kernels.states",
-    "S0Trainer": "s0kernels.trainer",
+    "S0Trainer": "s0kernels.tuning.trainer",
     "restore_modules": "s0kernels.modules",
     "swap_modules": "s0kernels.modules",
     "swap_report": "s0kernels.modules",
@@ -26,7 +26,7 @@ def __getattr__(name: str):
         try:
             home = importlib.import_module(_HOMES[name])
         except ModuleNotFoundError as error:
-            from s0kernels._extras import advice
+            from s0kernels.messages import advice
 
             raise ImportError(f"s0kernels.{name}: {advice(error)}", name=error.name) from error
         return getattr(home, name)

@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.set_defaults(run=_bench)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # its choices come from what needs torch
-        from s0kernels.bench import add_arguments
+        from s0kernels.bench.scans import add_arguments
 
         add_arguments(bench)
 
     if given[:1] == ["tune"]:
-        from s0kernels.tune import add_arguments as add_tune_arguments
+        from s0kernels.tuning.command import add_arguments as add_tune_arguments
 
         add_tune_arguments(tune)
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ImportError as error:
-        from s0kernels._extras import advice
+        from s0kernels.messages import advice
 
         print(f"s0kernels {options.command}: {advice(error)}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -84,7 +84,7 @@ def _how_to_resume(options: argparse.Namespace) -> str:
 
 
 def _check(_: argparse.Namespace) -> int:
-    from s0kernels import check
+    from s0kernels.bench import check
 
     found = []
     for row in check.rows():
@@ -95,14 +95,16 @@ def _check(_: argparse.Namespace) -> int:
         (*row[:4], row.worst, f"{row.error:.1e}", f"{row.budget:.1e}", "passed" if row.passed else "FAILED")
         for row in found
     ]
+    for index, gpu in enumerate(_gpus()):
+        print(f"cuda:{index} is a {gpu}")
     _table(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table)
     return int(not all(row.passed for row in found))
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from s0kernels import bench
+    from s0kernels.bench import scans
 
-    bench.run(options)
+    scans.run(options)
 
 
 def _aot(options: argparse.Namespace) -> None:
@@ -133,9 +135,8 @@ def _env(_: argparse.Namespace) -> None:
     rows.append(("platform", platform.platform()))
     rows.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
     devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        rows.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    for index, found in enumerate(_gpus()):
+        rows.append((f"cuda:{index}", found))
         devices.append(torch.device("cuda", index))
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
@@ -152,6 +153,19 @@ def _env(_: argparse.Namespace) -> None:
     _table(("device", "op", "backend", "for fp32"), backends)
 
 
+def _gpus() -> list[str]:
+    """Each one's name, what is compiled for it, and what is known of that."""
+    import torch
+
+    from s0kernels.hardware import experience, target_name
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        target = target_name(torch.cuda.get_device_properties(index), torch.version.hip)
+        found.append(f"{torch.cuda.get_device_name(index)}, {target}: {experience(target)}")
+    return found
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -166,7 +180,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from s0kernels.tune import run
+    from s0kernels.tuning.command import run
 
     run(options, _table)
 

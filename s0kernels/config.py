@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from s0kernels._files import replace_file
+from s0kernels.files import replace_file
 
 
 @dataclass

@@ -52,3 +52,22 @@ PROCESSORS = (
     Processor("x86-64", "portable", ("g++ 12",), "run"),
     Processor("aarch64", "portable (NEON)", (), "never"),
 )
+
+
+_WORDS = {
+    "run": "the kernels ran on one",
+    "compiled": "the kernels were compiled for it and have never run on one",
+    "never": "nobody has tried the kernels on one",
+}
+
+
+def target_name(properties, hip: str | None) -> str:
+    """What is compiled for, of torch's properties of a device; `hip` is torch.version.hip, None beside CUDA."""
+    if hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def experience(target: str) -> str:
+    """What is known of a GPU, as `env` and `check` say it."""
+    return _WORDS[CHIPS[target].tried if target in CHIPS else "never"]

@@ -1,4 +1,7 @@
+import contextlib
+import importlib
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +12,15 @@ import torch
 
 if not torch.cuda.is_available():  # the Triton kernels then run in its interpreter, chosen before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What is compared with an untouched mixer is compared with transformers' PyTorch functions: where these packages can be
+# imported its modules bind their kernels as they are imported, which die on a CPU and know no fp64.
+hidden = [name for name in ("causal_conv1d", "fla", "mamba_ssm") if sys.modules.setdefault(name) is None]
+for family in ("bamba", "falcon_h1", "qwen3_5", "qwen3_5_moe", "qwen3_next"):
+    with contextlib.suppress(ImportError):  # no transformers; whoever needs it says so
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+for name in hidden:
+    del sys.modules[name]
 
 # Few and small matrices: a second thread costs more than it brings, and more so beside other work.
 torch.set_num_threads(1)

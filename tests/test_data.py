@@ -9,8 +9,8 @@ from models import MODELS, close, every_family, tokenizer
 from test_surroundings import ROOT, python
 
 from s0kernels import S0States, swap_modules
-from s0kernels.batches import PackedBatch, PaddedBatch, make_batches
-from s0kernels.data import Example, read_examples
+from s0kernels.tuning.batches import PackedBatch, PaddedBatch, make_batches
+from s0kernels.tuning.data import Example, read_examples
 
 DATASETS = ROOT / ".deps" / "eval"
 TEMPLATE = (

@@ -9,10 +9,11 @@ from cases import error
 from models import MODELS, every_family, every_model, tokens
 from torch import nn
 
-from s0kernels import S0States, head, swap_modules
-from s0kernels.batches import make_batches
-from s0kernels.data import Example
-from s0kernels.head import Head, cross_entropy
+from s0kernels import S0States, swap_modules
+from s0kernels.tuning import head
+from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.head import Head, cross_entropy
 
 EXAMPLES = [Example(tokens(1, length, seed=length)[0].tolist(), length // 3) for length in (29, 12, 21, 2)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from s0kernels import measure
+from s0kernels.bench import measure
 from s0kernels.ops import gated_delta_rule, ssd
 
 
@@ -152,5 +152,5 @@ def test_kernel_hashes_follow_the_sources(tmp_path, monkeypatch):
 
 
 def test_nothing_of_it_comes_with_the_ops():
-    code = "import sys, s0kernels.ops; sys.exit('s0kernels.measure' in sys.modules)"
+    code = "import sys, s0kernels.ops; sys.exit('s0kernels.bench.measure' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,11 +12,12 @@ from test_processes import TWO_PROCESSES, on_cpu_cores
 from test_surroundings import python
 from test_training import OTHERS, PAIRS, same_states, trainer
 
-from s0kernels import S0States, memory
-from s0kernels.batches import make_batches
-from s0kernels.data import Example
-from s0kernels.forwards import Layers
-from s0kernels.memory import Needs, Sizes, choose, halved, most_tokens
+from s0kernels import S0States
+from s0kernels.tuning import memory
+from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.forwards import Layers
+from s0kernels.tuning.memory import Needs, Sizes, choose, halved, most_tokens
 
 MIB = 2**20
 
@@ -347,7 +348,7 @@ TOGETHER = """
 import sys, warnings, torch
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
-from s0kernels.learner import processes
+from s0kernels.tuning.loop import processes
 from test_memory import Full
 from test_training import OTHERS, PAIRS, trainer
 place, tuned = processes(), trainer()

@@ -13,9 +13,9 @@ from test_surroundings import ROOT, python
 from torch import nn
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
-from s0kernels.batches import make_batches
 from s0kernels.cli import main
-from s0kernels.data import Example, read_examples
+from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.data import Example, read_examples
 
 PAIRS = [{"prompt": "Q: 2+2?\nA:", "completion": " 4"}, {"prompt": "a", "completion": "bc"}]
 

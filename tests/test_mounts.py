@@ -16,8 +16,8 @@ import torch
 from models import MODELS, tokenizer
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
-from s0kernels._files import check_output, read_tensors, replace_file
 from s0kernels.cli import main
+from s0kernels.files import check_output, read_tensors, replace_file
 from s0kernels.modules.swap import find_site
 from s0kernels.states import states_size
 

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
 from models import MODELS, gradients, random_states, tokens
 from s0kernels import swap_modules
-from s0kernels.learner import processes
+from s0kernels.tuning.loop import processes
 from test_training import OTHERS, PAIRS, trainer
 place = processes()
 for name in ("qwen", "falcon"):

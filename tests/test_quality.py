@@ -26,7 +26,7 @@ from tasks import Item, Task, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
-from s0kernels.data import read_tasks  # noqa: E402
+from s0kernels.tuning.data import read_tasks  # noqa: E402
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():

@@ -8,7 +8,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import report
 
-from s0kernels import measure
+from s0kernels.bench import measure
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import BACKENDS, MAKERS, error
 
+from s0kernels.backends import torch_chunked
 from s0kernels.ops import gated_delta_rule_step, ssd_step
 
 OPS = sorted(MAKERS)
@@ -104,3 +105,25 @@ def test_compiles_in_one_graph(op):
     found = torch.compile(call, fullgraph=True, backend="aot_eager")(states[0])
     assert torch.equal(found, call(states[1]))
     assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", ["each", "bank"])
+def test_backend_torch_asks_nothing_of_a_gpu(op, kind):
+    """On tensors without values what the host would have to read, and wait for, is an error."""
+    problem = MAKERS[op](70, state=kind).to(torch.float32)
+    indices, state = problem.options.get("state_indices"), problem.tensors["initial_state"]
+    scan = {"state_indices": indices, "cu_seqlens": None, "chunk_size": None, **problem.tensors}
+    if op == "gated_delta_rule":
+        options = {"use_qk_l2norm": True, "scale": 0.3}
+    else:
+        options = {"dt_softplus": True, "dt_limit": (0.1, 1.5)}
+    one = {**token(problem, 0), "state": state, "state_indices": indices}
+    forward, backward, step_of = (getattr(torch_chunked, op + kind) for kind in ("_forward", "_backward", "_step"))
+    scan, one = (
+        {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in call.items()} for call in (scan, one)
+    )
+    output, final = forward(**scan, **options, output_final_state=True)
+    grads = backward(output, final, **scan, **options, state_shape=tuple(state.shape), wanted=set(problem.tensors))
+    assert set(grads) == set(problem.tensors)
+    assert step_of(**one, **options).is_meta

@@ -1,5 +1,6 @@
 """What is around the library: imports, other packages on the path, the command line, the package itself."""
 
+import importlib
 import io
 import json
 import os
@@ -7,13 +8,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import NO_CPU_KERNELS
 from models import MODELS, random_states, tokenizer
 
 import s0kernels
-from s0kernels import S0Config, swap_modules, versions
+from s0kernels import S0Config, hardware, swap_modules, versions
 from s0kernels.cli import main
 
 ROOT = Path(s0kernels.__file__).resolve().parents[1]
@@ -87,6 +90,21 @@ for name in ("qwen", "falcon"):
     assert "Qwen3_5GatedDeltaNet from S0, in pieces with a cache: " in done.stdout
     assert "FalconH1Mixer beside its original, prefill: " in done.stdout
     assert done.stdout.count("not checked") == 2
+
+
+def test_untouched_mixers_of_the_tests_run_in_pytorch(tmp_path):
+    """Whatever kernel packages can be imported."""
+    (tmp_path / "mamba_ssm").mkdir()
+    package = (
+        "class ops:\n class triton:\n  class selective_state_update:\n   def selective_state_update(*a, **k): 1 / 0\n"
+    )
+    package += "  class ssd_combined:\n   def mamba_chunk_scan_combined(*a, **k): 1 / 0\n"
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(package)
+    code = "{}\nfrom models import MODELS, tokens\nMODELS['falcon']().generate(tokens(2, 12), max_new_tokens=2)"
+    done = python("-c", code.format("import conftest, mamba_ssm"), path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = python("-c", code.format("import mamba_ssm"), path=tmp_path)
+    assert "ZeroDivisionError" in done.stderr, "this test shows nothing"
 
 
 def test_env_says_what_is_usable():
@@ -204,23 +222,61 @@ def test_untested_versions_of_transformers_get_a_warning_that_says_what_was_test
         swap_modules(model)
 
 
-@pytest.mark.parametrize("broken", [None, "torch"])
-def test_check_finds_a_backend_that_computes_something_else(broken, monkeypatch, capsys):
-    from s0kernels.backends import torch_chunked
+@pytest.fixture
+def quick_check(monkeypatch):
+    from s0kernels.bench import check
     from s0kernels.ops import _dispatch
 
     backends = tuple(name for name in _dispatch.ORDER if name != "triton")  # whose interpreter takes minutes for it
     monkeypatch.setattr(_dispatch, "ORDER", backends)
-    if broken:
-        right = torch_chunked.ssd_backward
+    monkeypatch.setattr(check, "DRAWS", 1)
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "results"),
+    [
+        (None, None, None),
+        ("torch_chunked", "ssd_backward", "B"),
+        ("torch_chunked", "gated_delta_rule_step", None),
+        ("cpu", "ssd_mixer_step", None),
+    ],
+)
+def test_check_finds_a_backend_that_computes_something_else(module, name, results, monkeypatch, capsys, quick_check):
+    """Every op has a row under its public name."""
+    from s0kernels.ops import _dispatch
+
+    if module == "cpu" and NO_CPU_KERNELS:
+        pytest.skip(f"backend cpu {NO_CPU_KERNELS}")
+    if module:
+        module = importlib.import_module(f"s0kernels.backends.{module}")
+        right = getattr(module, name)
 
         def wrong(*arguments, **options):
-            grads = right(*arguments, **options)
-            return grads | {"B": 1.1 * grads["B"]}
+            found = right(*arguments, **options)
+            return found * 1.001 if results is None else found | {results: 1.001 * found[results]}
 
-        monkeypatch.setattr(torch_chunked, "ssd_backward", wrong)
-    assert main(["check"]) == (1 if broken else 0)
-    assert ("FAILED" in capsys.readouterr().out) == bool(broken)
+        monkeypatch.setattr(module, name, wrong)
+    assert main(["check"]) == (1 if module else 0)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[1] for row in rows if row[-1] == "FAILED"} == ({name.replace("_backward", "")} if module else set())
+    assert {row[1] for row in rows} >= {*_dispatch.OPS[:4]}
+    assert NO_CPU_KERNELS or {row[1] for row in rows} == {*_dispatch.OPS}
+
+
+def test_check_goes_on_after_a_backend_that_fails(monkeypatch, capsys, quick_check):
+    from s0kernels.backends import torch_chunked
+
+    def fails(*arguments, **options):
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setattr(torch_chunked, "ssd_step", fails)
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        [line for line in lines if "FAILED" in line] == [line for line in lines if "shared memory  nan" in line] != []
+    )
+    assert "ssd_step" in lines[-1] or "mixer" in lines[-1], "what comes after it was checked, too"
 
 
 def test_the_table_of_versions_is_what_everybody_reads():
@@ -242,3 +298,25 @@ def test_the_table_of_versions_is_what_everybody_reads():
     assert project["requires-python"] == f">={versions.TESTED['Python'][0]}"
     assert f"torch>={versions.TESTED['torch'][0].rpartition('.')[0]}" in project["dependencies"]
     assert versions.installed("transformers")["transformers"] in versions.TESTED["transformers"]
+
+
+def test_what_is_known_of_a_gpu():
+    """`env` and `check` say it, also of one that nobody has tried and beside a torch for ROCm."""
+    nvidia, amd = SimpleNamespace(major=12, minor=0), SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+")
+    assert hardware.target_name(nvidia, None) == "sm_120"
+    assert hardware.target_name(amd, "7.1") == "gfx942"
+    assert hardware.experience("sm_90") == "the kernels ran on one"
+    assert "never run" in hardware.experience("sm_80")
+    assert "nobody has tried" in hardware.experience("gfx90a")
+
+
+@pytest.mark.parametrize("command", ["env", "check"])
+def test_commands_say_what_is_known_of_a_gpu(command, monkeypatch, capsys, quick_check):
+    from s0kernels import cli
+    from s0kernels.bench import check
+
+    monkeypatch.setattr(check, "rows", lambda: iter([check.Row("cuda:0", "ssd", "triton", "float32", 0.1, 0.2, "A")]))
+    monkeypatch.setattr(cli, "_gpus", lambda: ["NVIDIA L4, sm_89: a word on it"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main([command]) == 0
+    assert "NVIDIA L4, sm_89: a word on it" in capsys.readouterr().out

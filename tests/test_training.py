@@ -10,8 +10,8 @@ from cases import error
 from models import MODELS, checkpoint_layers, close, every_family, every_model, tokenizer
 
 from s0kernels import S0Config, S0States, S0Trainer
-from s0kernels.batches import make_batches
-from s0kernels.data import Example
+from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.data import Example
 
 PAIRS = [("Q: 2+2?\nA: 4", 10), ("Q: 10-3?\nA: 7, and no more", 11), ("def f(x):\n    return x + 1", 11), ("abc", 1)]
 OTHERS = [("once upon a time", 5), ("there was a rule", 3), ("of gated deltas", 9)]

@@ -20,9 +20,9 @@ def schedule(request, monkeypatch):
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
 
 
-def assert_within_budget(problem, wanted=None) -> None:
+def assert_within_budget(problem, wanted=None, part=1.0) -> None:
     """Against fp64: twice the error of plain PyTorch in the same dtype, token by token or in chunks, and the rounding
-    of the inputs' dtype, in which the operands of matrix products are."""
+    of the inputs' dtype, in which the operands of matrix products are; or `part` of that."""
     weights = problem.weights()
     truth = problem.to(torch.float64).gradients("reference", weights, wanted)
     plain, chunked = (problem.gradients(backend, weights, wanted) for backend in ("reference", "torch"))
@@ -32,13 +32,21 @@ def assert_within_budget(problem, wanted=None) -> None:
         assert found[name].dtype == plain[name].dtype, name
         assert found[name].shape == plain[name].shape, name
         theirs = max(error(plain[name], truth[name]), error(chunked[name], truth[name]))
-        assert error(found[name], truth[name]) <= 2 * theirs + rounding, name
+        assert error(found[name], truth[name]) <= part * (2 * theirs + rounding), name
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_lengths(T, dtype):
     assert_within_budget(delta_problem(T, B=1, **SMALL).to(dtype, torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_decays_gradient_has_room_for_what_a_gpu_rounds_besides(seed):
+    """tf32 in the inverses, which the interpreter computes in fp32."""
+    problem = delta_problem(130, state="shared", seed=seed).to(torch.float16, torch.float32)
+    assert_within_budget(problem, ["g"], part=0.7)
 
 
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])

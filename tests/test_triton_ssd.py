@@ -21,6 +21,13 @@ def test_lengths(T, dtype):
     assert_within_budget(ssd_problem(T, B=1, **HEADS).to(dtype, torch.float32))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_to_one_number_a_head(seed):
+    """They cancel, so what is rounded twice on the way shows."""
+    problem = ssd_problem(130, state="shared", seed=seed).to(torch.float16, torch.float32)
+    assert_within_budget(problem, ["A", "D", "dt_bias"], part=0.7)
+
+
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
 def test_every_form_of_state(kind, lengths):

@@ -66,7 +66,7 @@ def test_a_file_of_settings(place, capsys):
     ("text", "size"), [("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5g", 1.5 * 2**30), ("500MiB", 500 * 2**20), (99, 99)]
 )
 def test_sizes_of_memory(text, size):
-    from s0kernels.tune import _bytes
+    from s0kernels.tuning.command import _bytes
 
     assert _bytes(text) == size
 

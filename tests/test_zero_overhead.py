@@ -203,7 +203,7 @@ def test_ways_of_training_agree(name, tmp_path):
 
 
 def test_kernels_are_told_from_views():
-    from s0kernels.measure import work
+    from s0kernels.bench.measure import work
 
     x = torch.ones(4, 4)
     assert kernels(work(lambda: x.t().reshape(16)[3:].view(-1, 1))) == 1  # the copy that reshape makes

@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from s0kernels import S0Trainer, measure
+from s0kernels import S0Trainer
+from s0kernels.bench import measure
 
 
 def compare(

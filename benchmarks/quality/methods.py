@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from s0kernels import S0States
 from s0kernels.backends._states import state_dtype
-from s0kernels.batches import make_batches
-from s0kernels.data import read_tasks
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 from s0kernels.modules.mixer import S0Mixer
+from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.data import read_tasks
 
 Data = Mapping[int, list[tuple[str, str]]]
 Tuned = Iterator[tuple[int, nn.Module]]

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from s0kernels import S0States, S0Trainer
-from s0kernels.measure import write_json
+from s0kernels.bench.measure import write_json
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}

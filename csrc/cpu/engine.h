@@ -132,15 +132,15 @@ class Engine {
   void load_gates(const Unit& u, int64_t t, int n, int64_t head) {
     const T* decay = static_cast<const T*>(s_.decay) + u.row(s_, t) * s_.heads + head;
     const T* weight = static_cast<const T*>(s_.weight) + u.row(s_, t) * s_.heads + head;
-    T product = 1;
+    double product = 1;  // all tokens share what it loses
     for (int i = 0; i < n; ++i) {
       e_[i] = exponential(decay[i * s_.heads]);
       weight_[i] = weight[i * s_.heads];
-      from_start_[i] = product *= e_[i];
+      from_start_[i] = static_cast<T>(product *= e_[i]);
     }
     product = 1;
     for (int i = n - 1; i >= 0; --i) {
-      to_end_[i] = product;
+      to_end_[i] = static_cast<T>(product);
       product *= e_[i];
     }
     for (int i = n; i < Cp_; ++i) to_end_[i] = 0;

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from s0kernels import S0Config, S0Trainer
-from s0kernels._files import replace_file
+from s0kernels.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))

@@ -81,9 +81,9 @@ def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> No
         return
     index = state_indices.long()
     stored = (index >= 0) & (index < state.shape[0])
-    first = stored.to(torch.int64).argmax()
-    stand_in = torch.where(stored.any(), index[first], 0)
-    value = torch.where(stored.any(), new[first], state[0])
+    first = stored.to(torch.int64).argmax(0, keepdim=True)  # [1]: an index without dimensions is read by the host
+    stand_in = torch.where(stored.any(), index.index_select(0, first), 0)
+    value = torch.where(stored.any(), new.index_select(0, first), state[:1])
     shape = (-1,) + (1,) * (new.dim() - 1)
     state.index_copy_(0, torch.where(stored, index, stand_in), torch.where(stored.view(shape), new, value))
 

@@ -279,13 +279,12 @@ def gated_delta_rule_inputs_bwd_kernel(
     BN: tl.constexpr,
 ):
     """A program per (slot, key head): its value heads in turn, their sums in registers; dq first and then dk, so that
-    one of the two is there at a time. Row sums against q and k are diagonals of products, for the same reason."""
+    one of the two is there at a time."""
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
     if rows <= 0:
         return
     o_t, o_k, o_r = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BR)
-    dtype = q.dtype.element_ty
     i_b, i_t, i_s = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_s.to(tl.int64)
     p_q = q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2]
     p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
@@ -301,7 +300,7 @@ def gated_delta_rule_inputs_bwd_kernel(
             p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
             b_part = product(p_do, h + at * K * V, so[1], so[3], K, 1, rows, inner, K, BT, BI, BK, PRECISION)
             b_part *= tl.load(gates + at * ROWS * BT + A_Q * BT + o_t)[:, None]
-            b_start = row_products(b_part.to(dtype), load_tile(p_q, o_t, o_k, sq[1], sq[3], rows, K), o_t, PRECISION)
+            b_start = row_sums(b_part, p_q, sq[1], sq[3], rows, K, BT, BK)
             b_reads = tl.where((o_r == i_r)[:, None], b_start[None, :], b_reads)
             b_dq += b_part
         if dq is not None:
@@ -328,11 +327,11 @@ def gated_delta_rule_inputs_bwd_kernel(
             b_dk = tl.dot(tl.trans(b_dp), b_q, b_dk, input_precision=PRECISION)
         b_part = product(dv + at_v, h + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
         b_part *= -tl.load(p_gates + A_K * BT)[:, None]
-        b_start = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
+        b_start = row_sums(b_part, p_k, sk[1], sk[3], rows, K, BT, BK)
         b_dk += b_part
         b_part = product(r + at_v, dh + at * K * V, HV * V, 1, K, 1, rows, inner, K, BT, BI, BK, PRECISION)
         b_part *= tl.load(p_gates + TO_END * BT)[:, None]
-        b_end = row_products(b_part.to(dtype), load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), o_t, PRECISION)
+        b_end = row_sums(b_part, p_k, sk[1], sk[3], rows, K, BT, BK)
         b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
         b_dk += b_part * b_beta[:, None]
 
@@ -379,10 +378,10 @@ def store_input_grad(
 
 
 @triton.jit
-def row_products(b_x, b_y, o_t, PRECISION: tl.constexpr):
-    """Inner products of the rows of x with those of y, the diagonal of x y^T: [BT]."""
-    b_all = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
-    return tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_all, 0.0), axis=1)
+def row_sums(b_x, y, stride_row, stride_col, rows, cols, BT: tl.constexpr, BK: tl.constexpr):
+    """Inner products of the rows of x, which are not rounded, with those of y: [BT]."""
+    b_y = load_tile(y, tl.arange(0, BT), tl.arange(0, BK), stride_row, stride_col, rows, cols)
+    return tl.sum(b_x * b_y.to(tl.float32), axis=1)
 
 
 @triton.jit

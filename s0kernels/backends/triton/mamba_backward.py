@@ -41,11 +41,10 @@ def silu_slope(b_x):
 
 @triton.jit
 def load_dy(do, z, o_t, o_p, so_t, so_p, sz_t, sz_p, rows, P):
-    """dO silu(z), [BT, BP] in the dtype of dO. `do` and `z` have 64-bit offsets to the corner."""
-    b_dy = load_tile(do, o_t, o_p, so_t, so_p, rows, P)
+    """dO silu(z), [BT, BP] in fp32. `do` and `z` have 64-bit offsets to the corner."""
+    b_dy = load_tile(do, o_t, o_p, so_t, so_p, rows, P).to(tl.float32)
     if z is not None:
-        b_z = load_tile(z, o_t, o_p, sz_t, sz_p, rows, P).to(tl.float32)
-        b_dy = (b_dy.to(tl.float32) * silu(b_z)).to(b_dy.dtype)
+        b_dy *= silu(load_tile(z, o_t, o_p, sz_t, sz_p, rows, P).to(tl.float32))
     return b_dy
 
 
@@ -107,7 +106,7 @@ def walk_backward(
         p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
         b_C = load_tile(at_token(C, sC, i_b, i_t, i_h // (H // G)), o_t, o_n, sC[1], sC[3], rows, N)
-        b_read = (tl.trans(b_dy).to(tl.float32) * tl.load(p_gates + o_t)[None, :]).to(b_dy.dtype)
+        b_read = (tl.trans(b_dy) * tl.load(p_gates + o_t)[None, :]).to(do.dtype.element_ty)
         b_dh = tl.dot(b_read, b_C, b_dh * tl.load(p_gates + BT - 1), input_precision=PRECISION)
     if dh0 is not None:
         tl.store(dh0 + (i_q * H + i_h) * P * N + o_h, b_dh, mask=m_h)
@@ -280,17 +279,17 @@ def ssd_heads_bwd_kernel(
         p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_x = load_tile(at_token(x, sx, i_b, i_t, i_h), o_t, o_p, sx[1], sx[3], rows, P)
         b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
-        b_k = tl.dot(b_dy, tl.trans(b_x), b_k, input_precision=PRECISION)
+        b_k = tl.dot(b_dy.to(dtype), tl.trans(b_x), b_k, input_precision=PRECISION)
         b_start *= tl.load(p_gates + START * BT)[:, None]
         if DECAYS:
-            b_starts += tl.sum(b_start * b_dy.to(tl.float32), axis=1)
+            b_starts += tl.sum(b_start * b_dy, axis=1)
             b_ends += tl.sum(b_end * b_x.to(tl.float32), axis=1)
         o_out = ((i_b * T + i_t + o_t)[:, None] * H + i_h) * P + o_p[None, :]
         b_skip = 0.0 if D is None else tl.load(D + i_h * sD).to(tl.float32)
         if dx is not None:
             b_end *= tl.load(p_gates + WRITE * BT)[:, None]
-            b_end = tl.dot(tl.trans(b_p), b_dy, b_end, input_precision=PRECISION)
-            tl.store(dx + o_out, (b_end + b_skip * b_dy.to(tl.float32)).to(dtype), mask=mask)
+            b_end = tl.dot(tl.trans(b_p), b_dy.to(dtype), b_end, input_precision=PRECISION)
+            tl.store(dx + o_out, (b_end + b_skip * b_dy).to(dtype), mask=mask)
         if dz is not None:
             b_start = tl.dot(b_p, b_x, b_start, input_precision=PRECISION) + b_skip * b_x.to(tl.float32)
             b_slope = silu_slope(load_tile(p_z, o_t, o_p, sz[1], sz[3], rows, P).to(tl.float32))
@@ -406,7 +405,7 @@ def group_grad(
         b_v = load_dy(p_v, p_z, o_t, o_p, sv[1], sv[3], sz[1], sz[3], rows, inner - i_p)
         b_gate = tl.load(gates + i_r * ROWS * BT + GATE * BT + o_t)
         b_states = load_tile(states + (i_r * P + i_p) * N, o_p, o_n, N, 1, inner - i_p, cols)
-        b_v = (b_v.to(tl.float32) * b_gate[:, None]).to(b_v.dtype)
+        b_v = (b_v * b_gate[:, None]).to(v.dtype.element_ty)
         b_sum = tl.dot(b_v, b_states, b_sum, input_precision=PRECISION)
     b_pairs = tl.zeros([BT, BT], tl.float32)
     for i_r in tl.range(R, disable_licm=True):

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from s0kernels import __version__
-from s0kernels._files import replace_file
+from s0kernels.files import replace_file
 from s0kernels.ops import _dispatch
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the second: of all threads together
 PACKAGES = ("torch", "numpy", "transformers", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang")
 PACKAGES += ("mamba-ssm", "causal-conv1d")
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _INSTRUCTIONS = {512: "avx512", 256: "avx2", 128: "portable"}
 Case = Callable[[], object]
 

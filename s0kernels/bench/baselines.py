@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s0kernels import ops
-from s0kernels.check import errors
+from s0kernels.bench.check import errors
 
 Values = dict[str, Tensor | None]  # inputs by name, "s0" for the state that all sequences share, "cu_seqlens"
 Scan = Callable[[Values, bool], tuple[Tensor, Tensor]]  # (inputs, whether from S0) -> (output, final state)
@@ -37,7 +37,7 @@ OUR_BUDGET, THEIR_BUDGET = 2.0, 8.0
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """`scan` and `step` load what they are named after, and raise where the library is missing."""
 
     package: str
@@ -66,7 +66,7 @@ class Op:
     step: Callable[..., Callable[[], Tensor]]  # ours: (inputs, states, backend)
     work: Callable[[dict[str, int], bool], float]  # floating-point operations per token of a forward, and a backward
     step_work: Callable[[dict[str, int]], float]
-    rivals: dict[str, Rival]
+    baselines: dict[str, Baseline]
 
     def leaves(self, values: Values, wanted: tuple[str, ...]) -> Values:
         tensors = (*self.inputs, "s0")
@@ -108,7 +108,7 @@ class Op:
 def _beyond(results: Callable, plain: Callable, tried: Callable, values: Values, first: str, times: float):
     exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in values.items()}
     truth = {n: x.cpu() for n, x in results(plain, exact).items()}
-    allowed, found = errors(results(plain, values), truth), errors(results(tried, values), truth)
+    allowed, found = (errors([results(scan, values)], [truth]) for scan in (plain, tried))
     for name, error in found.items():
         budget = times * allowed[name] + torch.finfo(values[first].dtype).eps
         if not error <= budget:  # nor where it is NaN
@@ -331,18 +331,18 @@ OPS = {
         _delta_work,
         lambda heads: 6 * heads["HV"] * heads["K"] * heads["V"],
         {
-            "transformers": Rival(
+            "transformers": Baseline(
                 "transformers",
                 _transformers_delta_scan,
                 lambda: _like_fla_step(_transformers_delta("recurrent")),
                 on_cpu=True,
             ),
-            "fla": Rival(
+            "fla": Baseline(
                 "flash-linear-attention",
                 lambda: _like_fla(_fla_delta("chunk_gated_delta_rule")),
                 lambda: _like_fla_step(_fla_delta("fused_recurrent_gated_delta_rule")),
             ),
-            "flash-qla": Rival(
+            "flash-qla": Baseline(
                 "flash-qla", lambda: _like_fla(importlib.import_module("flash_qla").chunk_gated_delta_rule)
             ),
         },
@@ -357,15 +357,15 @@ OPS = {
         _mamba_work,
         lambda heads: 4 * heads["H"] * heads["P"] * heads["N"],
         {
-            "transformers": Rival(
+            "transformers": Baseline(
                 "transformers",
                 _transformers_mamba_scan,
                 lambda: _like_mamba_step(_transformers_mamba("mamba2_selective_state_update")),
                 on_cpu=True,
             ),
-            "mamba-ssm-128": Rival("mamba-ssm", partial(_mamba_ssm, 128), _mamba_ssm_step),
-            "mamba-ssm-256": Rival("mamba-ssm", partial(_mamba_ssm, 256)),
-            "fla-simple-gla": Rival("flash-linear-attention", _simple_gla),
+            "mamba-ssm-128": Baseline("mamba-ssm", partial(_mamba_ssm, 128), _mamba_ssm_step),
+            "mamba-ssm-256": Baseline("mamba-ssm", partial(_mamba_ssm, 256)),
+            "fla-simple-gla": Baseline("flash-linear-attention", _simple_gla),
         },
     ),
 }

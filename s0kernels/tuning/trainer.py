@@ -1,7 +1,6 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import contextlib
-import json
 import math
 import numbers
 import operator
@@ -14,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s0kernels._files import CONFIG, META, STATES, TASKS, parse_json, replace_file
-from s0kernels.batches import Batch, make_batches
-from s0kernels.checkpoint import Checkpoint, describe_run
 from s0kernels.config import S0Config
-from s0kernels.data import Example, check_names, encode, read_tasks, some
-from s0kernels.forwards import Asked
-from s0kernels.learner import Callback, EvalMode, Frozen, Learner
-from s0kernels.loading import find_model, load_tokenizer
-from s0kernels.memory import Make, Sizes, for_each, halved, most_tokens
+from s0kernels.messages import some
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
-from s0kernels.processes import processes
-from s0kernels.states import S0States
+from s0kernels.states import S0States, files
+from s0kernels.tuning.batches import Batch, make_batches
+from s0kernels.tuning.checkpoint import Checkpoint, describe_run
+from s0kernels.tuning.data import Example, check_names, encode, read_tasks
+from s0kernels.tuning.forwards import Asked
+from s0kernels.tuning.loading import find_model, load_tokenizer
+from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
+from s0kernels.tuning.memory import Make, Sizes, for_each, halved, most_tokens
+from s0kernels.tuning.processes import processes
 
 
 class S0Trainer:
@@ -125,7 +124,7 @@ class S0Trainer:
         Args:
             data: pairs (text, prompt_length), the second being the number of first tokens that are the prompt, which
                 is not learned; or mappings with prompt and completion, or with the messages of a conversation; or a
-                file of JSON lines; see `s0kernels.data.read_examples`. A mapping from names to such data trains
+                file of JSON lines; see `s0kernels.tuning.data.read_examples`. A mapping from names to such data trains
                 several tasks at once, each as if it were alone.
             tokens_per_batch: examples go through the model together up to this many tokens per forward, pads included;
                 1 is one example a forward. The result does not depend on it but for rounding: each step's loss is the
@@ -390,12 +389,7 @@ class S0Trainer:
         errors = [error for each in saved if (error := each.exception()) is not None]
         if errors:  # the other tasks may have had more luck
             raise errors[0]
-        if self.tasks is None:
-            (folder / TASKS).unlink(missing_ok=True)
-            return
-        replace_file(folder / TASKS, json.dumps({"tasks": self.tasks}, indent=2).encode())
-        for name in (STATES, CONFIG, META):
-            (folder / name).unlink(missing_ok=True)
+        files.write_tasks(folder, self.tasks)
 
     def load(self, path: str | os.PathLike | Mapping[str, str | os.PathLike]) -> None:
         """Read states and config from a directory. Where states are active, the new ones take their place if they have
@@ -432,17 +426,7 @@ def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
         return {name: Path(folder) for name, folder in path.items()}
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"S0Trainer.load: path must be a path or a mapping from names to paths, got {path!r}")
-    folder = Path(path)
-    if (folder / TASKS).is_file():
-        names = parse_json((folder / TASKS).read_text(encoding="utf-8"), folder / TASKS).get("tasks")
-        if not isinstance(names, list) or not names:
-            raise ValueError(f"{folder / TASKS} names no tasks")
-        check_names(names)
-        return {name: folder / name for name in names}
-    inner = sorted(file.parent for file in folder.glob(f"*/{STATES}"))
-    if (folder / STATES).exists() or not inner:
-        return {None: folder}
-    return {each.name: each for each in inner}
+    return files.find_tasks(Path(path))
 
 
 def _check_positive(name: str, value: int) -> int:

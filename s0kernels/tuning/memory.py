@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from s0kernels.batches import Batch
-from s0kernels.data import Example
-from s0kernels.head import Head, cross_entropy
+from s0kernels.tuning.batches import Batch
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.head import Head, cross_entropy
 
 #: examples and the most tokens of a forward to batches
 Make = Callable[[Sequence[Example], int], list[Batch]]

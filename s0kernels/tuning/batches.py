@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from s0kernels.data import Example
-from s0kernels.head import Head, cross_entropy
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.head import Head, cross_entropy
 
 #: implementations of attention that transformers makes keep packed sequences apart
 _KEEP_APART = ("eager", "sdpa")

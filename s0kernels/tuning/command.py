@@ -138,11 +138,11 @@ def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Se
     from transformers import AutoTokenizer
 
     from s0kernels import S0Trainer
-    from s0kernels._files import check_output
-    from s0kernels.data import read_tasks
-    from s0kernels.loading import find_model, load_tokenizer
-    from s0kernels.processes import processes
+    from s0kernels.files import check_output
     from s0kernels.states import states_size
+    from s0kernels.tuning.data import read_tasks
+    from s0kernels.tuning.loading import find_model, load_tokenizer
+    from s0kernels.tuning.processes import processes
 
     found = find_model(options.model, {})
     read_tasks(data, load_tokenizer(AutoTokenizer, options.model, found), config.max_length)

@@ -1,6 +1,6 @@
 """`python -m s0kernels bench`: the scans at the heads of real models, beside the libraries that are installed.
 
-A row is one shape, dtype and pass. Its cases take turns (`s0kernels.measure`); another library is timed only after its
+A row is one shape, dtype and pass. Its cases take turns (`measure`); another library is timed only after its
 results on the first tokens of the same inputs were within the error budget.
 """
 
@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from s0kernels import measure
+from s0kernels.bench import measure
+from s0kernels.bench.baselines import MODELS, OPS, OUR_BUDGET, Op, Scan, Values, state_for_each
 from s0kernels.ops import _dispatch
-from s0kernels.rivals import MODELS, OPS, OUR_BUDGET, Op, Scan, Values, state_for_each
 
 OURS = "s0kernels"
 PASSES = {"forward": "forward", "training": "forward + backward", "state": "backward of S0 alone", "step": "one token"}
@@ -65,7 +65,7 @@ def scan(op: Op, name: str, backend: str | None) -> Scan:
     """That of `name`: OURS on `backend`, a backend of ours, or another library."""
     if name in (OURS, *_dispatch.ORDER):
         return partial(op.scan, backend=backend if name == OURS else name)
-    return op.rivals[name].scan()
+    return op.baselines[name].scan()
 
 
 def case(op: Op, run: Scan, values: Values, what: str, state: bool = True) -> measure.Case:
@@ -95,7 +95,7 @@ def step_case(shape: Shape, name: str, backend: str | None, values: Values) -> m
     op, pool = shape.op, state_for_each(values, shape.batch).clone()
     if name in (OURS, *_dispatch.ORDER):
         return op.step(values, pool, backend=backend if name == OURS else name)
-    step = op.rivals[name].step
+    step = op.baselines[name].step
     if step is None:
         raise ValueError("has no function for one token")
     if reason := op.step_out_of_budget(step(), values):
@@ -144,7 +144,7 @@ class Bench:
 
     device: str
     backend: str | None
-    against: list[str] | None  # None: every rival
+    against: list[str] | None  # None: every baseline
     clock: str
     rounds: int
     budget: float  # seconds for the timing of a row
@@ -157,14 +157,16 @@ class Bench:
         kind = str(dtype).removeprefix("torch.")
         return max(rates[kind], rates["float32"]) if torch.device(self.device).type == "cpu" else rates[kind]
 
-    def rivals(self, shape: Shape, values: Values) -> list[str]:
+    def baselines(self, shape: Shape, values: Values) -> list[str]:
         """Those that can be timed; the others go to `missing`."""
         op, usable = shape.op, []
-        names = list(op.rivals) if self.against is None else [n for n in self.against if n in (*op.rivals, "torch")]
+        names = (
+            list(op.baselines) if self.against is None else [n for n in self.against if n in (*op.baselines, "torch")]
+        )
         missing = self.missing.setdefault(MODELS[shape.model][0], {})
         for name in names:
             try:
-                reason = None if name == "torch" else op.rivals[name].unusable(self.device)
+                reason = None if name == "torch" else op.baselines[name].unusable(self.device)
                 reason = reason or op.out_of_budget(scan(op, name, self.backend), cut(values, 1, _CHECKED))
             except Exception as error:  # whatever a library does here must not end the others' measurement
                 reason = brief(error)
@@ -179,7 +181,7 @@ class Bench:
         ours = scan(shape.op, OURS, self.backend)
         if reason := shape.op.out_of_budget(ours, cut(values, 1, _CHECKED), OUR_BUDGET):
             raise RuntimeError(f"{shape}: our own results are wrong, so there is no speed to report: {reason}")
-        names = [OURS, *self.rivals(shape, values)]
+        names = [OURS, *self.baselines(shape, values)]
         with contextlib.ExitStack() as stack:
             process = None
             if memory and torch.device(self.device).type == "cpu":
@@ -255,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtype = {"action": "append", "choices": tuple(DTYPES), "metavar": "DTYPE"}
     parser.add_argument("--dtype", **dtype, help=f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--backend", choices=_dispatch.ORDER[:-1], help="ours to measure (default: the default one)")
-    parser.add_argument("--against", action="append", metavar="NAME", help="a rival, or none (default: all there are)")
+    parser.add_argument("--against", action="append", metavar="NAME", help="a baseline, or none (default: all)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
     parser.add_argument("--processor-time", action="store_true", help="of all threads together, not wall time")
@@ -303,7 +305,7 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
     shapes = [shape for shape in shapes if options.op in (None, MODELS[shape.model][0])]
     if not shapes:
         raise ValueError(f"--shape names no model whose scan is --op {options.op}: {', '.join(options.shape)}")
-    known = {name: None for op in OPS.values() for name in (*op.rivals, "torch")}
+    known = {name: None for op in OPS.values() for name in (*op.baselines, "torch")}
     if options.against is not None:
         options.against = [name for name in options.against if name != "none"]
     if unknown := [name for name in options.against or () if name not in known]:
@@ -338,16 +340,16 @@ def interval(ratio: list[float] | measure.Ratio) -> str:
 def report(results: dict) -> str:
     """The table that a person reads; a ratio is the time it takes over ours, with its 95 % interval."""
     rows, roofline, machine = results["rows"], results["roofline"], results["machine"]
-    rivals = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
+    baselines = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     head = ["shape", "dtype", "pass", "ms", "GFLOP/s", "GB/s", "of roofline", "peak MiB", "S0 / zero", "S0 / S0"]
-    lines = [[*head, *(f"{name} / ours" for name in rivals)]]
+    lines = [[*head, *(f"{name} / ours" for name in baselines)]]
     for row in rows:
         peak = row.get("peak_mib", {}).get(OURS)
         cells = [row["shape"], row["dtype"], PASSES[row["pass"]], f"{row['ms'][OURS]:.3g}"]
         cells += ["-" if row["gflops"] is None else f"{row['gflops']:.0f}", f"{row['gbs']:.1f}"]
         cells += [f"{100 * row['of_roofline']:.0f} %", "-" if peak is None else f"{peak:.0f}"]
         cells += [interval(row[name]) if name in row else "-" for name in ("s0_over_zero", "s0_over_s0")]
-        lines.append(cells + [interval(row["ratio"][name]) if name in row["ratio"] else "-" for name in rivals])
+        lines.append(cells + [interval(row["ratio"][name]) if name in row["ratio"] else "-" for name in baselines])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = ["  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     name = machine.get("gpu") or f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads"

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s0kernels import memory
-from s0kernels.batches import Batch
-from s0kernels.data import Example
-from s0kernels.memory import Choice, Make, Needs, Sizes
-from s0kernels.processes import Processes
 from s0kernels.states import S0States
+from s0kernels.tuning import memory
+from s0kernels.tuning.batches import Batch
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.memory import Choice, Make, Needs, Sizes
+from s0kernels.tuning.processes import Processes
 
 #: bytes of the gradient of a value that learns, of Adam's moments, and of the sum in fp64
 _PER_VALUE = 4 + 8 + 8

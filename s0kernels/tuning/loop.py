@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from s0kernels.batches import Batch
-from s0kernels.checkpoint import Checkpoint
 from s0kernels.config import S0Config
-from s0kernels.data import Example
-from s0kernels.forwards import Asked, Forwards
-from s0kernels.memory import Make, Sizes
-from s0kernels.processes import Processes
-from s0kernels.processes import processes as processes
 from s0kernels.states import S0States
+from s0kernels.tuning.batches import Batch
+from s0kernels.tuning.checkpoint import Checkpoint
+from s0kernels.tuning.data import Example
+from s0kernels.tuning.forwards import Asked, Forwards
+from s0kernels.tuning.memory import Make, Sizes
+from s0kernels.tuning.processes import Processes
+from s0kernels.tuning.processes import processes as processes
 
 #: called after every step with its entry of the history and the states as they are then; True ends the training
 Callback = Callable[[dict, S0States], "bool | None"]

@@ -1,0 +1,1 @@
+"""Checks and benchmarks: times, memory and errors, beside other libraries."""

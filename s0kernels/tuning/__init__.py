@@ -1,0 +1,1 @@
+"""Learning S0: examples, memory, the loop, and the trainer."""

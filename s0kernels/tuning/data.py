@@ -1,0 +1,218 @@
+"""Training examples, from pairs, records, conversations or a file of them."""
+
+import json
+import numbers
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from s0kernels.messages import some
+from s0kernels.states import files
+
+#: keys that make a mapping an example
+_RECORDS = ({"messages"}, {"prompt", "completion"}, {"text", "prompt_length"})
+
+
+class Example(NamedTuple):
+    ids: list[int]
+    #: how many of them are the prompt, which is not learned
+    prompt_length: int
+    #: number of the task whose S0 it starts from
+    task: int = 0
+
+
+def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | None, list[Example]]:
+    """(names, examples): a mapping holds the data of several tasks by name, anything else that of one without a name.
+
+    Raises:
+        TypeError, ValueError: an example is not what `read_examples` takes, or a name cannot be a directory's.
+    """
+    if not isinstance(data, Mapping):
+        return None, read_examples(data, tokenizer, max_length)
+    if not data:
+        raise ValueError("S0Trainer: data is empty")
+    if any(keys <= set(data) for keys in _RECORDS):
+        raise TypeError("S0Trainer: data is a single example; put it into a list")
+    if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        raise TypeError(f"S0Trainer: data must be one split of the data set, of {some(data)}")
+    check_names(data)
+    return list(data), [
+        example
+        for task, (name, its_data) in enumerate(data.items())
+        for example in read_examples(its_data, tokenizer, max_length, task, f"data[{name!r}]")
+    ]
+
+
+def check_names(names: Iterable) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
+        if not files.can_be_task(name):
+            raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
+
+
+def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, name: str = "data") -> list[Example]:
+    """Tokenized examples, cut at `max_length`. `data` is a file of JSON lines, or yields one of these per example:
+
+    - `(text, prompt_length)`: a text, and the number of its first tokens that are the prompt; as a mapping
+      `{"text": ..., "prompt_length": ...}`,
+    - `{"prompt": ..., "completion": ...}`: two strings, or two lists of chat messages,
+    - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion.
+
+    Further keys are ignored, but for `chat_template_kwargs`, which go to the tokenizer's template. A `datasets.Dataset`
+    with such columns will do. No end token is added to strings. Whatever a template writes after the generation prompt
+    is learned: of models that think, `{"enable_thinking": False}` keeps the end of an empty thought out of it.
+    """
+    records = list(_records(data, name))
+    if not records:
+        raise ValueError(f"S0Trainer: {name if not isinstance(data, (str, os.PathLike)) else data} is empty")
+    return [_read(record, where, tokenizer, max_length, task) for where, record in records]
+
+
+def _records(data: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(data, (str, os.PathLike)):
+        yield from _lines(Path(data))
+        return
+    try:
+        entries = iter(data)
+    except TypeError:
+        raise TypeError(
+            f"S0Trainer: {name} must be examples or the path of a file, got {type(data).__name__}"
+        ) from None
+    for index, record in enumerate(entries):
+        yield f"S0Trainer: {name}[{index}]", record
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{file}:{number}", _parse_line(line, file, number)
+
+
+def _parse_line(line: str, file: Path, number: int) -> Any:
+    start, whole = line.strip()[0], "an example on each line, whole"
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        where, reason = f"{file}:{number}, column {error.colno}", error.msg
+        if start in "[{" and error.pos >= len(line.rstrip()):  # it goes on on the next line
+            kind = "array" if start == "[" else "object"
+            raise ValueError(f"{where}: a JSON {kind} over several lines; JSON lines are wanted, {whole}") from error
+        raise ValueError(f"{where}: not JSON: {reason}; JSON lines are wanted, {whole}") from error
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
+        raise ValueError(f"{file}:{number}: not JSON that can be read: {error}") from error
+    if isinstance(value, list) and any(isinstance(entry, (Mapping, list)) for entry in value):
+        raise ValueError(f"{file}:{number}: a JSON array of {len(value)} examples; JSON lines are wanted, {whole}")
+    return value
+
+
+def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -> Example:
+    if isinstance(record, Mapping):
+        keys = set(record)
+        if "messages" in keys:
+            ids, length = _conversation(record["messages"], None, record, where, tokenizer)
+        elif {"prompt", "completion"} <= keys:
+            ids, length = _completion(record["prompt"], record["completion"], record, where, tokenizer)
+        elif {"text", "prompt_length"} <= keys:
+            ids, length = _pair(record["text"], record["prompt_length"], where, tokenizer)
+        else:
+            raise ValueError(
+                f"{where} must have prompt and completion, or messages, or text and prompt_length; "
+                f"it has {sorted(map(str, keys))}"
+            )
+    elif isinstance(record, (tuple, list)) and len(record) == 2:
+        ids, length = _pair(*record, where, tokenizer)
+    else:
+        size = f" of {len(record)}" if isinstance(record, (tuple, list)) else ""
+        raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}{size}")
+    ids = ids[:max_length]
+    if max(length, 1) >= len(ids):
+        raise ValueError(
+            f"{where} has nothing to predict: prompt_length is {length}, and the text has {len(ids)} tokens "
+            f"(max_length {max_length})"
+        )
+    return Example(ids, length, task)
+
+
+def _pair(text: Any, length: Any, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    if not isinstance(text, str) or isinstance(length, bool) or not isinstance(length, numbers.Integral):
+        raise TypeError(f"{where} must be a pair (str, int), got ({type(text).__name__}, {type(length).__name__})")
+    if length < 0:
+        raise ValueError(f"{where}: prompt_length must not be negative, got {length}")
+    return encode(text, where, tokenizer), int(length)
+
+
+def _completion(prompt: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _join(prompt, completion, where, tokenizer)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise TypeError(
+            f"{where}: prompt and completion must both be strings or both be messages, got "
+            f"{type(prompt).__name__} and {type(completion).__name__}"
+        )
+    return _conversation(prompt, completion, record, where, tokenizer)
+
+
+def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    """As the template writes it; what it writes before the reply when asked for one is the prompt."""
+    for part in (messages,) if reply is None else (messages, reply):
+        if not isinstance(part, (list, tuple)) or not part or not all(isinstance(each, Mapping) for each in part):
+            raise TypeError(f"{where}: messages must be a list of mappings with role and content, got {part!r}")
+    if reply is None:
+        messages, reply = messages[:-1], messages[-1:]
+    if reply[-1].get("role") != "assistant" or not messages:
+        raise ValueError(f"{where}: the last message must be the assistant's, after at least one other")
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{where}: chat_template_kwargs must be a mapping, got {type(options).__name__}")
+    options = {**options, "tokenize": False}
+    try:
+        prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template([*messages, *reply], **options)
+    except Exception as error:  # a template may raise whatever it likes
+        raise ValueError(f"{where}: the tokenizer cannot write it as a conversation: {error}") from error
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{where}: the chat template does not write the prompt in the same way with the reply and without it, "
+            f"so there is no telling them apart; give prompt and completion as strings"
+        )
+    return _join(prompt, whole[len(prompt) :], where, tokenizer, add_special_tokens=False)
+
+
+def _join(prompt: str, completion: str, where: str, tokenizer: Any, **options: bool) -> tuple[list[int], int]:
+    """The tokens of both. Where one would reach across the border they are tokenized apart, because a generation goes
+    on from the tokens of the prompt alone."""
+    start, ids = (encode(text, where, tokenizer, **options) for text in (prompt, prompt + completion))
+    if ids[: len(start)] != start:
+        ids = start + encode(completion, where, tokenizer, add_special_tokens=False)
+    return ids, len(start)
+
+
+def encode(text: str, where: str, tokenizer: Any, **options: bool) -> list[int]:
+    """Tokens of a text, whole, whatever the tokenizer's own limit is; what it puts behind texts (an end token) not,
+    because they go on."""
+    check_tokenizer(tokenizer)
+    try:
+        ids = [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+        if not ids or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
+            return ids
+        return ids[: len(ids) - _suffix_length(tokenizer, **options)]
+    except (TypeError, UnicodeError) as error:  # of a text with half a surrogate pair, as JSON can hold
+        raise ValueError(f"{where} has a text that the tokenizer does not take: {text[:80]!r}") from error
+
+
+def _suffix_length(tokenizer: Any, **options: bool) -> int:
+    """How many tokens it puts behind any text, found with a short one."""
+    whole, bare = (tokenizer("0", **added)["input_ids"] for added in (options, {"add_special_tokens": False}))
+    starts = [i for i in range(len(whole)) if bare and list(whole[i : i + len(bare)]) == list(bare)]
+    return len(whole) - starts[0] - len(bare) if starts else 0
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer):
+        raise TypeError(f"S0Trainer: tokenizer must be the model's tokenizer, got {tokenizer!r}")

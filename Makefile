@@ -3,6 +3,7 @@ VENV := .venv
 FLA := .deps/fla
 VERSIONS := $(PYTHON) s0kernels/versions.py
 OTHERS := $(addprefix .deps/transformers-,$(shell $(VERSIONS) others transformers))
+TRITONS := $(addprefix .deps/triton-,$(shell $(VERSIONS) others triton))
 METHOD := .deps/s0-tuning
 ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
@@ -29,6 +30,13 @@ test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.in
 
 OF_TRANSFORMERS := $(addprefix tests/test_,$(addsuffix .py,modules self_check injection attaching gradients lifetimes states \
 	trainer training checkpoints processes data files head memory against_transformers fused_steps))
+
+# Every Triton kernel for every chip with every tested Triton, as far as the file of results is behind; from nothing at
+# most 40 minutes on two idle cores.
+.PHONY: matrix matrix-triton
+matrix: matrix-triton
+matrix-triton: $(VENV)/.installed $(TRITONS:%=%/.installed)
+	$(VENV)/bin/python benchmarks/matrix.py
 
 # The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
 bench: $(VENV)/.installed
@@ -120,6 +128,14 @@ $(FLA)/.installed:
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) transformers==$* \
 		huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
+	touch $@
+
+# The other tested versions of Triton, likewise.
+.deps/triton-%/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) triton==$*
+	chmod +x $(@D)/triton/backends/nvidia/bin/*
 	touch $@
 
 # The method's own package, which reads our files and whose files we read.

@@ -15,8 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "triton-kernels.md")
 sys.path.insert(0, str(ROOT))
+
+import matrix  # noqa: E402
 
 from s0kernels import hardware  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
@@ -195,7 +197,7 @@ def origin(results: dict) -> str:
 def filled(text: str) -> str:
     """The text with every table made anew."""
     makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline, "scaling": scaling}
-    makers |= {"vocabulary": vocabulary, "memory": counted}
+    makers |= {"vocabulary": vocabulary, "memory": counted, "kernels": matrix.document}
 
     def fill(found: re.Match) -> str:
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))

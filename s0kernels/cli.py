@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import s0kernels
+from s0kernels.hardware import CHIPS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.set_defaults(run=_generate)
 
     aot = commands.add_parser("aot", help="compile the Triton kernels for GPUs, with or without one: registers, spills")
-    aot.add_argument("--capability", type=int, action="append", choices=(80, 90, 100), help="default: all of them")
+    aot.add_argument("--chip", action="append", choices=CHIPS, help="what it is compiled for (default: all of them)")
     aot.add_argument("--case", action="append", help="name of a case (default: all of them)")
     aot.add_argument("--json", action="store_true", help="print a JSON list of rows")
     aot.set_defaults(run=_aot)
@@ -109,12 +110,12 @@ def _bench(options: argparse.Namespace) -> None:
 def _aot(options: argparse.Namespace) -> None:
     from s0kernels.backends.triton import aot
 
-    cases, capabilities = options.case or list(aot.CASES), options.capability or list(aot.TARGETS)
+    cases, chips = options.case or list(aot.CASES), options.chip or list(CHIPS)
     if unknown := [case for case in cases if case not in aot.CASES]:
         raise ValueError(f"--case must be among {', '.join(aot.CASES)}, got {unknown[0]!r}")
     rows = []
-    for case, call, capability, usage in aot.table(cases, capabilities):
-        rows.append({"case": case, "capability": capability, "call": call, **usage._asdict()})
+    for row in aot.table(cases, chips):
+        rows.append(row)
         print(f"\r{len(rows)} launches compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if options.json:

@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "to be said":
+                terminalreporter.write_line(text, yellow=True)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that nothing was written to holds NaN."""

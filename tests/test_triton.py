@@ -227,7 +227,7 @@ def test_a_step_changes_a_pool_where_addressed(unchecked):
 def launched(problem, wanted) -> list[str]:
     """Names of the kernels of forward and backward, and of everything they are given to write to."""
     weights = problem.weights()
-    with launch.recording(launch.Target(90, 132)) as found:
+    with launch.recording(launch.known_target("sm_90")) as found:
         problem.gradients("triton", weights, wanted)
     return [x.kernel.__name__ for x in found]
 

@@ -29,6 +29,8 @@ def supports(call: Call) -> str | None:
         return "computes in fp32, not in fp64"
     if call.device.type != "cuda":
         return f"for tensors on a GPU, not on {call.device.type}"
+    if torch.version.hip is not None:
+        return "is for GPUs by NVIDIA, and this torch is for those by AMD"
     return _unusable(torch.cuda.current_device() if call.device.index is None else call.device.index) or too_large(call)
 
 

@@ -17,8 +17,10 @@ from s0kernels.backends.triton.delta_forward import (
 )
 from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
 from s0kernels.backends.triton.launch import (
+    Table,
     Tiles,
     choose_tiles,
+    dot_precision,
     forced_schedule,
     launch,
     power_of_two,
@@ -29,21 +31,27 @@ from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state
 from s0kernels.backends.triton.tiles import slot_count
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Pool, Start, Wanted
 
-#: By stage and bytes of the dtype, from which compute capability on: the tile (of V, where there is one), warps,
-#: pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
-TILES = {
-    ("prepare", 2): {80: Tiles(0, 8, 1), 90: Tiles(0, 4, 1), 100: Tiles(0, 4, 1)},
-    ("scan", 2): {80: Tiles(64, 8, 2), 90: Tiles(64, 4, 2), 100: Tiles(64, 8, 2)},
-    ("output", 2): {80: Tiles(64, 4, 2)},
-    ("pairs", 2): {80: Tiles(32, 8, 2), 90: Tiles(32, 4, 1), 100: Tiles(32, 4, 1)},
-    ("inputs", 2): {80: Tiles(32, 8, 2), 90: Tiles(32, 8, 1), 100: Tiles(32, 8, 1)},
-    ("step", 2): {80: Tiles(32, 4, 1)},
-    ("prepare", 4): {80: Tiles(0, 8, 1)},
-    ("scan", 4): {80: Tiles(32, 8, 1)},
-    ("output", 4): {80: Tiles(32, 8, 1)},
-    ("pairs", 4): {80: Tiles(16, 8, 1)},
-    ("inputs", 4): {80: Tiles(16, 8, 1)},
-    ("step", 4): {80: Tiles(32, 4, 1)},
+#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. What each takes of a
+#: chip: `python -m s0kernels aot`.
+TILES: dict[tuple[str, int], Table] = {
+    ("prepare", 2): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),), 90: (Tiles(0, 4, 1),)},
+    ("scan", 2): {
+        0: (Tiles(32, 4, 1),),
+        80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+        90: (Tiles(64, 4, 2),),
+        100: (Tiles(64, 8, 2),),
+        120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+    },
+    ("output", 2): {0: (Tiles(64, 4, 2),)},
+    ("pairs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 1),)},
+    ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 8, 1),)},
+    ("step", 2): {0: (Tiles(32, 4, 1),)},
+    ("prepare", 4): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),)},
+    ("scan", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("output", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("pairs", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("inputs", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("step", 4): {0: (Tiles(32, 4, 1),)},
 }
 
 
@@ -66,7 +74,7 @@ class _Call:
         self.slots = slot_count(self.B, self.T, self.N, self.BT, cu_seqlens is not None)
         self.sizes = {"H": self.H, "HV": self.HV, "K": self.K}
         self.blocks = {"BT": self.BT, "BK": power_of_two(self.K), "BN": min(1024, power_of_two(self.N))}
-        self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
+        self.blocks["PRECISION"] = dot_precision(self.bytes, q.device)
         self.tile = min(self.tiles("scan").tile, power_of_two(V))
         #: a scan has a program for each (tile of V, head, sequence), and each walks its chunks in turn
         self.walks = self.N * self.HV * triton.cdiv(V, self.tile)
@@ -80,7 +88,7 @@ class _Call:
         return 4 * self.walks <= target_of(self.q.device).processors and self.B * self.T >= 1024 * self.N
 
     def tiles(self, stage: str) -> Tiles:
-        return choose_tiles(TILES[stage, self.bytes], self.q.device)
+        return choose_tiles(TILES[stage, self.bytes], self.q.device, self.blocks["BK"])
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)

@@ -7,8 +7,10 @@ import triton
 from torch import Tensor
 
 from s0kernels.backends.triton.launch import (
+    Table,
     Tiles,
     choose_tiles,
+    dot_precision,
     forced_schedule,
     launch,
     power_of_two,
@@ -27,24 +29,28 @@ from s0kernels.backends.triton.states import bank_size, reduce_state_grad, state
 from s0kernels.backends.triton.tiles import slot_count
 from s0kernels.calls import Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
-#: By stage and bytes of the dtype, from which compute capability on: the tile (of P, or of what a loop sums over),
-#: warps, pipeline stages. What each takes of a chip: `python -m s0kernels aot`. Chips of 8.6, 8.9 and 12.0 have less
-#: shared memory than those before them.
-TILES = {
-    ("prepare", 2): {80: Tiles(64, 8, 2)},
-    ("scan", 2): {80: Tiles(64, 8, 2), 86: Tiles(32, 8, 2), 90: Tiles(64, 8, 2), 120: Tiles(32, 8, 2)},
-    ("states", 2): {80: Tiles(64, 4, 2)},
-    ("output", 2): {80: Tiles(64, 4, 2)},
-    ("heads", 2): {80: Tiles(64, 8, 2)},
-    ("groups", 2): {80: Tiles(64, 8, 2)},
-    ("step", 2): {80: Tiles(16, 4, 1)},
-    ("prepare", 4): {80: Tiles(32, 8, 1)},
-    ("scan", 4): {80: Tiles(16, 8, 1)},
-    ("states", 4): {80: Tiles(32, 8, 1)},
-    ("output", 4): {80: Tiles(32, 8, 1)},
-    ("heads", 4): {80: Tiles(16, 8, 1)},
-    ("groups", 4): {80: Tiles(32, 8, 1)},
-    ("step", 4): {80: Tiles(16, 4, 1)},
+#: By stage and bytes of the dtype: the tile (of P, or of what a loop sums over), warps, pipeline stages. What each
+#: takes of a chip: `python -m s0kernels aot`.
+TILES: dict[tuple[str, int], Table] = {
+    ("prepare", 2): {0: (Tiles(64, 4, 2),), 80: (Tiles(64, 8, 2),)},
+    ("scan", 2): {
+        0: (Tiles(32, 4, 1),),
+        80: (Tiles(64, 8, 2, 16640, 384), Tiles(32, 8, 2)),
+        90: (Tiles(64, 8, 2),),
+        120: (Tiles(64, 8, 2, 16640, 384), Tiles(32, 8, 2)),
+    },
+    ("states", 2): {0: (Tiles(64, 4, 2),)},
+    ("output", 2): {0: (Tiles(64, 4, 2),)},
+    ("heads", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(64, 8, 2),)},
+    ("groups", 2): {0: (Tiles(64, 4, 2),), 80: (Tiles(64, 8, 2),)},
+    ("step", 2): {0: (Tiles(16, 4, 1),)},
+    ("prepare", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("scan", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("states", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("output", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("heads", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("groups", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("step", 4): {0: (Tiles(16, 4, 1),)},
 }
 #: the widest N that a program of the fused scan has at once
 WIDEST = 256
@@ -83,10 +89,10 @@ class _Call:
         self.slots = slot_count(self.B, self.T, self.sequences, self.BT, cu_seqlens is not None)
         self.sizes = {"H": self.H, "G": self.G, "P": P, "N": self.N}
         self.blocks = {"BT": self.BT, "BQ": min(1024, power_of_two(self.sequences))}
-        self.blocks["PRECISION"] = "tf32" if self.bytes == 2 else "ieee"
+        self.blocks["PRECISION"] = dot_precision(self.bytes, C.device)
 
     def tiles(self, stage: str) -> Tiles:
-        return choose_tiles(TILES[stage, self.bytes], self.C.device)
+        return choose_tiles(TILES[stage, self.bytes], self.C.device, power_of_two(self.N))
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.C.dtype, device=self.C.device)

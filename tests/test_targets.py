@@ -1,0 +1,161 @@
+"""What is chosen by what a device offers: tiles, precision, and whether the Triton kernels run on it at all."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import delta_problem, ssd_problem
+from test_triton import assert_within_budget
+from test_triton import pytestmark as of_triton
+
+from s0kernels import hardware
+from s0kernels.backends import cuda
+from s0kernels.backends import triton as backend
+from s0kernels.backends.triton import delta, launch, mamba
+from s0kernels.calls import Call, DeltaInputs, DeltaOptions, Start
+from s0kernels.hardware import CHIPS
+
+pytestmark = of_triton
+CUDA = torch.device("cuda")
+
+
+def chosen(table, chip: str, width: int) -> tuple[int, int, int]:
+    with launch.assuming(launch.known_target(chip)):
+        return launch.choose_tiles(table, CUDA, width)[:3]
+
+
+def test_tiles_where_memory_is_large():
+    """These were measured, or held before others were; what is measured anew may change them."""
+    by_stage = {
+        "prepare": (0, 4, 1),
+        "scan": (64, 4, 2),
+        "output": (64, 4, 2),
+        "pairs": (32, 4, 1),
+        "inputs": (32, 8, 1),
+    }
+    on_a100 = by_stage | {"prepare": (0, 8, 1), "scan": (64, 8, 2), "pairs": (32, 8, 2), "inputs": (32, 8, 2)}
+    for stage, tiles in by_stage.items():
+        for width in (64, 128, 256):
+            assert chosen(delta.TILES[stage, 2], "sm_90", width) == tiles
+            assert chosen(delta.TILES[stage, 2], "sm_100", width) == ((64, 8, 2) if stage == "scan" else tiles)
+            assert chosen(delta.TILES[stage, 2], "sm_80", width) == on_a100[stage]
+    for chip in ("sm_80", "sm_90", "sm_100"):
+        for stage, tiles in {
+            "prepare": (64, 8, 2),
+            "scan": (64, 8, 2),
+            "heads": (64, 8, 2),
+            "groups": (64, 8, 2),
+        }.items():
+            assert chosen(mamba.TILES[stage, 2], chip, 256) == tiles
+
+
+@pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
+def test_tiles_where_memory_is_small(chip):
+    scan = delta.TILES["scan", 2]
+    assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 1)]
+    scan = mamba.TILES["scan", 2]
+    assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [("sm_90", torch.float16), ("sm_86", torch.float16), ("gfx942", torch.float16), ("gfx942", torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(delta_problem, 66, B=1, H=1, HV=1, K=256, V=256),
+        partial(delta_problem, 66, B=1, H=1, HV=1, K=96, V=192),
+        partial(ssd_problem, 66, B=1, H=1, G=1, P=128, N=256),
+        partial(ssd_problem, 66, B=1, H=1, G=1, P=64, N=128),
+    ],
+    ids=["delta 256/256", "delta 96/192", "ssd 128/256", "ssd 64/128"],
+)
+def test_every_choice_of_tiles(chip, make, dtype):
+    """In fp32 all chips have tiles of the same sizes."""
+    with launch.assuming(launch.known_target(chip)):
+        assert_within_budget(make().to(dtype, torch.float32))
+
+
+@pytest.mark.parametrize("chip", ["sm_86", "gfx950"])
+def test_small_tiles(chip):
+    with launch.assuming(launch.known_target(chip)):
+        problem = delta_problem(40, B=1, H=1, HV=1, K=256, V=80).to(torch.float16, torch.float32)
+        inputs = {name: x for name, x in problem.tensors.items() if name != "initial_state"}
+        assert delta._Call(DeltaInputs(**inputs), 80, Start(), DeltaOptions(1.0, True)).tile == 32
+        assert_within_budget(problem)
+
+
+def test_amd_is_not_asked_for_tf32():
+    for chip in CHIPS:
+        with launch.assuming(launch.known_target(chip)):
+            assert launch.dot_precision(4, CUDA) == "ieee"
+            assert launch.dot_precision(2, CUDA) == ("ieee" if chip.startswith("gfx") else "tf32")
+
+
+def reason(op: str, **target) -> str | None:
+    found = launch.known_target("sm_90")._replace(**target)
+    with launch.assuming(found):
+        return backend.supports(Call(op, CUDA, torch.bfloat16))
+
+
+SCANS, STEPS = ("gated_delta_rule", "ssd"), ("gated_delta_rule_step", "ssd_step")
+
+
+def test_a_t4_has_steps():
+    for op in STEPS:
+        assert reason(op, name="sm_75") is None
+        assert reason(op, name="sm_70") == "needs compute capability 7.5 or newer, and this is 7.0"
+    for op in SCANS:
+        assert reason(op, name="sm_75") == (
+            "needs compute capability 8.0 or newer for sequences (single tokens run), and this is 7.5"
+        )
+
+
+@pytest.mark.parametrize("op", SCANS + STEPS)
+def test_newer_chips_and_those_of_amd_that_it_was_compiled_for(op):
+    for name in ("sm_80", "sm_87", "sm_103", "sm_121", "gfx942", "gfx950"):
+        assert reason(op, name=name) is None
+    assert reason(op, name="gfx90a") == "was compiled for AMD's gfx942 and gfx950, not for gfx90a"
+
+
+def test_a_chip_that_was_never_tried_is_refused(monkeypatch):
+    monkeypatch.setitem(hardware.CHIPS, "gfx942", CHIPS["gfx942"]._replace(tried="never"))
+    assert reason("ssd", name="gfx942") == "was compiled for AMD's gfx950, not for gfx942"
+
+
+def found(monkeypatch, properties, hip=None) -> launch.Target:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    launch._properties.cache_clear()
+    try:
+        return launch.target_of(torch.device("cuda", 0))
+    finally:
+        launch._properties.cache_clear()
+
+
+def test_what_a_device_says(monkeypatch):
+    l4 = SimpleNamespace(major=8, minor=9, multi_processor_count=58, warp_size=32, shared_memory_per_block=49152)
+    l4.shared_memory_per_block_optin = 101376
+    assert found(monkeypatch, l4) == launch.known_target("sm_89")
+    mi300 = SimpleNamespace(
+        major=9, minor=4, multi_processor_count=304, warp_size=64, gcnArchName="gfx942:sramecc+:xnack-"
+    )
+    assert found(monkeypatch, mi300, "7.1") == launch.known_target("gfx942")
+    mi300.shared_memory_per_block = 32768
+    assert found(monkeypatch, mi300, "7.1").shared == 32768
+    mi200 = SimpleNamespace(**vars(mi300) | {"gcnArchName": "gfx90a:sramecc+:xnack-"})
+    assert found(monkeypatch, mi200, "7.1").name == "gfx90a"
+    del mi200.shared_memory_per_block
+    assert found(monkeypatch, mi200, "7.1").shared == 65536, "no chip by AMD has less"
+
+
+def test_the_cuda_kernels_are_not_for_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert (
+        cuda.supports(Call("ssd_step", CUDA, torch.bfloat16))
+        == "is for GPUs by NVIDIA, and this torch is for those by AMD"
+    )

@@ -60,7 +60,7 @@ def explain(call: Call) -> dict[str, str | None]:
     """By backend, fastest first: None where it can run `call`, else the reason why not. The first that can is the
     default. Triton's interpreter on a CPU is for tests, which name it."""
     found = {name: unusable(name, call) for name in ORDER}
-    if found["triton"] is None and call.device.type == "cpu":
+    if call.device.type == "cpu" and found.get("triton", "") is None:
         found["triton"] = "its interpreter runs where it is named"
     return found
 

@@ -68,10 +68,11 @@ def test_using_several_tasks(name, tmp_path):
     losses = tuned.evaluate(data)
     assert losses["questions"] < zero["questions"]
     assert losses["stories"] < zero["stories"]
-    assert tuned.evaluate(OTHERS) == losses["stories"]
-    assert tuned.evaluate(PAIRS) != losses["questions"]
+    # in other batches, whose matrix products round otherwise
+    assert tuned.evaluate(OTHERS) == pytest.approx(losses["stories"], rel=1e-6)
+    assert tuned.evaluate(PAIRS) != pytest.approx(losses["questions"], rel=1e-3)
     tuned.activate("questions")
-    assert tuned.evaluate(PAIRS) == losses["questions"]
+    assert tuned.evaluate(PAIRS) == pytest.approx(losses["questions"], rel=1e-6)
 
     prompts, call = ["Q: 2+2?", "once upon"], {"max_new_tokens": 6, "do_sample": False}
     apart = [tuned.generate(p, task=t, **call) for p, t in zip(prompts, ["stories", "questions"], strict=True)]

@@ -8,10 +8,12 @@ of the initial state and in `fused_recurrent_gated_delta_rule`. What cannot be h
 """
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from s0kernels.calls import DeltaInputs
 from s0kernels.compat._dtypes import as_scalar, under_the_name, widest
 from s0kernels.ops import gated_delta_rule
 
@@ -62,11 +64,11 @@ def chunk_gated_delta_rule(
     A_log, dt_bias = kwargs.pop("A_log", None), kwargs.pop("dt_bias", None)
     chunk_size = kwargs.pop("chunk_size", None)
     _refuse("chunk_gated_delta_rule", kwargs)
-    return _run(
-        *("chunk_gated_delta_rule", q, k, v, g, beta, scale, initial_state, output_final_state),
-        *(use_qk_l2norm_in_kernel, use_gate, A_log),
-        *(dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, chunk_size),
-    )
+    gates = _Gates(use_gate, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    options = {"scale": scale, "cu_seqlens": cu_seqlens, "output_final_state": output_final_state}
+    options |= {"use_qk_l2norm": use_qk_l2norm_in_kernel, "chunk_size": chunk_size}
+    inputs = DeltaInputs(q, k, v, g, beta)
+    return _run("chunk_gated_delta_rule", inputs, gates, initial_state, state_v_first, **options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -103,11 +105,11 @@ def fused_recurrent_gated_delta_rule(
         raise ValueError("fused_recurrent_gated_delta_rule: use_gate_in_kernel needs g")
     g = v.new_zeros(v.shape[:3]) if g is None else g
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    return _run(
-        *("fused_recurrent_gated_delta_rule", q, k, v, g, beta, scale, initial_state, output_final_state),
-        *(use_qk_l2norm_in_kernel, use_gate_in_kernel),
-        *(A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens, None),
-    )
+    gates = _Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    options = {"scale": scale, "cu_seqlens": cu_seqlens, "output_final_state": output_final_state}
+    options |= {"use_qk_l2norm": use_qk_l2norm_in_kernel}
+    inputs = DeltaInputs(q, k, v, g, beta)
+    return _run("fused_recurrent_gated_delta_rule", inputs, gates, initial_state, state_v_first, **options)
 
 
 def _state_layout(state_v_first: bool, kwargs: dict) -> bool:
@@ -124,35 +126,29 @@ def _refuse(function: str, kwargs: dict) -> None:
         raise TypeError(f"{function}: got an unexpected keyword argument {next(iter(kwargs))!r}")
 
 
+class _Gates(NamedTuple):
+    """How g and beta come about."""
+
+    use_gate: bool
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    use_sigmoid: bool
+    allow_neg_eigval: bool
+
+
 def _run(
-    function,
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    initial_state,
-    output_final_state,
-    l2norm,
-    use_gate,
-    A_log,
-    dt_bias,
-    use_sigmoid,
-    allow_neg_eigval,
-    state_v_first,
-    cu_seqlens,
-    chunk_size,
+    function: str, inputs: DeltaInputs, gates: _Gates, initial_state: Tensor | None, state_v_first: bool, **options
 ) -> tuple[Tensor, Tensor | None]:
-    if allow_neg_eigval and not use_sigmoid:
+    q, k, v, g, beta = inputs
+    if gates.allow_neg_eigval and not gates.use_sigmoid:
         raise ValueError(f"{function}: allow_neg_eigval needs use_beta_sigmoid_in_kernel")
-    if use_gate:
-        if A_log is None:
+    if gates.use_gate:
+        if gates.A_log is None:
             raise ValueError(f"{function}: use_gate_in_kernel needs A_log")
-        g = g.float() if dt_bias is None else g.float() + dt_bias.float()
-        g = -A_log.float().exp() * torch.nn.functional.softplus(g)
-    if use_sigmoid:
-        beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+        g = g.float() if gates.dt_bias is None else g.float() + gates.dt_bias.float()
+        g = -gates.A_log.float().exp() * torch.nn.functional.softplus(g)
+    if gates.use_sigmoid:
+        beta = beta.float().sigmoid() * (2.0 if gates.allow_neg_eigval else 1.0)
     dtype = widest(q, k, v)
     if initial_state is not None:
         initial_state = initial_state.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -161,12 +157,8 @@ def _run(
         output, final_state = gated_delta_rule(
             *(x.to(dtype) for x in (q, k, v)),
             *(as_scalar(x, dtype) for x in (g, beta)),
-            scale=scale,
             initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=l2norm,
-            output_final_state=output_final_state,
-            chunk_size=chunk_size,
+            **options,
         )
     final_state = final_state.mT if state_v_first and final_state is not None else final_state
     return output.to(v.dtype), final_state

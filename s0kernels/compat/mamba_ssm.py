@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s0kernels.calls import SSDInputs, Start
 from s0kernels.compat._dtypes import as_scalar, under_the_name, widest
 from s0kernels.modules.convolution import causal_conv, packed_causal_conv
 from s0kernels.modules.packing import find_boundaries
@@ -66,10 +67,9 @@ def mamba_chunk_scan_combined(
             if value is None:
                 raise ValueError(f"{name}: return_varlen_states needs {what}")
     boundaries = cu_seqlens if return_varlen_states else _boundaries(name, seq_idx, x.shape[0], x.shape[1])
-    y, final, ends = _scan(
-        *(name, x, dt, A, B, C, D, z, dt_bias, initial_states, boundaries, dt_softplus, dt_limit),
-        return_final_states or return_varlen_states,
-    )
+    inputs, start = SSDInputs(x, dt, A, B, C, D, z, dt_bias), Start(initial_states, None, boundaries)
+    options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+    y, final, ends = _scan(name, inputs, start, return_final_states or return_varlen_states, **options)
     if not return_final_states and not return_varlen_states:
         return y
     rows = (final if ends is None else final.index_select(0, ends),) if return_final_states else ()
@@ -140,9 +140,8 @@ def mamba_split_conv1d_scan_combined(
     x, z = x.unflatten(-1, (heads, P)), z.unflatten(-1, (heads, P))
     B, C = (t.unflatten(-1, (ngroups, N)) for t in (B, C))
     gate = z if rmsnorm_weight is None else None
-    y, final, ends = _scan(
-        *(name, x, dt, A, B, C, D, gate, dt_bias, initial_states, boundaries, True, dt_limit), return_final_states
-    )
+    inputs, start = SSDInputs(x, dt, A, B, C, D, gate, dt_bias), Start(initial_states, None, boundaries)
+    y, final, ends = _scan(name, inputs, start, return_final_states, dt_softplus=True, dt_limit=dt_limit)
     y = y.flatten(2)
     if rmsnorm_weight is not None:
         y = _gated_norm(y, z.flatten(2), rmsnorm_weight, rmsnorm_eps, inner // ngroups, norm_before_gate)
@@ -241,9 +240,11 @@ def _boundaries(name: str, seq_idx: Tensor | None, batch: int, length: int) -> T
 
 
 def _scan(
-    name, x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_limit, want_states
+    name: str, inputs: SSDInputs, start: Start, want_states: bool, **options
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, the state of every sequence if wanted, which of them are the last of their rows or None for all)."""
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    state, _, cu_seqlens = start
     (batch, length), outside, dtype = x.shape[:2], D is not None and D.dim() == 2, widest(x, B, C, z)
     tokens = {"x": x.to(dtype), "dt": as_scalar(dt, dtype), "B": B.to(dtype), "C": C.to(dtype)}
     if z is not None and not outside:
@@ -262,12 +263,11 @@ def _scan(
             A=as_scalar(A, dtype),
             D=None if D is None or outside else as_scalar(D, dtype),
             dt_bias=None if dt_bias is None else as_scalar(dt_bias, dtype),
-            dt_softplus=dt_softplus,
-            dt_limit=dt_limit,
             initial_state=state,
             state_indices=indices,
             cu_seqlens=cu_seqlens,
             output_final_state=want_states,
+            **options,
         )
     y = y.view(x.shape)
     return (_finish(name, y, x, D, z) if outside else y).to(x.dtype), final, ends

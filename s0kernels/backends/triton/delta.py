@@ -1,5 +1,7 @@
 """The gated delta rule: which kernels run, with which sizes, on which memory."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -53,6 +55,15 @@ TILES: dict[tuple[str, int], Table] = {
     ("inputs", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
     ("step", 4): {0: (Tiles(32, 4, 1),)},
 }
+
+
+class _InputGrads(NamedTuple):
+    """What the kernels of the inputs write; None where it is not wanted."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dg: Tensor | None
+    dbeta: Tensor | None
 
 
 class _Call:
@@ -166,7 +177,7 @@ class _Call:
             tiles=self.tiles("scan"),
         )
 
-    def inputs_backward(self, do, r, dv, h, dh, *, dq, dk, dg, dbeta) -> None:
+    def inputs_backward(self, do, r, dv, h, dh, out: _InputGrads) -> None:
         dm, dp = self.pairs(), self.pairs()
         pg, pbeta = (self.scratch(self.B, self.T, self.HV, dtype=torch.float32) for _ in range(2))
         tiles = self.tiles("pairs")
@@ -188,7 +199,7 @@ class _Call:
             gated_delta_rule_inputs_bwd_kernel,
             self.slots * self.H,
             *(self.q, self.k, self.beta, self.gates, do, r, dv, h, dh, dm, dp, self.cu_seqlens),
-            *(dq, dk, pg, pbeta, dg, dbeta, self.T, self.N, self.HV // self.H, self.V),
+            *(out.dq, out.dk, pg, pbeta, out.dg, out.dbeta, self.T, self.N, self.HV // self.H, self.V),
             *(self.q.stride(), self.k.stride(), self.beta.stride(), strides(do, 4)),
             **self.sizes,
             V=self.V,
@@ -243,9 +254,8 @@ def gated_delta_rule_backward(
             for name, x in inputs._asdict().items()
             if name in others
         }
-        call.inputs_backward(
-            grads.output, r, dv, h, dh, **{f"d{name}": found.get(name) for name in ("q", "k", "g", "beta")}
-        )
+        out = _InputGrads(*map(found.get, ("q", "k", "g", "beta")))
+        call.inputs_backward(grads.output, r, dv, h, dh, out)
     if "v" in names:
         found["v"] = dv
     if "initial_state" in names:

@@ -26,7 +26,7 @@ def __getattr__(name: str):
         try:
             home = importlib.import_module(_HOMES[name])
         except ModuleNotFoundError as error:
-            from s0kernels._extras import advice
+            from s0kernels.messages import advice
 
             raise ImportError(f"s0kernels.{name}: {advice(error)}", name=error.name) from error
         return getattr(home, name)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ImportError as error:
-        from s0kernels._extras import advice
+        from s0kernels.messages import advice
 
         print(f"s0kernels {options.command}: {advice(error)}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -1,28 +1,21 @@
-"""Files written whole or not at all, and directories of learned states, which are read with suspicion."""
+"""Files written whole or not at all, and read with suspicion."""
 
 import errno
 import glob
 import json
 import os
-import re
 import secrets
 import shutil
 import time
 import warnings
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-STATES, CONFIG, META = "states.safetensors", "config.json", "meta.json"
-#: beside directories of several tasks: which ones, in order
-TASKS = "tasks.json"
 #: of what a file system says that does not do something, rather than has failed to do it
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-#: seconds after which files that contradict each other and do not change are taken as they are, and at most
-_SETTLED, _PATIENCE = 0.1, 5.0
 
 
 def replace_file(file: Path, content: bytes) -> None:
@@ -136,46 +129,6 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def read_directory(
-    path: str | os.PathLike, default_arch: str | None = None
-) -> tuple[dict[int, Tensor], dict, dict | None]:
-    """(state by layer, meta, config or None) of a directory of learned states, checked for consistency. They are of one
-    save, also where another process saves meanwhile.
-
-    `default_arch` stands in for a `meta.json` that is missing beside tensors without a header of ours, which
-    `s0-tuning` accepts as well.
-    """
-    folder = Path(path)
-    file, before, end = folder / STATES, None, time.monotonic() + _PATIENCE
-    while True:
-        stamps = [_stamp(folder / name) for name in (STATES, META, CONFIG)]
-        tensors, header = read_tensors(file)
-        meta, config = (_read_json(folder / name) for name in (META, CONFIG))
-        if "s0" not in header:
-            meta = {"arch": default_arch} if meta is None else meta
-            return _check_tensors(tensors, meta, file), meta, config
-        own = parse_json(header["s0"], f"the header of {file}")
-        beside = {META: (meta, own.get("meta")), CONFIG: (config, own.get("config"))}
-        differing = [name for name, (there, here) in beside.items() if there is not None and there != here]
-        under_way = stamps != before or any(folder.glob(f".{STATES}.*.tmp"))  # a save writes those beside first
-        if not differing or not under_way or time.monotonic() > end:
-            break
-        before = stamps
-        time.sleep(_SETTLED)
-    for name in differing:
-        warnings.warn(f"{folder / name} differs from the header of {STATES}, which is used", stacklevel=3)
-    return _check_tensors(tensors, own.get("meta"), file), own["meta"], own.get("config")
-
-
-def _stamp(file: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
 def parse_json(text: str, where: object) -> dict:
     try:
         value = json.loads(text)
@@ -184,36 +137,3 @@ def parse_json(text: str, where: object) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def _check_tensors(tensors: dict[str, Tensor], meta: object, file: Path) -> dict[int, Tensor]:
-    if not isinstance(meta, dict) or not isinstance(meta.get("arch"), str):
-        raise ValueError(f"{file}: meta names no arch, and no model was given to take it from")
-    if not tensors or not all(re.fullmatch("0|[1-9][0-9]{0,5}", name) for name in tensors):
-        raise ValueError(f"{file}: tensors must be named by layer index, got {sorted(tensors)[:8]}")
-    states = {int(name): tensor for name, tensor in tensors.items()}
-    layers, shape = _integers(meta, "recurrent_layers", file), _integers(meta, "state_shape", file)
-    if layers is not None and sorted(layers) != sorted(states):
-        raise ValueError(f"{file}: holds layers {sorted(states)}, but its meta names {sorted(layers)}")
-    for layer, state in sorted(states.items()):
-        if state.dim() != 3 or (shape is not None and list(state.shape) != shape):
-            raise ValueError(f"{file}: the state of layer {layer} has shape {list(state.shape)}, its meta says {shape}")
-        if not state.is_floating_point() or not torch.isfinite(state.float()).all():
-            raise ValueError(f"{file}: the state of layer {layer} holds values that are not finite numbers")
-    return states
-
-
-def _integers(meta: dict, key: str, file: Path) -> list[int] | None:
-    value = meta.get(key)
-    if value is not None and not (isinstance(value, list) and all(type(entry) is int for entry in value)):
-        raise ValueError(f"{file}: {key} in its meta must be a list of integers, got {value!r}")
-    return value
-
-
-def _read_json(file: Path) -> dict | None:
-    try:
-        return parse_json(file.read_text(encoding="utf-8"), file)
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_surroundings import ROOT, python
 
 from s0kernels import S0Config, S0States, swap_modules
-from s0kernels.files import read_directory
+from s0kernels.states.files import read_directory
 
 METHOD = ROOT / ".deps" / "s0-tuning"
 
@@ -245,7 +245,7 @@ def test_a_save_that_is_killed_leaves_the_old_states_or_the_new(tmp_path):
 import os, random, signal, time
 import torch
 from s0kernels.config import S0Config
-from s0kernels.files import read_directory
+from s0kernels.states.files import read_directory
 from s0kernels.states import S0States
 torch.set_num_threads(1)
 kinds = [S0States({layer: torch.full((1, 8, 32, 64), float(i)) for layer in (0, 3)}, "mamba2") for i in (1, 2)]

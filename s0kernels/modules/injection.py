@@ -24,6 +24,7 @@ _overrides: ContextVar[tuple[tuple["Site", "Attachment"], ...]] = ContextVar("s0
 #: cannot trace
 _open: dict[int, "Attachment"] = {}
 _numbers = itertools.count()
+_sites: weakref.WeakSet["Site"] = weakref.WeakSet()
 _attachments: weakref.WeakValueDictionary[int, "Attachment"] = weakref.WeakValueDictionary()
 
 
@@ -48,10 +49,11 @@ def _constant_bank(attachment: int, layer_index: int) -> Tensor:
 class Attachment:
     """Learned states [tasks, ...] by layer index, the scale they are used at, and which task each row starts from.
 
-    `tasks` is one index for all rows, or an int64 tensor with one per row; -1 is the zero state.
+    `owner` is what they were attached by, which nothing here looks into. `tasks` is one index for all rows, or an int64
+    tensor with one per row; -1 is the zero state.
     """
 
-    def __init__(self, owner: nn.Module | None, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
+    def __init__(self, owner: object, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
         self.owner = owner
         self.tasks = tasks
         self._states = dict(states)
@@ -165,12 +167,12 @@ class Site:
         #: what `swap_modules` found out about the swap
         self.report = None
         self.attachment: Attachment | None = None
+        _sites.add(self)
 
     def __setstate__(self, state: dict) -> None:
-        """A copy of a model starts from a copy of its states, which know where they are attached."""
+        """A copy of a model starts from a copy of its states."""
         self.__dict__.update(state, number=next(_numbers))
-        if self.attachment is not None:
-            self.attachment.owner.note_attached(self)
+        _sites.add(self)
 
     def current(self) -> Attachment | None:
         if not _open:
@@ -207,6 +209,11 @@ class Site:
             return BoundStates(None, -1, cu_seqlens, mask)
         sequences = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return BoundStates(attachment, attachment.tasks_for(sequences, None if live else rows), cu_seqlens, mask)
+
+
+def all_sites() -> list[Site]:
+    """Those of every swapped model there is, copies included."""
+    return list(_sites)
 
 
 class BindStates:

@@ -2,27 +2,24 @@
 
 import contextlib
 import functools
-import json
 import math
 import numbers
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from s0kernels import __version__
 from s0kernels.config import S0Config
-from s0kernels.files import CONFIG, META, STATES, read_directory, replace_file
+from s0kernels.messages import some
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
-from s0kernels.modules.injection import Attachment, Site
+from s0kernels.modules.injection import Attachment, Site, all_sites
 from s0kernels.modules.swap import base_model, find_site, layer_devices, swap_modules, swapped_site
-from s0kernels.tuning.data import some
+from s0kernels.states import files
 from s0kernels.versions import installed
 
 #: which task rows start from: one index or name for all of them, or one each
@@ -76,7 +73,6 @@ class S0States(nn.Module):
                     for layer, state in sorted(states.items())
                 }
             )
-        self._sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
     @classmethod
     def for_model(cls, model: nn.Module, tasks: int | Sequence[str] = 1) -> "S0States":
@@ -200,13 +196,6 @@ class S0States(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.arch}, {self.tasks} task(s){f' {some(self.names)}' if self.names else ''}, layers {self.layers}"
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_sites"}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_sites", weakref.WeakSet())  # a copy is attached where its model is, if anywhere
-
     # Attaching
 
     @staticmethod
@@ -232,18 +221,12 @@ class S0States(nn.Module):
         """
         site = swapped_site(model, "S0States.attach")
         site.attachment = self._attachment(site, scale, tasks)
-        self.note_attached(site)
-
-    def note_attached(self, site: Site) -> None:
-        """`detach` is to clear `site` as well."""
-        self.__dict__.setdefault("_sites", weakref.WeakSet()).add(site)  # a copy in the making may have none yet
 
     def detach(self) -> None:
-        """Undo `attach`, on every model where these states are still the attached ones."""
-        for site in self._sites:
+        """Undo `attach`, on every model where these states are still the attached ones, copies of models too."""
+        for site in all_sites():
             if site.attachment is not None and site.attachment.owner is self:
                 site.attachment = None
-        self._sites.clear()
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, scale: float = 1.0, tasks: Tasks = None) -> Iterator["S0States"]:
@@ -338,9 +321,7 @@ class S0States(nn.Module):
         broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
         if broken:
             raise ValueError(f"S0States.save: the states of layers {broken} hold values that are not finite numbers")
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {str(layer): self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
+        tensors = {layer: self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
         meta = {
             "arch": self.arch,
             "recurrent_layers": self.layers,
@@ -349,16 +330,7 @@ class S0States(nn.Module):
             "versions": {"s0kernels": __version__, **{name: _version(name) for name in ("torch", "transformers")}},
         }
         config = S0Config() if config is None else config
-        header = {"s0": json.dumps({"meta": meta, "config": config.to_dict()})}
-        refused = []
-        for name, value in ((CONFIG, config.to_dict()), (META, meta)):
-            try:
-                replace_file(folder / name, json.dumps(value, indent=2).encode())
-            except PermissionError as error:  # somebody else's file; the header of the states says the same
-                refused.append(error)
-        replace_file(folder / STATES, save(tensors, metadata=header))
-        for error in refused:
-            warnings.warn(f"{error}; the states beside it were written", stacklevel=2)
+        files.write_directory(Path(path), tensors, meta, config.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> "S0States":
@@ -390,7 +362,7 @@ class S0States(nn.Module):
         base, devices = (None, {}) if site is None else (base_model(model), layer_devices(model))
         found = {}
         for key, path in paths.items():
-            tensors, meta, config = read_directory(path, None if site is None else site.arch)
+            tensors, meta, config = files.read_directory(path, None if site is None else site.arch)
             origin = meta.get("base_model")
             origin = origin if isinstance(origin, dict) else None
             states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from s0kernels.config import S0Config
 from s0kernels.files import check_output, parse_json, read_tensors, replace_file
+from s0kernels.messages import some
 from s0kernels.states import S0States
-from s0kernels.tuning.data import Example, some
+from s0kernels.tuning.data import Example
 
 #: settings that a run is made of; the others say how long it is or how its states are used
 _SETTINGS = ("lr", "l2_lambda", "grad_clip")

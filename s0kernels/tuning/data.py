@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s0kernels.files import CONFIG, META, STATES, TASKS
+from s0kernels.messages import some
+from s0kernels.states import files
 
 #: keys that make a mapping an example
 _RECORDS = ({"messages"}, {"prompt", "completion"}, {"text", "prompt_length"})
@@ -43,27 +44,12 @@ def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | 
     ]
 
 
-def some(names: Iterable) -> str:
-    """The first of many names, for messages."""
-    names = list(names)
-    return f"{names}" if len(names) <= 8 else f"{str(names[:8])[:-1]}, ...] ({len(names)})"
-
-
 def check_names(names: Iterable) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
-        if not _is_directory_name(name):
+        if not files.can_be_task(name):
             raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
-
-
-def _is_directory_name(name: str) -> bool:
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    free = name not in ("..", STATES, CONFIG, META, TASKS) and name == Path(name).name and "\0" not in name
-    return free and 0 < length <= 255
 
 
 def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, name: str = "data") -> list[Example]:

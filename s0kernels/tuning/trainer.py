@@ -1,7 +1,6 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import contextlib
-import json
 import math
 import numbers
 import operator
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from s0kernels.config import S0Config
-from s0kernels.files import CONFIG, META, STATES, TASKS, parse_json, replace_file
+from s0kernels.messages import some
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.swap import find_site, layer_devices, swap_modules
-from s0kernels.states import S0States
+from s0kernels.states import S0States, files
 from s0kernels.tuning.batches import Batch, make_batches
 from s0kernels.tuning.checkpoint import Checkpoint, describe_run
-from s0kernels.tuning.data import Example, check_names, encode, read_tasks, some
+from s0kernels.tuning.data import Example, check_names, encode, read_tasks
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.loading import find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
@@ -390,12 +389,7 @@ class S0Trainer:
         errors = [error for each in saved if (error := each.exception()) is not None]
         if errors:  # the other tasks may have had more luck
             raise errors[0]
-        if self.tasks is None:
-            (folder / TASKS).unlink(missing_ok=True)
-            return
-        replace_file(folder / TASKS, json.dumps({"tasks": self.tasks}, indent=2).encode())
-        for name in (STATES, CONFIG, META):
-            (folder / name).unlink(missing_ok=True)
+        files.write_tasks(folder, self.tasks)
 
     def load(self, path: str | os.PathLike | Mapping[str, str | os.PathLike]) -> None:
         """Read states and config from a directory. Where states are active, the new ones take their place if they have
@@ -432,17 +426,7 @@ def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
         return {name: Path(folder) for name, folder in path.items()}
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"S0Trainer.load: path must be a path or a mapping from names to paths, got {path!r}")
-    folder = Path(path)
-    if (folder / TASKS).is_file():
-        names = parse_json((folder / TASKS).read_text(encoding="utf-8"), folder / TASKS).get("tasks")
-        if not isinstance(names, list) or not names:
-            raise ValueError(f"{folder / TASKS} names no tasks")
-        check_names(names)
-        return {name: folder / name for name in names}
-    inner = sorted(file.parent for file in folder.glob(f"*/{STATES}"))
-    if (folder / STATES).exists() or not inner:
-        return {None: folder}
-    return {each.name: each for each in inner}
+    return files.find_tasks(Path(path))
 
 
 def _check_positive(name: str, value: int) -> int:

@@ -1,5 +1,6 @@
-"""Libraries that are not installed, and how to get them."""
+"""Parts of messages."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 _HF = ("transformers", "accelerate", "tqdm")
@@ -14,3 +15,9 @@ def advice(error: ImportError) -> str:
     source = (tree / "pyproject.toml").is_file()
     target = f"--no-build-isolation -e '{tree}[{extra}]'" if source else f"'s0kernels[{extra}]'"
     return f"{missing or error} is not installed; pip install {target}"
+
+
+def some(names: Iterable) -> str:
+    """The first of many names, for messages."""
+    names = list(names)
+    return f"{names}" if len(names) <= 8 else f"{str(names[:8])[:-1]}, ...] ({len(names)})"

@@ -1,5 +1,6 @@
 """Building the package: what is said where the compiled kernels are left out."""
 
+import json
 import os
 import platform
 import re
@@ -176,3 +177,13 @@ def test_kernels_that_were_asked_for_and_cannot_be_built_are_an_error(tmp_path, 
     status, said, _ = build(tmp_path, S0KERNELS_BUILD="1", CXX=compiler)
     assert status != 0
     assert compiler in said
+
+
+def test_results_of_the_compilers_hold_what_the_table_says():
+    record = json.loads(compilers.RESULTS.read_text())
+    assert {(row["compiler"], row["architecture"]) for row in record["results"]} >= {
+        (name, row.architecture) for row in PROCESSORS if row.tried in ("run", "emulated") for name in row.compilers
+    }
+    assert all(re.fullmatch(r"\d+ passed|compiled", row["result"]) for row in record["results"]), record["results"]
+    if record["sources"] != compilers.sources_hash():
+        pytest.skip(f"{compilers.RESULTS.name} is of other sources than these: `make matrix-csrc` tries them")

@@ -38,7 +38,7 @@ WITH_INSTRUCTIONS = {
 }
 CUDA_SOURCES = ["csrc/cuda/library.cpp", "csrc/cuda/kernels.cu"]
 #: machine code for those of these that nvcc knows, and PTX of the last for what is newer
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (75, 80, 90, 100)
 #: -O2: at -O3 g++ 12 vectorises the loops around the explicit vectors, which makes them three times slower
 FLAGS = [
     "-O2",
@@ -107,7 +107,7 @@ def torch_folder() -> Path:
 
 def nvcc_flags() -> list[str]:
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    chosen = [c for c in CAPABILITIES if f"sm_{c}" in known] or [CAPABILITIES[0]]
+    chosen = [c for c in CAPABILITIES if f"sm_{c}" in known] or [80]
     code = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in chosen]
     code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
     return ["-O3", "-std=c++20", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]

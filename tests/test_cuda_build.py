@@ -39,7 +39,7 @@ def usage(report: str) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_kernels_fit_the_chip(capability, tmp_path):
     options = ["-O3", "-std=c++20", "-Icsrc", f"-arch=sm_{capability}", "-Werror", "all-warnings", "-Xptxas", "-v"]
     found = usage(run(NVCC, *options, "-cubin", "csrc/cuda/kernels.cu", "-o", tmp_path / "kernels.cubin"))

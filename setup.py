@@ -11,6 +11,7 @@ torch 2.10 or newer in the environment that builds, so an isolated build leaves 
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import runpy
@@ -60,8 +61,9 @@ def compiler() -> list[str]:
 
 
 def says(command: list[str]) -> str:
-    """The first line of what a compiler says about itself."""
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    """The first line of what a compiler says about itself; zig, told of a target, would write a file besides."""
+    program = itertools.takewhile(lambda part: not part.startswith("-"), command)
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True)
     return done.stdout.partition("\n")[0]
 
 

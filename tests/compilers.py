@@ -69,8 +69,10 @@ def command_of(name: str) -> list[str] | None:
 def sources_hash() -> str:
     """Of the sources, and of the flags that they are compiled with."""
     content = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"])):
+    for file in sorted(filter(Path.is_file, (ROOT / "csrc").rglob("*.*"))):
         content.update(file.name.encode() + b"\0" + file.read_bytes())
+    flags = [setup()[name] for name in ("SOURCES", "WITH_INSTRUCTIONS", "FLAGS", "GCC_FLAGS")]
+    content.update(repr(flags).encode())
     return content.hexdigest()[:16]
 
 

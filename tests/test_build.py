@@ -139,7 +139,9 @@ def test_nothing_is_shared_between_instruction_sets(tmp_path, monkeypatch, name,
 @pytest.mark.skipif(not compilers.ZIG.is_file(), reason="no zig in .deps/ziglang; `make test-more` puts it there")
 def test_sources_compile_for_other_systems(tmp_path, target):
     machine = compilers.MACOS.get(target, "aarch64")
+    before = set(ROOT.iterdir())
     compilers.compiled([str(compilers.ZIG), "c++", "-target", target, "-mcpu=baseline"], machine, tmp_path)
+    assert set(ROOT.glob("*.o")) <= before
 
 
 @pytest.mark.slow

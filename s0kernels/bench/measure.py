@@ -104,11 +104,14 @@ def commit() -> str | None:
 def kernel_hashes() -> dict[str, str]:
     """A hash of each backend's sources. An installation has no C++ sources: the library stands for them there."""
     backends, csrc = _PACKAGE / "backends", _PACKAGE.parent / "csrc"
+    homes = {name: backends / module.rpartition(".")[2] for name, module in registry.MODULES.items()}
+    shared = set(backends.glob("*.py")) - {home.with_suffix(".py") for home in homes.values()}
     hashes = {}
-    for name, module in registry.MODULES.items():
-        home = backends / module.rpartition(".")[2]
-        files = [*home.glob("*.py"), home.with_suffix(".py"), *backends.glob("_*.py")]
+    for name, home in homes.items():
+        files = [*home.glob("*.py"), home.with_suffix(".py"), *shared]
         compiled = [*csrc.glob("*.*"), *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []
+        if name == "cpu" and compiled:  # one token is one text for both
+            compiled += (csrc / "cuda").glob("*.h")
         files += compiled or [_PACKAGE / f"_{name}.so"]
         content = hashlib.sha256()
         for file in sorted(filter(Path.is_file, files)):

@@ -79,6 +79,7 @@ def test_the_library_links_and_has_the_operators_of_the_one_for_a_cpu(tmp_path):
     code = """
 import torch
 from s0kernels.backends import cpu, cuda
+from s0kernels.calls import DeltaInputs, DeltaOptions, Pool
 print(cuda.missing())
 if cuda.missing() is None:
     assert cpu.missing() is None
@@ -87,9 +88,8 @@ if cuda.missing() is None:
         ours, theirs = (str(operator._schema).partition("(")[2] for operator in both)
         assert ours == theirs
     x, state = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4)
-    options = dict(scale=1.0, use_qk_l2norm=False, state_indices=None)
     try:
-        cuda.gated_delta_rule_step(x, x, x, x[..., 0], x[..., 0], state, **options)
+        cuda.gated_delta_rule_step(DeltaInputs(x, x, x, x[..., 0], x[..., 0]), Pool(state), DeltaOptions(1.0, False))
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """

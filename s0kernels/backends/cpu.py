@@ -228,29 +228,24 @@ def ssd_backward(
 
 
 def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
-    return _step(*_delta(_with_time(inputs), Start(), options), pool, inputs.v.dtype)
+    return _step((*inputs, None), pool, inputs.v.dtype, (True, options.use_qk_l2norm, options.scale))
 
 
 def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
-    z, kind = inputs.z, inputs.x.dtype
-    output = _step(*_ssd(_with_time(inputs), Start(), options), pool, kind if z is None else pool.state.dtype)
-    return output if z is None else output.mul_(torch.nn.functional.silu(z.to(output.dtype))).to(kind)
+    x, z, steps = inputs.x, inputs.z, process_dt(inputs, options)
+    token = inputs.C, inputs.B, x, steps * inputs.A.to(steps.dtype), steps, inputs.D
+    output = _step(token, pool, x.dtype if z is None else steps.dtype, (False, False, 1.0))
+    return output if z is None else output.mul_(torch.nn.functional.silu(z.to(output.dtype))).to(x.dtype)
 
 
-def _with_time(inputs):
-    """A token as a sequence of one."""
-    of_tokens = {"q", "k", "v", "g", "beta", "x", "dt", "B", "C"}
-    return inputs._replace(**{name: getattr(inputs, name)[:, None] for name in inputs._fields if name in of_tokens})
-
-
-def _step(scan: _Scan, how: _How, pool: Pool, kind: torch.dtype) -> Tensor:
-    state = pool.state
-    output = torch.empty(scan.v[:, 0].shape, dtype=kind, device="cpu")
+def _step(token: tuple, pool: Pool, kind: torch.dtype, how: tuple[bool, bool, float]) -> Tensor:
+    """A token of either recurrence, its tensors as in `_Scan` without T."""
+    (q, k, v, *gates), state = token, pool.state
+    output = torch.empty(v.shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()
-    decay, weight = scan.decay[:, 0], scan.weight[:, 0]
+    gates = [_plain(x, state.dtype) for x in gates]
     torch.ops.s0kernels_cpu.scan_step(
-        *(scan.q, scan.k, scan.v, decay, weight, scan.skip, place, _index(pool.indices), output),
-        *(how.delta, how.normalise, how.scale),
+        q[:, None], k[:, None], v[:, None], *gates, place, _index(pool.indices), output, *how
     )
     if place is not state:
         state.copy_(place)

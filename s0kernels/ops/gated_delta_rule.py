@@ -128,9 +128,8 @@ def gated_delta_rule_step(
     """
     inputs, pool = DeltaInputs(q, k, v, g, beta), Pool(state, state_indices)
     _check_inputs(validation.Checker(_STEP, "q", q), inputs, "B", scale, use_qk_l2norm).pool(pool, "HV K V")
-    tensors = {**inputs._asdict(), "state": state}
-    validation.check_no_grad(_STEP, tensors)
-    transforms.refuse(_STEP, *tensors.values())
+    validation.check_no_grad(_STEP, inputs, state=state)
+    transforms.refuse(_STEP, *inputs, state)
     name = registry.choose(backend, _STEP, q.device, q.dtype, operator.index(max(state.shape[-2:])))
     return _step_op(*inputs, *pool, *DeltaOptions(_scale(scale, q), use_qk_l2norm), name)
 

@@ -173,9 +173,8 @@ def _check_mixer(check: _MixerChecker, inputs: DeltaMixerInputs | SSDMixerInputs
 
 
 def _choose(op: str, inputs: DeltaMixerInputs | SSDMixerInputs, pool: MixerPool, backend: str | None) -> str:
-    tensors = {**inputs._asdict(), "window": pool.window, "state": pool.state}
-    validation.check_no_grad(op, tensors)
-    transforms.refuse(op, *tensors.values())
+    validation.check_no_grad(op, inputs, window=pool.window, state=pool.state)
+    transforms.refuse(op, *inputs, pool.window, pool.state)
     size, width = operator.index(max(pool.state.shape[2:])), operator.index(pool.window.shape[2])
     return registry.choose(backend, op, inputs.mixed.device, inputs.mixed.dtype, size, width)
 

@@ -145,6 +145,7 @@ def register_step(
     written. `reference(inputs, pool, options)` is the recurrence; `output(inputs, pool)` an empty output."""
     of_inputs, of_pool, of_options = records
     n, m = len(of_inputs._fields), len(of_pool._fields)
+    written = of_pool._fields.index("state") + 1  # windows first; kernels write behind autograd's back
 
     def split(arguments: tuple):
         return of_inputs(*arguments[:n]), of_pool(*arguments[n : n + m]), of_options(*arguments[n + m : -1])
@@ -152,7 +153,7 @@ def register_step(
     def run(*arguments):
         inputs, pool, options = split(arguments)
         sequences.check_values(1, None, pool.indices, pool.state, unique=True)
-        increment_version([x for x, field in zip(pool, of_pool._fields, strict=True) if field in _WRITTEN])
+        increment_version(pool[:written])
         backend = arguments[-1]
         step = reference if backend == "reference" else getattr(registry.ready(backend), name)
         with registry.without_autocast(pool.state.device):
@@ -168,10 +169,6 @@ def register_step(
         return output(inputs, pool)
 
     return getattr(torch.ops.s0kernels, name).default
-
-
-#: what a step writes; kernels do so behind autograd's back
-_WRITTEN = ("window", "state")
 
 
 def _pool_fields(pool: type) -> str:

@@ -18,6 +18,7 @@ from s0kernels.calls import Call
 OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step", "gated_delta_mixer_step", "ssd_mixer_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
+_OF_GPUS = ("cuda", "triton")
 MODULES = {
     "cpu": "s0kernels.backends.cpu",
     "cuda": "s0kernels.backends.cuda",
@@ -26,6 +27,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])
 
@@ -102,7 +104,7 @@ def choose(
 
 
 def _takes(name: str, call: Call) -> bool:
-    return not (name == "triton" and call.device.type == "cpu") and unusable(name, call) is None
+    return (call.device.type != "cpu" or name not in _OF_GPUS) and unusable(name, call) is None
 
 
 @torch.compiler.assume_constant_result

@@ -138,9 +138,8 @@ def ssd_step(
     """
     inputs, pool = SSDInputs(x, dt, A, B, C, D, z, dt_bias), Pool(state, state_indices)
     _check_inputs(validation.Checker(_STEP, "x", x), inputs, "B", dt_softplus, dt_limit).pool(pool, "H P N")
-    tensors = {**inputs._asdict(), "state": state}
-    validation.check_no_grad(_STEP, tensors)
-    transforms.refuse(_STEP, *tensors.values())
+    validation.check_no_grad(_STEP, inputs, state=state)
+    transforms.refuse(_STEP, *inputs, state)
     name = registry.choose(backend, _STEP, x.device, x.dtype, operator.index(max(state.shape[-2:])))
     return _step_op(*inputs, *pool, *SSDOptions(dt_softplus, float(dt_limit[0]), float(dt_limit[1])), name)
 

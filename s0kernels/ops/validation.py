@@ -6,8 +6,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s0kernels.calls import MixerPool, Pool, Start, state_dtype
+from s0kernels.calls import (
+    DeltaInputs,
+    DeltaMixerInputs,
+    MixerPool,
+    Pool,
+    SSDInputs,
+    SSDMixerInputs,
+    Start,
+    state_dtype,
+)
 
+Inputs = DeltaInputs | SSDInputs | DeltaMixerInputs | SSDMixerInputs
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
@@ -143,13 +153,13 @@ def check_dt_limit(op: str, dt_limit: tuple[float, float]) -> None:
         raise ValueError(f"{op}: dt_limit must be (lowest, highest) with lowest <= highest, got {dt_limit!r}")
 
 
-def check_no_grad(op: str, tensors: dict[str, Tensor | None]) -> None:
+def check_no_grad(op: str, inputs: Inputs, **written: Tensor) -> None:
     """A step overwrites its state, so nothing in it may be waiting for a gradient."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (*inputs, *written.values())):
         return
-    for name, value in tensors.items():
-        if value is not None and value.requires_grad:
-            raise ValueError(
-                f"{op}: {name} requires grad, but a step updates its state in place and has no backward; "
-                "call it under torch.no_grad() or use the scan with T = 1"
-            )
+    tensors = inputs._asdict() | written
+    name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
+    raise ValueError(
+        f"{op}: {name} requires grad, but a step updates its state in place and has no backward; "
+        "call it under torch.no_grad() or use the scan with T = 1"
+    )

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from s0kernels.hardware import CHIPS
+from s0kernels.hardware import CHIPS, target_name
 
 
 class Target(NamedTuple):
@@ -68,13 +68,10 @@ def known_target(name: str) -> Target:
 @functools.cache
 def _properties(index: int) -> Target:
     found = torch.cuda.get_device_properties(index)
-    name = f"sm_{found.major}{found.minor}"
-    if torch.version.hip is not None:
-        name = found.gcnArchName.partition(":")[0]
     shared = 65536  # not every torch for ROCm tells; no chip by AMD has less
     for field in ("shared_memory_per_block", "shared_memory_per_block_optin"):
         shared = getattr(found, field, shared)
-    return Target(name, found.multi_processor_count, shared, found.warp_size)
+    return Target(target_name(found, torch.version.hip), found.multi_processor_count, shared, found.warp_size)
 
 
 def target_of(device: torch.device) -> Target:

@@ -28,7 +28,7 @@ CHIPS = {
         Chip("sm_80", "A100", 108, 166912, 32, "compiled"),
         Chip("sm_86", "A10G, RTX 3090", 80, 101376, 32, "compiled"),
         Chip("sm_89", "L4, L40S, RTX 4090", 58, 101376, 32, "compiled"),
-        Chip("sm_90", "H200, H100, GH200", 132, 232448, 32, "run"),
+        Chip("sm_90", "H200 (H100 and GH200 take the same code)", 132, 232448, 32, "run"),
         Chip("sm_100", "B200", 148, 232448, 32, "compiled"),
         Chip("sm_120", "RTX 5090", 170, 101376, 32, "compiled"),
         Chip("gfx942", "MI300X", 304, 65536, 64, "compiled"),
@@ -64,7 +64,7 @@ def compilers() -> str:
 
 
 _WORDS = {
-    "run": "the kernels ran on one",
+    "run": "the kernels ran on one of this kind (an H200)",
     "compiled": "the kernels were compiled for it and have never run on one",
     "never": "nobody has tried the kernels on one",
 }

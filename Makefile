@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test test-more bench gpu sanitize sanitize-gpu package lint format clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m s0kernels demo
+	$(VENV)/bin/python examples/tiny/demo.py
 
 # What a change is tried on; at most six minutes on two idle cores.
 test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed

@@ -8,10 +8,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("tests", "")]
 
-from s0kernels.bench import baselines, measure  # noqa: E402
+from s0kernels.bench import inputs, measure  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_TINY = {"gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16}, "ssd": {"H": 2, "P": 16, "G": 1, "N": 16}}
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -21,8 +20,8 @@ def pytest_benchmark_update_machine_info(machine_info):
 @pytest.fixture(autouse=True)
 def heads(benchmark, monkeypatch):
     if benchmark.disabled:
-        for name, (op, _) in baselines.MODELS.items():
-            monkeypatch.setitem(baselines.MODELS, name, (op, _TINY[op]))
+        for name, (op, _) in inputs.MODELS.items():
+            monkeypatch.setitem(inputs.MODELS, name, (op, inputs.TINY[op]))
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ import torch
 from pairs import Settings, compare, generation, table
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
-from s0kernels.bench.measure import CLOCKS, _status, machine, machine_name, write_json
+from s0kernels.bench.measure import CLOCKS, machine, machine_name, memory_status, write_json
+from s0kernels.bench.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("states", "train", "use")
@@ -147,11 +148,11 @@ def reset_peak(device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmHWM")
+    return memory_status("VmHWM")
 
 
 def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else memory_status("VmHWM")
 
 
 def measure_use(model: str, stand_in: str, options: argparse.Namespace) -> dict:
@@ -206,20 +207,20 @@ def run_part(part: str, model: str, stand_in: str, options: argparse.Namespace, 
 
 
 def summary(done: dict) -> str:
-    lines = ["| model | what | parameters | S0 | file |", "|---|---|---|---|---|"]
+    sizes, runs = [], []
     for key, found in done.items():
+        cells = key.split(", ")[:2]
         if key.endswith("states"):
-            sizes = (f"{found['parameters'] / 1e9:.3f} G", *(f"{found[n] / 2**20:.3f} MiB" for n in SIZES))
-            lines.append(f"| {' | '.join((*key.split(', ')[:2], *sizes))} |")
-    lines += ["", "| model | what | training | s | s per step | peak above the weights | weights |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for key, found in done.items():
+            sizes.append(
+                (*cells, f"{found['parameters'] / 1e9:.3f} G", *(f"{found[n] / 2**20:.3f} MiB" for n in SIZES))
+            )
         if key.endswith("train"):
             run = f"{found['examples']} examples ({found['tokens']} tokens) x {found['steps']} steps"
             memory = [f"{found[n] / 2**30:.2f} GiB" for n in ("peak_above_weights_bytes", "weights_bytes")]
-            cells = (*key.split(", ")[:2], run, f"{found['seconds']:.1f}", f"{found['seconds_per_step']:.2f}", *memory)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + table([line for part in done.values() for line in part.get("lines", [])], "zero")
+            runs.append((*cells, run, f"{found['seconds']:.1f}", f"{found['seconds_per_step']:.2f}", *memory))
+    training = ("model", "what", "training", "s", "s per step", "peak above the weights", "weights")
+    parts = [markdown(("model", "what", "parameters", "S0", "file"), sizes), markdown(training, runs)]
+    return "\n\n".join([*parts, table([line for part in done.values() for line in part.get("lines", [])], "zero")])
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels-aot.json"
 sys.path.insert(0, str(ROOT))
 
+from s0kernels.bench.tables import markdown  # noqa: E402
 from s0kernels.files import replace_file  # noqa: E402
 from s0kernels.hardware import CHIPS  # noqa: E402
 from s0kernels.versions import PINNED, TESTED  # noqa: E402
@@ -161,7 +162,7 @@ def save(results: dict) -> None:
     replace_file(RESULTS, f'{{"sources":{json.dumps(results["sources"])},\n"launches":{{\n{text}\n}}}}\n'.encode())
 
 
-def table(results: dict) -> list[str]:
+def table(results: dict) -> str:
     """Versions by chips: launches compiled, how many of them spill, failures."""
     found = collections.defaultdict(list)
     for launches in results["launches"].values():
@@ -169,18 +170,18 @@ def table(results: dict) -> list[str]:
             for chip in CHIPS.keys() & row.keys():
                 for version, figures in row[chip].items():
                     found[version, chip].append(figures)
-    lines = [f"| Triton | {' | '.join(CHIPS)} |", "|---" * (len(CHIPS) + 1) + "|"]
+    lines = []
     for version in TESTED["triton"]:
         cells = []
         for chip in CHIPS:
             good = [x for x in found[version, chip] if isinstance(x, list)]
             failed = len(found[version, chip]) - len(good)
             cells.append(f"{len(good)} ({sum(x[1] > 0 for x in good)})" + (f", {failed} failed" if failed else ""))
-        lines.append(f"| {version} | {' | '.join(cells)} |")
-    return lines
+        lines.append([version, *cells])
+    return markdown(["Triton", *CHIPS], lines)
 
 
-def figures(results: dict, case: str) -> list[str]:
+def figures(results: dict, case: str) -> str:
     """Kernels by chips: registers / bytes spilled / KiB of shared memory, with the pinned Triton."""
     rows = collections.defaultdict(dict)
     for kernel, launches in results["launches"].items():
@@ -190,16 +191,15 @@ def figures(results: dict, case: str) -> list[str]:
                 for chip in CHIPS.keys() & row.keys():
                     if isinstance(found := row[chip].get(PINNED["triton"]), list):
                         rows[f"`{kernel}`, {call}"][chip] = f"{found[0]} / {found[1]} / {found[2] / 1024:.0f}"
-    lines = [f"| {case} | {' | '.join(CHIPS)} |", "|---" * (len(CHIPS) + 1) + "|"]
-    return lines + [f"| {name} | {' | '.join(row.get(chip, '') for chip in CHIPS)} |" for name, row in rows.items()]
+    return markdown([case, *CHIPS], ([name, *(row.get(chip, "") for chip in CHIPS)] for name, row in rows.items()))
 
 
 def document(results: dict) -> str:
     """For docs/triton-kernels.md."""
-    lines = ["Launches compiled, and how many of them spill registers to memory:", "", *table(results), ""]
+    lines = ["Launches compiled, and how many of them spill registers to memory:", "", table(results), ""]
     lines += [f"Registers / bytes spilled / KiB of shared memory, with Triton {PINNED['triton']}:", ""]
     for case in ("delta rule 128/128", "Falcon-H1-7B"):
-        lines += [*figures(results, case), ""]
+        lines += [figures(results, case), ""]
     if any(results["sources"].get(kernel) != found for kernel, found in sources().items()):
         lines += ["**The kernels have changed since these were compiled.**", ""]
     return "\n".join(lines[:-1])

@@ -1,15 +1,15 @@
 """Pairs that should cost the same: how long each takes, with a control, and what each does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from s0kernels.bench.measure import Work, interleaved, ratio, work
+from s0kernels.bench.measure import Case, Work, interleaved, ratio, work
+from s0kernels.bench.tables import interval, markdown
 
-Case = Callable[[], object]
 Samples = dict[str, list[float]]
 
 #: operators that neither compute nor move anything (views, allocations), that others do the work of, or that do it for
@@ -115,22 +115,16 @@ def verdict(found: tuple, control: tuple) -> str:
 
 def table(rows: list[dict], base: str) -> str:
     """Markdown, a line for every case that stands against the base."""
-    lines = [
-        f"| what | against {base} | ms | ratio [95 %] | {base} / {base} | | kernels | MB allocated | MB copied |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["what", f"against {base}", "ms", "ratio [95 %]", f"{base} / {base}", ""]
+    head += ["kernels", "MB allocated", "MB copied"]
+    lines = []
     for row in rows:
         for name in row["ratio"]:
             mine, theirs = row["work"][name], row["work"][base]
             both = [_pair(theirs[key], mine[key], key != "kernels") for key in ("kernels", "allocated", "copied")]
             cells = (row["what"], name, f"{row['ms'][name]:.3g}", interval(row["ratio"][name]))
-            cells += (interval(row["control"]), row["verdict"][name], *both)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def interval(values: list[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*values)
+            lines.append((*cells, interval(row["control"]), row["verdict"][name], *both))
+    return markdown(head, lines)
 
 
 def _pair(base: int, mine: int, megabytes: bool) -> str:

@@ -22,7 +22,8 @@ import matrix  # noqa: E402
 
 from s0kernels import hardware  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
-from s0kernels.bench.scans import OURS, PASSES, interval  # noqa: E402
+from s0kernels.bench.passes import OURS, PASSES  # noqa: E402
+from s0kernels.bench.tables import interval, markdown  # noqa: E402
 from s0kernels.files import replace_file  # noqa: E402
 
 NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
@@ -66,37 +67,36 @@ def table(results: dict) -> str:
         cells = [f"{NAMES[op]}, {PASSES[what]}", KINDS[dtype]]
         cells += [_cell(by_length[T]) if T in by_length else "" for T in lengths]
         cells += [f"{100 * rows[-1]['of_roofline']:.0f} %", _memory(rows[-1])]
-        cells += [interval(rows[-1][x]) if x in rows[-1] else "" for x in ("s0_over_zero", "s0_over_s0")]
+        cells += [interval(rows[-1][x], 2) if x in rows[-1] else "" for x in ("s0_over_zero", "s0_over_s0")]
         lines.append(cells)
     columns = [column for column in zip(*lines, strict=True) if not column[0] or any(column[1:])]
     head, *lines = zip(*columns, strict=True)
-    lines = [head, ["---"] * len(head), *lines]
-    return _with_notes(lines, origin(results), results["machine"])
+    return _with_notes([head, *lines], origin(results), results["machine"])
 
 
 def _with_notes(lines: list[list[str]], note: str, machine: dict) -> str:
     if changed(machine):
         note += " **The kernels have changed since these were measured.**"
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", note])
+    return f"{markdown(lines[0], lines[1:])}\n\n{note}"
 
 
 def overhead(results: dict) -> str:
     """What benchmarks/zero_overhead.py wrote: a line for everything that is set against the base of its level."""
-    lines = [["what", "", "ms", "ratio (95 %)", "control", "", "work"], ["---"] * 7]
+    lines = [["what", "", "ms", "ratio (95 %)", "control", "", "work"]]
     for level in ("op", "mixer", "generate", "bank", "untouched"):
         for row in results.get(level, []):
             base = next(iter(row["ms"]))
             for name, ratio in row["ratio"].items():
                 same = row["work"][name] == row["work"][base]
-                cells = [row["what"], f"{name} / {base}", f"{row['ms'][name]:.3g}", _ratio(ratio)]
-                lines.append([*cells, _ratio(row["control"]), row["verdict"][name], "equal" if same else "not equal"])
+                cells = [row["what"], f"{name} / {base}", f"{row['ms'][name]:.3g}", interval(ratio)]
+                lines.append([*cells, interval(row["control"]), row["verdict"][name], "equal" if same else "not equal"])
     return _with_notes(lines, _where(results["machine"]), results["machine"])
 
 
 def training(results: dict) -> str:
     """What benchmarks/training.py wrote: the ways of training one model, against the batches of the trainer."""
     settings = results["settings"]
-    lines = [["model", "way", "processor s", "of batched", "peak MiB", "last loss"], ["---"] * 6]
+    lines = [["model", "way", "processor s", "of batched", "peak MiB", "last loss"]]
     batched = {run["model"]: run for run in results["runs"] if run["way"] == "batched"}
     for run in results["runs"]:
         if "missing" in run:
@@ -113,7 +113,7 @@ def training(results: dict) -> str:
 def vocabulary(results: dict) -> str:
     """What benchmarks/vocabulary.py wrote: a step of the trainer against that of the plain loop."""
     head = ["model", "way", "s", "processor s", "plain loop takes", "GiB beyond the model", "expected", "loss"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     plain = {run["model"]: run for run in results["runs"] if run["way"] == "plain loop"}
     for run in results["runs"]:
         times = plain[run["model"]]["processor_seconds"] / run["processor_seconds"] if run["model"] in plain else None
@@ -128,7 +128,7 @@ def vocabulary(results: dict) -> str:
 def counted(results: dict) -> str:
     """What benchmarks/memory.py wrote: bytes of a forward and its backward, counted and expected from one example."""
     head = ["model", "weights, GiB", "forward", "kept for the backward", "peak, counted", "expected from one example"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for name, found in results["models"].items():
         for row in found["forwards"]:
             what = f"{row['tokens']} tokens{', layers checkpointed' if row['checkpointed'] else ''}"
@@ -143,7 +143,7 @@ def counted(results: dict) -> str:
 
 def headline(results: dict) -> str:
     """What benchmarks/headline.py wrote: sizes of whole models, and runs of what fits on the machine."""
-    lines = [["part", "found"], ["---"] * 2]
+    lines = [["part", "found"]]
     for name, part in results["parts"].items():
         if "states_bytes" in part:
             weights, size = part["parameters"] / 1e9, part["states_bytes"] / 2**20
@@ -154,16 +154,12 @@ def headline(results: dict) -> str:
             found += f"{part['seconds']:.1f} s, {peak:.0f} MiB above the weights"
         else:
             found = "; ".join(
-                f"{row['what'].rpartition(', ')[2]} {row['ms']['S0']:.3g} ms, S0 / zero {_ratio(row['ratio']['S0'])}, "
-                f"control {_ratio(row['control'])}"
+                f"{row['what'].rpartition(', ')[2]} {row['ms']['S0']:.3g} ms, "
+                f"S0 / zero {interval(row['ratio']['S0'])}, control {interval(row['control'])}"
                 for row in part["lines"]
             )
         lines.append([name, found])
     return _with_notes(lines, _where(results["machine"]), results["machine"])
-
-
-def _ratio(values: list[float]) -> str:
-    return "{:.3f} ({:.3f}-{:.3f})".format(*values)
 
 
 def _where(machine: dict) -> str:
@@ -208,13 +204,13 @@ def filled(text: str) -> str:
 
 def hardware_table() -> str:
     """What was tried, of s0kernels/hardware.py."""
-    lines = [["hardware", "", "compilers", "tried"], ["---"] * 4]
+    lines = [["hardware", "", "compilers", "tried"]]
     for chip in hardware.CHIPS.values():
         compiler = "Triton, nvcc" if chip.target.startswith("sm_") else "Triton"
         lines.append([chip.names, f"`{chip.target}`", compiler, chip.tried])
     for processor in hardware.PROCESSORS:
         lines.append([processor.architecture, processor.instructions, ", ".join(processor.compilers), processor.tried])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(lines[0], lines[1:])
 
 
 def _style() -> dict:
@@ -224,7 +220,7 @@ def _style() -> dict:
 
 def scaling(results: dict) -> str:
     """What benchmarks/scaling.py wrote: the ends of every axis."""
-    lines = [["model", "axis", "pass", "from, ms", "to, ms", "of roofline", "from, MiB", "to, MiB"], ["---"] * 8]
+    lines = [["model", "axis", "pass", "from, ms", "to, ms", "of roofline", "from, MiB", "to, MiB"]]
     groups: dict[tuple, list[dict]] = {}
     for row in results["points"]:
         groups.setdefault((row["point"]["model"], row["axis"], PASSES[row["pass"]]), []).append(row)

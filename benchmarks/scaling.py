@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from s0kernels import ops
-from s0kernels.bench import measure, scans
-from s0kernels.bench.baselines import MODELS, Values
+from s0kernels.bench import measure, passes
+from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, scan_inputs
+from s0kernels.bench.passes import OPS, OURS, traffic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AXES = ("length", "batch", "heads", "tasks")
@@ -48,25 +48,16 @@ def points(model: str, axis: str, longest: int) -> Iterator[dict]:
 def make(point: dict, device: str, dtype: torch.dtype) -> Values:
     op, heads = MODELS[point["model"]]
     scaled = {n: max(1, int(x * point["heads"])) if n in ("H", "HV") else x for n, x in heads.items()}
-    return scans.OPS[op].make((point["batch"], point["length"]), scaled, device, dtype)
+    values = scan_inputs(op, scaled, (point["batch"], point["length"]), device=device, dtype=dtype)
+    if point["tasks"]:
+        values["initial_state"] = values["initial_state"].repeat(point["tasks"], 1, 1, 1)
+        values["state_indices"] = torch.arange(_ROWS, device=device) * 37 % point["tasks"]
+    return values
 
 
 def case(point: dict, name: str, what: str, device: str, dtype: torch.dtype) -> measure.Case:
-    op = scans.OPS[MODELS[point["model"]][0]]
-    values = make(point, device, dtype)
-    if not point["tasks"]:
-        return scans.case(op, scans.scan(op, name, None), values, what)
-    values["s0"] = values["s0"].repeat(point["tasks"], 1, 1, 1)
-    rows = torch.arange(_ROWS, device=device) * 37 % point["tasks"]
-
-    def run(values: Values, _: bool):
-        inputs = [values[n] for n in op.inputs]
-        if op is scans.OPS["ssd"]:
-            return ops.ssd(*inputs, initial_state=values["s0"], state_indices=rows)
-        options = {"use_qk_l2norm": True, "initial_state": values["s0"], "state_indices": rows}
-        return ops.gated_delta_rule(*inputs, **options)
-
-    return scans.case(op, run, values, what)
+    op = OPS[MODELS[point["model"]][0]]
+    return passes.case(op, op.by(name), make(point, device, dtype), what)
 
 
 def measured(point: dict, what: str, names: list[str], settings: argparse.Namespace, process) -> dict:
@@ -74,9 +65,9 @@ def measured(point: dict, what: str, names: list[str], settings: argparse.Namesp
     cases = {name: case(point, name, what, device, dtype) for name in names}
     options = {"clock": settings.clock, "device": device, "rounds": settings.rounds, "budget": settings.seconds}
     times = measure.interleaved(cases, **options)
-    found = {"pass": what, "rounds": len(times[scans.OURS])}
+    found = {"pass": what, "rounds": len(times[OURS])}
     found["ms"] = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
-    found["ratio"] = {name: measure.ratio(times[name], times[scans.OURS]) for name in names if name != scans.OURS}
+    found["ratio"] = {name: measure.ratio(times[name], times[OURS]) for name in names if name != OURS}
     del cases
     small, memory = {**point, "length": min(64, point["length"])}, {"device": device, "process": process}
     found["peak_mib"] = {}
@@ -84,9 +75,9 @@ def measured(point: dict, what: str, names: list[str], settings: argparse.Namesp
         rest = (name, what, device, dtype)
         peak = measure.peak_memory(case, point, *rest, warm_up=(small, *rest), **memory)
         found["peak_mib"][name] = peak / 2**20
-    op, heads = scans.OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
+    op, heads = OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
     gflop = point["heads"] * point["batch"] * point["length"] * op.work(heads, what == "training") / 1e9
-    moved = scans.traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
+    moved = traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
     return found | {"gflop": gflop, "gb": moved}
 
 
@@ -115,7 +106,7 @@ def main() -> None:
     done = {json.dumps([row["axis"], row["point"], row["pass"]]) for row in results["points"]}
     plan = [
         (axis, point, what)
-        for model in ("qwen3.5-4b", "falcon-h1-7b")
+        for model in FLAGSHIPS.values()
         for axis in settings.axes
         for point in points(model, axis, settings.longest)
         for what in WHAT
@@ -125,7 +116,7 @@ def main() -> None:
             if json.dumps([axis, point, what]) in done:
                 continue
             alone = point["tasks"] or point["batch"] * point["length"] > settings.baselines_longest
-            names = [scans.OURS] if alone else [scans.OURS, "transformers"]
+            names = [OURS] if alone else [OURS, "transformers"]
             results["points"].append({"axis": axis, "point": point, **measured(point, what, names, settings, process)})
             measure.write_json(out, results)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from s0kernels.bench import scans
-from s0kernels.bench.baselines import MODELS
+from s0kernels.bench.inputs import MODELS
+from s0kernels.bench.passes import DTYPES, PASSES, Shape, case, step_case
 from s0kernels.calls import Call
 from s0kernels.ops import registry
 
@@ -27,9 +27,9 @@ every_model = pytest.mark.parametrize("model", MEASURED)
 @pytest.mark.parametrize("what", ["forward", "training", "state"])
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_scan(sizes, what, dtype, model, backend, benchmark, timed):
-    benchmark.group = f"{model} {sizes} {dtype}, {scans.PASSES[what]}"
-    shape = scans.Shape.parse(f"{model}:{sizes}")
-    timed(scans.case(shape.op, scans.scan(shape.op, backend, None), shape.values(DEVICE, scans.DTYPES[dtype]), what))
+    benchmark.group = f"{model} {sizes} {dtype}, {PASSES[what]}"
+    shape = Shape.parse(f"{model}:{sizes}")
+    timed(case(shape.op, shape.op.by(backend), shape.values(DEVICE, DTYPES[dtype]), what))
 
 
 @every_backend
@@ -37,5 +37,5 @@ def test_scan(sizes, what, dtype, model, backend, benchmark, timed):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_step(batch, model, backend, benchmark, timed):
     benchmark.group = f"{model}, one token of {batch}"
-    shape = scans.Shape(model, batch, 1)
-    timed(scans.step_case(shape, backend, None, shape.values(DEVICE, torch.float32)), rounds=20)
+    shape = Shape(model, batch, 1)
+    timed(step_case(shape.op, shape.op.step_by(backend), shape.values(DEVICE, torch.float32)), rounds=20)

@@ -213,22 +213,22 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| model | way | s | processor s | takes | peak MiB | last loss | farthest from batched |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    from s0kernels.bench.tables import markdown
+
+    head = ["model", "way", "s", "processor s", "takes", "peak MiB", "last loss", "farthest from batched"]
+    lines = []
     base = {row["model"]: row for row in rows if row["way"] == "batched"}
     for row in rows:
         if "missing" in row:
-            lines.append(f"| {row['model']} | {row['way']} | {row['missing']} | | | | | |")
+            lines.append([row["model"], row["way"], row["missing"], *[""] * 5])
             continue
         ours = base.get(row["model"], row)
         apart = max(abs(a - b) for a, b in zip(row["losses"], ours["losses"], strict=True))
         cells = (f"{row['seconds']:.1f}", f"{row['processor_seconds']:.1f}")
         cells += (f"{row['processor_seconds'] / ours['processor_seconds']:.1f}x", f"{row['peak_mib']:.0f}")
         cells += (f"{row['losses'][-1]:.4f}", f"{apart:.1e}")
-        lines.append(f"| {row['model']} | {row['way']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row["model"], row["way"], *cells])
+    return markdown(head, lines)
 
 
 def main(arguments: list[str] | None = None) -> dict | None:

@@ -34,16 +34,17 @@ import torch
 from pairs import Settings, compare, generation, table
 
 from s0kernels import restore_modules, swap_modules
+from s0kernels.bench.inputs import FLAGSHIPS, MODELS, cut, scan_inputs, state_for_each
 from s0kernels.bench.measure import machine, machine_name, write_json
+from s0kernels.bench.passes import OPS, case, step_case
 from s0kernels.calls import Call
-from s0kernels.ops import gated_delta_rule, gated_delta_rule_step, registry, ssd, ssd_step
+from s0kernels.ops import registry
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEVELS = ("op", "mixer", "generate", "bank", "untouched")
 BANKS = (1, 16, 256, 1024)
 ROWS = 8  # of a batch that picks its tasks from a bank
-#: heads of Qwen3.5-4B and of Falcon-H1-7B
-HEADS = {"gated_delta_rule": {"H": 16, "HV": 32, "K": 128, "V": 128}, "ssd": {"H": 24, "G": 1, "P": 128, "N": 256}}
+HEADS = {op: MODELS[model][1] for op, model in FLAGSHIPS.items()}
 #: a recurrent layer and attention at the widths of Qwen3.5-0.8B and Falcon-H1-0.5B, and a small vocabulary
 WIDE = {
     "Qwen3.5": {
@@ -59,80 +60,34 @@ WIDE = {
         "mamba_d_state": 128,
     },
 }
-SCANS = {"gated_delta_rule": (gated_delta_rule, gated_delta_rule_step), "ssd": (ssd, ssd_step)}
 
 
 # The scans
 
 
-def scan_inputs(
-    op: str, batch: int, length: int, heads: dict, device: str = "cpu"
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(tensors of the call, one state that is not zero)."""
-    torch.manual_seed(0)
-    if op == "gated_delta_rule":
-        H, HV, K, V = (heads[name] for name in ("H", "HV", "K", "V"))
-        q, k, v = (torch.randn(batch, length, h, d) for h, d in ((H, K), (H, K), (HV, V)))
-        tensors = [q, k, v, -0.1 * torch.rand(batch, length, HV), torch.rand(batch, length, HV)]
-        state = 0.1 * torch.randn(HV, K, V)
-    else:
-        H, G, P, N = (heads[name] for name in ("H", "G", "P", "N"))
-        x, B, C = (torch.randn(batch, length, h, d) for h, d in ((H, P), (G, N), (G, N)))
-        tensors = [x, 0.1 * torch.rand(batch, length, H), -torch.rand(H), B, C]
-        state = 0.1 * torch.randn(H, P, N)
-    return [tensor.to(device) for tensor in tensors], state.to(device)
-
-
-def forward(op: str, backend: str, tensors: list, **start):
-    options = {"use_qk_l2norm": True} if op == "gated_delta_rule" else {}
-    return SCANS[op][0](*tensors, backend=backend, **options, **start)
-
-
-def training(op: str, backend: str, tensors: list, state: torch.Tensor | None) -> None:
-    output, _ = forward(op, backend, tensors, initial_state=state)
-    leaves = [*tensors, state] if state is not None and state.requires_grad else tensors
-    torch.autograd.grad(output, leaves, torch.ones_like(output))
-
-
 def op_level(settings: Settings, heads: dict = HEADS, length: int | None = None) -> list[dict]:
     rows = []
     length = length or (4096 if settings.on_gpu else 256)
-    for op, backend in itertools.product(SCANS, usable(settings)):
-        tensors, state = scan_inputs(op, 2, length, heads[op], settings.device)
-        line = {"op": op, "backend": backend, "T": length, "B": 2}
-        run = partial(forward, op, backend, tensors)
-        cases = {"zero": run, "S0": partial(run, initial_state=state)}
-        rows.append({**line, "what": f"{op}, {backend}, forward", **compare(cases, settings)})
-        check_equal(rows[-1], op, backend, state.nbytes * 2)
+    for op, backend in itertools.product(OPS.values(), usable(settings)):
+        values = scan_inputs(op.name, heads[op.name], (2, length), device=settings.device)
+        copied, run = values["initial_state"].nbytes * 2, op.by(backend)
+        line = {"op": op.name, "backend": backend, "T": length, "B": 2}
 
-        leaves = [tensor.requires_grad_() for tensor in tensors]
-        run = partial(training, op, backend, leaves)
-        cases = {"zero": partial(run, None), "S0": partial(run, state)}
-        cases["S0, learning"] = partial(run, state.clone().requires_grad_())
-        rows.append({**line, "what": f"{op}, {backend}, training", **compare(cases, settings)})
-        check_equal(rows[-1], op, backend, state.nbytes * 2 * 2)  # recomputed in the backward
+        cases = {"zero": case(op, run, values, "forward", state=False), "S0": case(op, run, values, "forward")}
+        rows.append({**line, "what": f"{op.name}, {backend}, forward", **compare(cases, settings)})
+        check_equal(rows[-1], backend, copied)
 
-        rows.append(
-            {**line, "what": f"{op}, {backend}, step", "T": 1, **compare(steps(op, backend, tensors, state), settings)}
-        )
-        check_equal(rows[-1], op, backend, 0)
+        train = partial(case, op, run, values, "training")
+        cases = {"zero": train(state=False), "S0": train(learns=False), "S0, learning": train()}
+        rows.append({**line, "what": f"{op.name}, {backend}, training", **compare(cases, settings)})
+        check_equal(rows[-1], backend, copied * 2)  # recomputed in the backward
+
+        first = cut(values, 2, 1)
+        zero = first | {"initial_state": torch.zeros_like(values["initial_state"])}
+        cases = {name: step_case(op, op.step_by(backend), begin) for name, begin in (("zero", zero), ("S0", first))}
+        rows.append({**line, "what": f"{op.name}, {backend}, step", "T": 1, **compare(cases, settings)})
+        check_equal(rows[-1], backend, 0)
     return rows
-
-
-def steps(op: str, backend: str, tensors: list, state: torch.Tensor) -> dict:
-    """One token after another, from a state that began as zero and from one that began as S0."""
-    with torch.no_grad():
-        token = [tensor if tensor.dim() == 1 else tensor[:, 0].clone() for tensor in tensors]
-        states = {"zero": torch.zeros_like(state), "S0": state}
-        states = {name: torch.stack([start] * len(token[0])) for name, start in states.items()}
-    step = SCANS[op][1]
-    options = {"use_qk_l2norm": True} if op == "gated_delta_rule" else {}
-
-    @torch.no_grad()
-    def advance(own: torch.Tensor) -> None:
-        step(*token, own, backend=backend, **options)
-
-    return {name: partial(advance, own) for name, own in states.items()}
 
 
 def usable(settings: Settings) -> list[str]:
@@ -141,7 +96,7 @@ def usable(settings: Settings) -> list[str]:
     return [name for name in names if registry.unusable(name, Call("ssd", device, torch.float32)) is None]
 
 
-def check_equal(row: dict, op: str, backend: str, state_bytes: int) -> None:
+def check_equal(row: dict, backend: str, state_bytes: int) -> None:
     """The torch backend copies S0 where it fills in zeros; nothing else may differ."""
     zero, found = row["work"]["zero"], dict(row["work"]["S0"])
     if backend == "torch":
@@ -196,7 +151,7 @@ def mixer_level(settings: Settings, models: dict = WIDE, length: int | None = No
         cases = {name: partial(decode, mixer_of(model), prefill(model)) for name, model in pair.items()}
         rows.append({**line, "what": f"{family}, one token", **compare(cases, settings)})
     for row in rows:
-        check_equal(row, "", "default", 0)
+        check_equal(row, "default", 0)
     return rows
 
 
@@ -207,7 +162,7 @@ def generate_level(settings: Settings, models: dict = hybrids.SMALL, new: int = 
         line = {"family": family, "backend": "default", "B": 1}
         for what, found in zip(("first token", "each token after it"), generation(pair, settings, new), strict=True):
             rows.append({**line, "what": f"{family}, {what}", **found})
-            check_equal(rows[-1], "", "default", 0)
+            check_equal(rows[-1], "default", 0)
     return rows
 
 
@@ -216,24 +171,26 @@ def generate_level(settings: Settings, models: dict = hybrids.SMALL, new: int = 
 
 def bank_level(settings: Settings, heads: dict = HEADS, models: dict = WIDE, banks: tuple = BANKS) -> list[dict]:
     rows = []
-    for op in SCANS:
-        smaller = {**heads[op], **({"HV": heads[op]["H"]} if op == "gated_delta_rule" else {"P": heads[op]["P"] // 2})}
-        tensors, state = scan_inputs(op, ROWS, 64, smaller, settings.device)
-        whole = torch.stack([state] * max(banks))
-        backend = usable(settings)[0]
-        run = partial(forward, op, backend, tensors)
-        cases = {"zero": run, "one state for all": partial(run, initial_state=state)}
+    for op in OPS.values():
+        smaller = heads[op.name] | ({"HV": heads[op.name]["H"]} if "HV" in heads[op.name] else {})
+        smaller |= {"P": smaller["P"] // 2} if "P" in smaller else {}
+        values = scan_inputs(op.name, smaller, (ROWS, 64), device=settings.device)
+        state, backend = values["initial_state"], usable(settings)[0]
+        run, whole = partial(op.scan, backend=backend), torch.stack([state] * max(banks))
+        cases = {"zero": partial(run, values, False), "one state for all": partial(run, values, True)}
         for size in banks:
             rows_of_bank = spread(size, settings.device)
-            cases[f"bank of {size}"] = partial(run, initial_state=whole[:size], state_indices=rows_of_bank)
-        cases["state copied"] = lambda run=run, state=state: run(
-            initial_state=state.expand(ROWS, -1, -1, -1).contiguous()
+            of_bank = values | {"initial_state": whole[:size], "state_indices": rows_of_bank}
+            cases[f"bank of {size}"] = partial(run, of_bank, True)
+        cases["state copied"] = lambda run=run, values=values: run(
+            values | {"initial_state": state_for_each(values, ROWS)}, True
         )
-        cases["rows gathered"] = lambda run=run, whole=whole, places=rows_of_bank: run(initial_state=whole[places])
-        line = {"op": op, "backend": backend, "T": 64, "B": ROWS}
-        rows.append(
-            {**line, "what": f"{op}, {backend}, {state.nbytes / 2**20:.2f} MiB a state", **compare(cases, settings)}
+        cases["rows gathered"] = lambda run=run, values=values, whole=whole, places=rows_of_bank: run(
+            values | {"initial_state": whole[places]}, True
         )
+        line = {"op": op.name, "backend": backend, "T": 64, "B": ROWS}
+        what = f"{op.name}, {backend}, {state.nbytes / 2**20:.2f} MiB a state"
+        rows.append({**line, "what": what, **compare(cases, settings)})
         del whole, cases
     for family, model_settings in models.items():
         rows.append(bank_in_a_model(family, model_settings, settings, banks))
@@ -286,8 +243,8 @@ def untouched_level(settings: Settings, models: dict = WIDE, length: int | None 
             logits = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=8).logits
             torch.autograd.grad(logits.float().logsumexp(-1).sum(), embedded)
 
-        for what, case in (("prefill", prefill), ("forward and backward", train)):
-            cases = {name: partial(case, model) for name, model in pair.items()}
+        for what, run in (("prefill", prefill), ("forward and backward", train)):
+            cases = {name: partial(run, model) for name, model in pair.items()}
             line = {"family": family, "T": length, "what": f"{family}, one layer, {what} of {length}"}
             rows.append({**line, **compare(cases, settings)})
         for what, found in zip(("first token", "each token after it"), generation(pair, settings), strict=True):

@@ -1,15 +1,15 @@
-"""python -m s0kernels: what is installed, tuning, generating, and the demonstration."""
+"""python -m s0kernels: what is installed and whether it is right, how fast it is, tuning and generating."""
 
 import argparse
 import importlib.metadata
 import json
 import platform
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import s0kernels
+from s0kernels.bench import tables
 from s0kernels.hardware import CHIPS
 
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.set_defaults(run=_bench)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # its choices come from what needs torch
-        from s0kernels.bench.scans import add_arguments
+        from s0kernels.bench.command import add_arguments
 
         add_arguments(bench)
 
@@ -54,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         add_tune_arguments(tune)
 
-    demo = commands.add_parser("demo", help="tune two tiny models on verified solutions (needs the source tree)")
-    whole = given[:1] == ["demo"]  # what follows, --help too, is for the script
-    demo.set_defaults(run=_demo, rest=given[1:])
-
-    options = parser.parse_args(given[:1] if whole else given)
+    options = parser.parse_args(given)
     try:
         return options.run(options) or 0
     except ImportError as error:
@@ -97,14 +93,14 @@ def _check(_: argparse.Namespace) -> int:
     ]
     for index, gpu in enumerate(_gpus()):
         print(f"cuda:{index} is a {gpu}")
-    _table(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table)
+    print(tables.plain(("device", "op", "backend", "dtype", "worst result", "error", "allowed", ""), table))
     return int(not all(row.passed for row in found))
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from s0kernels.bench import scans
+    from s0kernels.bench.command import run
 
-    scans.run(options)
+    run(options)
 
 
 def _aot(options: argparse.Namespace) -> None:
@@ -121,7 +117,7 @@ def _aot(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        _table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+        print(tables.plain(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -141,7 +137,7 @@ def _env(_: argparse.Namespace) -> None:
         devices.append(torch.device("cuda", index))
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
-    _table(("what", "found"), rows)
+    print(tables.plain(("what", "found"), rows))
     print()
     backends = []
     for device in devices:
@@ -151,7 +147,7 @@ def _env(_: argparse.Namespace) -> None:
             for name, reason in reasons.items():
                 verdict = reason or ("usable, the default here" if name == default else "usable")
                 backends.append((str(device), op, name, verdict))
-    _table(("device", "op", "backend", "for fp32"), backends)
+    print(tables.plain(("device", "op", "backend", "for fp32"), backends))
 
 
 def _gpus() -> list[str]:
@@ -174,16 +170,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 def _tune(options: argparse.Namespace) -> None:
     from s0kernels.tuning.command import run
 
-    run(options, _table)
+    run(options, tables.plain)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -211,12 +201,3 @@ def _read_prompts(text: str) -> list[str]:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"standard input must hold a JSON list of prompts: {error}") from error
-
-
-def _demo(options: argparse.Namespace) -> None:
-    script = Path(s0kernels.__file__).resolve().parents[1] / "examples" / "tiny" / "demo.py"
-    if not script.is_file():
-        raise OSError(f"the demonstration is part of the source tree, and {script} is not there")
-    sys.argv = [str(script), *options.rest]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")

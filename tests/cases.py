@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from s0kernels.bench.check import gradients
+from s0kernels.bench.inputs import scan_inputs
 from s0kernels.calls import Call
 from s0kernels.ops import gated_delta_rule, registry, ssd
 
@@ -46,14 +48,7 @@ class Problem:
 
     def gradients(self, backend: str | None, weights: tuple[Tensor, Tensor], wanted: list[str] | None = None) -> dict:
         """Output, final state and the gradients of <output, w0> + <final_state, w1>, by name."""
-        wanted = list(self.tensors) if wanted is None else wanted
-        leaves = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in self.tensors.items()}
-        result = replace(self, tensors=leaves).run(backend)
-        loss = (result.output * weights[0].to(result.output.dtype)).sum()
-        loss = loss + (result.final_state * weights[1].to(result.final_state.dtype)).sum()
-        grads = torch.autograd.grad(loss, [leaves[name] for name in wanted], materialize_grads=True)
-        found = {"output": result.output.detach(), "final_state": result.final_state.detach()}
-        return found | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+        return gradients(lambda leaves: replace(self, tensors=leaves).run(backend), self.tensors, weights, wanted)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Fixed random gradients of output and final state."""
@@ -62,7 +57,8 @@ class Problem:
         return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in result)
 
 
-def with_state(problem: Problem, kind: str | None, shape: tuple[int, ...], sequences: int) -> Problem:
+def with_state(problem: Problem, kind: str | None, sequences: int) -> Problem:
+    shape = problem.tensors.pop("initial_state").shape
     generator = torch.Generator().manual_seed(3)
     leading = {"shared": (), "each": (sequences,), "bank": (sequences + 2,), None: None}[kind]
     if leading is not None:
@@ -75,12 +71,14 @@ def with_state(problem: Problem, kind: str | None, shape: tuple[int, ...], seque
     return problem
 
 
-def packing(lengths: list[int] | None, batch: int, length: int) -> tuple[dict, int, int, int]:
-    """(options, rows, T, number of sequences)."""
-    if lengths is None:
-        return {}, batch, length, batch
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return {"cu_seqlens": ends}, 1, sum(lengths), len(lengths)
+def packing(values: dict[str, Tensor], B: int) -> tuple[dict, int]:
+    """(options, number of sequences) of inputs that hold their boundaries."""
+    ends = values.pop("cu_seqlens", None)
+    return ({}, B) if ends is None else ({"cu_seqlens": ends}, len(ends) - 1)
+
+
+#: decays from slow to fast
+RATES = (1e-3, 10**0.5)
 
 
 def delta_problem(
@@ -96,20 +94,12 @@ def delta_problem(
     seed: int = 0,
     **options,
 ) -> Problem:
-    """fp64 inputs like a trained model's: unit keys, decays from slow to fast."""
-    packed, rows, T, sequences = packing(lengths, B, T)
-    random = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn(rows, T, H, K, generator=random, dtype=torch.float64) for _ in range(2))
-    rate = torch.logspace(-3, 0.5, HV, dtype=torch.float64)
-    tensors = {
-        "q": q,
-        "k": k,
-        "v": torch.randn(rows, T, HV, V, generator=random, dtype=torch.float64),
-        "g": -rate * torch.rand(rows, T, HV, generator=random, dtype=torch.float64),
-        "beta": torch.rand(rows, T, HV, generator=random, dtype=torch.float64),
-    }
+    """fp64 inputs like a trained model's: unit keys."""
+    heads, sizes = {"H": H, "HV": HV, "K": K, "V": V}, (B, T) if lengths is None else lengths
+    tensors = scan_inputs("gated_delta_rule", heads, sizes, rates=RATES, seed=seed, dtype=torch.float64)
+    packed, sequences = packing(tensors, B)
     options = {"use_qk_l2norm": True, **packed, **options}
-    return with_state(Problem("gated_delta_rule", tensors, options), state, (HV, K, V), sequences)
+    return with_state(Problem("gated_delta_rule", tensors, options), state, sequences)
 
 
 def ssd_problem(
@@ -127,24 +117,13 @@ def ssd_problem(
     **options,
 ) -> Problem:
     """fp64 inputs; with `extras` also D, z, dt_bias, softplus and limits that some steps run into."""
-    packed, rows, T, sequences = packing(lengths, B, T)
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    tensors = {
-        "x": normal(rows, T, H, P),
-        "dt": normal(rows, T, H) if extras else torch.rand(rows, T, H, generator=random, dtype=torch.float64),
-        "A": -torch.logspace(-3, 0.5, H, dtype=torch.float64),
-        "B": normal(rows, T, G, N),
-        "C": normal(rows, T, G, N),
-    }
+    heads, sizes = {"H": H, "P": P, "G": G, "N": N}, (B, T) if lengths is None else lengths
+    tensors = scan_inputs("ssd", heads, sizes, extras=extras, rates=RATES, seed=seed, dtype=torch.float64)
+    packed, sequences = packing(tensors, B)
     options = {**packed, **options}
     if extras:
-        tensors |= {"D": normal(H), "z": normal(rows, T, H, P), "dt_bias": normal(H)}
         options = {"dt_softplus": True, "dt_limit": (0.1, 1.5), **options}
-    return with_state(Problem("ssd", tensors, options), state, (H, P, N), sequences)
+    return with_state(Problem("ssd", tensors, options), state, sequences)
 
 
 MAKERS = {"gated_delta_rule": delta_problem, "ssd": ssd_problem}

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from s0kernels.bench import baselines, measure, scans
+from s0kernels.bench import inputs, measure
+from s0kernels.bench.baselines import BASELINES, Baseline
+from s0kernels.bench.passes import PASSES, Op, Shape, operations, traffic
 from s0kernels.cli import main
 
 pytestmark = pytest.mark.slow  # of the benchmarks
@@ -18,8 +20,8 @@ SMALL = ("bench", "--rounds", "3", "--seconds", "0")
 @pytest.fixture
 def small_models(monkeypatch):
     """Heads that take no time, under the names of the real ones."""
-    monkeypatch.setitem(baselines.MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
-    monkeypatch.setitem(baselines.MODELS, "falcon-h1-7b", ("ssd", {"H": 2, "P": 16, "G": 1, "N": 24}))
+    monkeypatch.setitem(inputs.MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
+    monkeypatch.setitem(inputs.MODELS, "falcon-h1-7b", ("ssd", {"H": 8, "P": 16, "G": 1, "N": 24}))
     found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0, "bfloat16": 40.0}}
     monkeypatch.setattr(measure, "roofline", lambda *_: found)
 
@@ -31,7 +33,7 @@ def test_json_of_both_scans(small_models, tmp_path, capfd):
     found = json.loads(out.read_text())
     assert found["machine"]["kernels"] == measure.kernel_hashes()
     assert [(row["op"], row["pass"]) for row in found["rows"]] == [
-        (op, what) for op in ("gated_delta_rule", "ssd") for what in scans.PASSES
+        (op, what) for op in ("gated_delta_rule", "ssd") for what in PASSES
     ]
     for row in found["rows"]:
         assert row["ms"]["s0kernels"] > 0
@@ -47,7 +49,7 @@ def test_json_of_both_scans(small_models, tmp_path, capfd):
 def test_table_of_one_pass(small_models, capsys):
     assert main([*SMALL, "--shape", "falcon-h1-7b:2x70", "--pass", "forward", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    head, row = out.splitlines()[:2]
+    head, _, row = out.splitlines()[:3]
     assert head.split()[:4] == ["shape", "dtype", "pass", "ms"]
     assert "transformers / ours" in head
     assert row.startswith("falcon-h1-7b:2x70")
@@ -90,35 +92,34 @@ def test_wrong_results_have_no_speed(small_models, monkeypatch, capsys):
     def half(run):
         return lambda values, state: tuple(x / 2 for x in run(values, state))
 
-    op = baselines.OPS["ssd"]
-    right = op.baselines["transformers"]
-    wrong = baselines.Baseline("torch", lambda: half(right.scan()), on_cpu=True)
-    monkeypatch.setitem(op.baselines, "transformers", wrong)
+    right = BASELINES["ssd"]["transformers"]
+    wrong = Baseline("torch", lambda: half(right.scan()), on_cpu=True)
+    monkeypatch.setitem(BASELINES["ssd"], "transformers", wrong)
     options = ["--op", "ssd", "--pass", "forward", "--no-memory", "--device", "cpu"]
     assert main([*SMALL, *options, "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"][0]["ratio"] == {}
     assert found["not timed"]["ssd"]["transformers"].startswith("error of output: 5.0e-01")
-    monkeypatch.setattr(scans, "scan", lambda op, name, backend: half(lambda v, s: op.scan(v, s, backend)))
+    monkeypatch.setattr(Op, "by", lambda op, name, backend=None: half(lambda v, s: op.scan(v, s, backend)))
     assert main([*SMALL, *options]) == 1
     assert "our own results are wrong" in capsys.readouterr().err
 
 
 def test_libraries_are_not_imported_to_find_out():
     """flash-linear-attention, for one, does not survive it on a CPU."""
-    needs_gpu = baselines.Baseline("torch", lambda: pytest.fail("loaded"))
+    needs_gpu = Baseline("torch", lambda: pytest.fail("loaded"))
     assert needs_gpu.unusable("cpu") == f"needs a GPU (torch {importlib.metadata.version('torch')} is installed)"
     assert needs_gpu.unusable("cuda") is None
-    assert baselines.Baseline("no-such", lambda: None).unusable("cuda") == "no-such is not installed"
+    assert Baseline("no-such", lambda: None).unusable("cuda") == "no-such is not installed"
 
 
 def test_operations_and_traffic():
     """Of a shape where they can be counted by hand: one token of one head."""
-    step = scans.operations(scans.Shape("falcon-h1-7b", 1, 1), "step")
+    step = operations(Shape("falcon-h1-7b", 1, 1), "step")
     assert step == 24 * 4 * 128 * 256
-    shape = scans.Shape("falcon-h1-7b", 2, 1)
+    shape = Shape("falcon-h1-7b", 2, 1)
     values, state = shape.values("cpu", torch.float32), 24 * 128 * 256 * 4
     tokens = 4 * (2 * 24 * 128 + 2 * 24 + 24 + 2 * 2 * 256)
-    assert scans.traffic(shape.op, values, "step", 2) == tokens + 4 * 2 * 24 * 128 + 4 * state
-    assert scans.traffic(shape.op, values, "forward", 2) == tokens + 4 * 2 * 24 * 128 + 3 * state
-    assert scans.operations(shape, "training") > 3 * scans.operations(shape, "forward")
+    assert traffic(shape.op, values, "step", 2) == tokens + 4 * 2 * 24 * 128 + 4 * state
+    assert traffic(shape.op, values, "forward", 2) == tokens + 4 * 2 * 24 * 128 + 3 * state
+    assert operations(shape, "training") > 3 * operations(shape, "forward")

@@ -172,7 +172,7 @@ def test_options_of_the_demonstration():
         (["--help"], 0, "--solutions"),
         (["--samples", "0"], 2, "--samples must be at least 1"),
     ):
-        done = python("-m", "s0kernels", "demo", *options)
+        done = python(str(ROOT / "examples" / "tiny" / "demo.py"), *options)
         assert done.returncode == code
         assert text in done.stdout + done.stderr
 

@@ -98,7 +98,7 @@ def test_work_that_differs_is_found():
     assert found["copy"] == {"kernels": 1, "allocated": 4000, "copied": 4000}
     row = {"what": "a scan", "work": {"zero": found["one"], "S0": found["copy"]}}
     with pytest.raises(AssertionError, match="do not do the same work"):
-        zero_overhead.check_equal(row, "", "cpu", 0)
+        zero_overhead.check_equal(row, "cpu", 0)
 
 
 def test_verdicts():

@@ -4,7 +4,7 @@ For each model: sample functions from the frozen base, run them, keep at most on
 S0 from those, and compare greedy pass@1 on problems that neither the model nor the tuning has seen. The states are
 then saved and loaded in a new process, which must generate the same text.
 
-    python -m s0kernels demo [--output DIR]
+    python examples/tiny/demo.py [--output DIR]
 """
 
 import argparse
@@ -133,7 +133,7 @@ def plot(results: list[dict], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m s0kernels demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where states, plot and figures go")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--samples", type=int, default=16, help="samples per tuning problem")

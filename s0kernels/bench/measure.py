@@ -274,12 +274,13 @@ def _resident_peak(make: Callable[..., Case], arguments: tuple, warm_up: tuple) 
         make(*warm_up)()
     case = make(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmHWM")
+    before = memory_status("VmHWM")
     case()
-    return _status("VmHWM") - before
+    return memory_status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def memory_status(field: str) -> int:
+    """Bytes that the kernel says this process has: `VmRSS`, `VmHWM`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 

@@ -130,8 +130,8 @@ def _bytes(value: Any) -> int:
         raise ValueError(f"--max-memory must be a number of bytes or as 8GiB, got {value!r}") from None
 
 
-def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Sequence[str]]], None]) -> None:
-    """`table` prints one."""
+def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> None:
+    """`table` makes one of a head and rows."""
     config, train = settings(options)
     data = _files(options.data)
 
@@ -174,7 +174,7 @@ def _report(trainer: Any, data: Any, last: float, scale: float, table: Callable)
         befores, lasts = (trainer.history[i].get("losses", {}) if trainer.history else {} for i in (0, -1))
         rows = [[f"{found[name]:.4f}" if name in found else "" for found in (befores, after, lasts)] for name in names]
         head = ("task", "before", "in use", f"at scale {scale:g}")
-        table(head, [(name, *row) for name, row in zip(names, rows, strict=True)])
+        print(table(head, [(name, *row) for name, row in zip(names, rows, strict=True)]))
 
 
 def _files(path: Path) -> Path | dict[str, Path]:

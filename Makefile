@@ -42,12 +42,12 @@ matrix-triton: $(VENV)/.installed $(TRITONS:%=%/.installed)
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
-# On a machine with a GPU, with the Python that has torch, triton and setuptools there; nothing is installed, but the
-# compiled kernels are put into this folder where there is an nvcc.
-gpu: gpu-kernels
-	$(PYTHON) -m pytest -m gpu -W default
-	$(PYTHON) benchmarks/gpu_scans.py
-	$(PYTHON) benchmarks/gpu_decode.py
+# On a machine with a GPU, with the Python that has torch, triton and pytest there; nothing is installed, but the compiled
+# steps are built into this folder where there is an nvcc. `make gpu OUT=folder OPTIONS="--minutes 6 --no-baselines"`;
+# benchmarks/gpu.py has all options.
+OUT ?= benchmarks/results
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(OPTIONS)
 
 .PHONY: gpu-kernels
 gpu-kernels:

@@ -1,20 +1,19 @@
-"""One token at a time on a GPU: steps, mixers and whole models with random weights, in one process.
+"""One token at a time on a GPU: steps, mixers and whole models with random weights. `make gpu` runs this.
 
-    python benchmarks/gpu_decode.py [--rounds 15] [--parts steps,mixers,models]     (from the source tree)
-    python benchmarks/gpu_decode.py --smoke                     (tiny, on a CPU: does the script work?)
+    python benchmarks/gpu_decode.py [--seconds 50] [--kinds steps mixers models]    (from the source tree)
+    TRITON_INTERPRET=1 python benchmarks/gpu_decode.py --dry-run
 
 bf16, at the sizes of Qwen3.5-4B and Falcon-H1-7B (hybrids.py). All that is compared runs in turn, round by round;
 figures are medians in milliseconds. What a library computes is compared with fp64 before it is timed. Bandwidth counts
-the states, read and written once. Writes benchmarks/results/<gpu>-decode.json.
+the states, read and written once. Writes <gpu>-decode.json after each batch.
 """
 
-import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,13 +22,14 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import gpu_scans  # noqa: E402
 import hybrids  # noqa: E402
-from gpu_scans import HEADS, SMOKE_HEADS, medians  # noqa: E402
 
-from s0kernels import S0States, swap_modules  # noqa: E402
+from s0kernels import S0States, restore_modules, swap_modules  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
-from s0kernels.bench.baselines import OPS, OUR_BUDGET, THEIR_BUDGET, state_for_each  # noqa: E402
-from s0kernels.bench.scans import brief  # noqa: E402
+from s0kernels.bench.inputs import scan_inputs, state_for_each  # noqa: E402
+from s0kernels.bench.passes import OPS, Op, brief, step_case  # noqa: E402
+from s0kernels.bench.tables import markdown  # noqa: E402
 from s0kernels.calls import Call  # noqa: E402
 from s0kernels.modules.families import family_of  # noqa: E402
 from s0kernels.modules.mixer import S0Mixer  # noqa: E402
@@ -37,55 +37,55 @@ from s0kernels.ops import registry  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
 MODELS = {"gated_delta_rule": "Qwen3.5-4B", "ssd": "Falcon-H1-7B"}
+#: of ours, those that are made for single tokens
+BACKENDS = [name for name in registry.ORDER if name not in ("reference", "torch")]
+KINDS = ("steps", "mixers", "models")
 
 
 # Steps
 
 
-def steps(name: str, heads: dict, batch: int, device: str, dtype: torch.dtype, rounds: int) -> dict:
-    op = OPS[name]
-    values = op.make((batch, 1), heads, device, dtype)
-    state = state_for_each(values, batch).clone()
-    cases, missing = {"copy of the states": partial(torch.empty_like(state).copy_, state)}, {}
-    backends = [backend for backend in registry.ORDER if backend not in ("reference", "torch")]
-    for label in (*backends, *(baseline for baseline in op.baselines if op.baselines[baseline].step)):
-        try:
-            if label in backends:
-                step, budget = partial(op.step, backend=label), OUR_BUDGET
-            else:
-                if why_not := op.baselines[label].unusable(device):
-                    raise RuntimeError(why_not)
-                step, budget = op.baselines[label].step(), THEIR_BUDGET
-            if wrong := op.step_out_of_budget(step, values, budget):
-                raise RuntimeError(wrong)
-            cases[label] = step(values, state)
-        except Exception as problem:  # whatever a library does here must not end the others' measurement
-            missing[label] = brief(problem)
-    ms, traffic = medians(cases, rounds, device), 2 * state.nbytes
-    return {
-        "batch": batch,
-        "ms": ms,
-        "GB/s": {label: traffic / took / 1e6 for label, took in ms.items()},
-        "not timed": missing,
-    }
+def steps(op: Op, batch: int, options) -> dict:
+    device, dtype, _, heads = gpu_scans.settings(options.dry_run)
+    values = scan_inputs(op.name, heads[op.name], (batch, 1), device=device, dtype=dtype)
+    state = state_for_each(values, batch)
+    rows = torch.arange(batch, device=device, dtype=torch.int32)
+    cases: dict[str, measure.Case] = {"copy of the states": partial(state.clone().copy_, state)}
+    baselines = [name for name, baseline in op.baselines.items() if baseline.step and not options.no_baselines]
+    judge, missing = op.judge(values, step=True), {}
+    for name in (*BACKENDS, *baselines):
+        reason = op.why_not(name, judge, step=True)
+        if reason is None:
+            cases[name] = step_case(op, op.step_by(name), values)
+            if name in BACKENDS:
+                cases[f"{name}, by index"] = op.step(values, state.clone(), name, state_indices=rows)
+        elif name in BACKENDS and "error of" in reason:
+            raise RuntimeError(f"{op.name}, one token by {name}: our own results are wrong: {reason}")
+        else:
+            missing[name] = reason
+    with torch.no_grad():
+        ms, traffic = measure.medians(cases, rounds=options.rounds, device=device), 2 * state.nbytes
+    rates = {name: traffic / took / 1e6 for name, took in ms.items()}
+    return {"batch": batch, "ms": ms, "GB/s": rates, "not timed": missing}
 
 
 # Mixers and models
 
 
-def model_of(name: str, device: str, dtype: torch.dtype, smoke: bool, **changes) -> nn.Module:
-    family, settings = hybrids.PUBLISHED[MODELS[name]]
-    settings = hybrids.SMALL[family] if smoke else settings
-    return hybrids.build(family, settings | changes, device=device, dtype=dtype)
+def model_of(op: Op, dry_run: bool, **changes) -> nn.Module:
+    family, settings = hybrids.PUBLISHED[MODELS[op.name]]
+    settings = hybrids.SMALL[family] if dry_run else settings
+    device, dtype = gpu_scans.settings(dry_run)[:2]
+    return hybrids.build(family, settings | changes, device=device, dtype=torch.float32 if dry_run else dtype)
 
 
 def without_fused_steps(run: Callable[[], object]) -> Callable[[], object]:
     def parts():
-        fused, S0Mixer._fused_backend = S0Mixer._fused_backend, lambda *arguments: None
+        fused, S0Mixer.fused_backend = S0Mixer.fused_backend, lambda *arguments: None
         try:
             return run()
         finally:
-            S0Mixer._fused_backend = fused
+            S0Mixer.fused_backend = fused
 
     return parts
 
@@ -101,16 +101,17 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def mixers(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, smoke: bool) -> dict:
+def mixers(op: Op, batch: int, options) -> dict:
     """A token through one layer's mixer, projections included: untouched, swapped, swapped part by part."""
     from transformers import DynamicCache
 
-    layers = {"num_hidden_layers": 1} | ({"layer_types": ["linear_attention"]} if name == "gated_delta_rule" else {})
-    model = model_of(name, device, dtype, smoke, vocab_size=64, **layers)
+    layers = {"num_hidden_layers": 1} | ({"layer_types": ["linear_attention"]} if op.name == "gated_delta_rule" else {})
+    model = model_of(op, options.dry_run, vocab_size=64, **layers)
     original = next(module for module in model.modules() if family_of(module))
     swapped = copy.deepcopy(model)
     replacement = next(module for module in swap_modules(swapped).modules() if isinstance(module, S0Mixer))
-    x = torch.randn(batch, 1, model.config.hidden_size, device=device, dtype=dtype)
+    first = next(model.parameters())
+    x = torch.randn(batch, 1, model.config.hidden_size).to(first)
 
     def token(mixer):
         cache = DynamicCache(config=model.config)
@@ -120,23 +121,24 @@ def mixers(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, 
     cases = {"untouched": token(original), "swapped": token(replacement)}
     cases["part by part"] = without_fused_steps(token(replacement))
     missing = {}
-    for label, run in list(cases.items()) if device == "cuda" else ():
+    for label, run in list(cases.items()) if first.is_cuda else ():
         try:
             cases[f"{label}, CUDA graph"] = captured(run)
         except Exception as problem:
             missing[f"{label}, CUDA graph"] = brief(problem)
-    return {"batch": batch, "ms": medians(cases, rounds, device), "not timed": missing}
+    ms = measure.medians(cases, rounds=options.rounds, device=first.device)
+    return {"batch": batch, "ms": ms, "not timed": missing}
 
 
-def models(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, smoke: bool) -> dict:
+def models(op: Op, options) -> dict:
     """Tokens per second of greedy `generate`: untouched, swapped without S0, swapped with S0."""
-    new = 4 if smoke else 128
-    untouched = model_of(name, device, dtype, smoke)
-    prompt = torch.randint(2, 500, (batch, 16), device=device)
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    results = {}
-    for round_ in range(rounds + 1):  # the first compiles
-        model = untouched
+    new, batch = 4 if options.dry_run else 128, 1
+    model = model_of(op, options.dry_run)
+    prompt = torch.randint(2, 500, (batch, 16), device=next(model.parameters()).device)
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    results: dict[str, list[float]] = {}
+    for round_ in range(min(options.rounds, 5) + 1):  # the first compiles
+        states = None
         for label in ("untouched", "without S0", "with S0"):
             if label == "without S0":
                 swap_modules(model)
@@ -146,55 +148,55 @@ def models(name: str, batch: int, device: str, dtype: torch.dtype, rounds: int, 
                     state.data.normal_(std=0.01)
                 states.attach(model)
             begin = time.perf_counter()
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), **options).cpu()
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).cpu()
             if round_:
                 results.setdefault(label, []).append(batch * new / (time.perf_counter() - begin))
         states.detach()
-        untouched = restore(model)
+        restore_modules(model)
     return {"batch": batch, "tokens/s": {label: sorted(x)[len(x) // 2] for label, x in results.items()}}
-
-
-def restore(model: nn.Module) -> nn.Module:
-    from s0kernels import restore_modules
-
-    return restore_modules(model)
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--parts", default="steps,mixers,models")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--out", type=Path)
+    parser = gpu_scans.parser_of(__doc__, "decode")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
-    if not options.smoke and not torch.cuda.is_available():
-        sys.exit("there is no CUDA device (--smoke tries the script without one)")
-    device, dtype, batches, rounds = "cuda", torch.bfloat16, BATCHES, options.rounds
-    if options.smoke:
-        device, batches, rounds = "cpu", (2,), 1
-    results = {
-        "machine": measure.machine(device),
-        "backends": {
-            name: registry.unusable(name, Call("ssd_step", torch.device(device), dtype)) for name in registry.ORDER
-        },
-    }
-    for name in OPS:
-        heads, entry = (SMOKE_HEADS if options.smoke else HEADS)[name], {}
-        for batch in batches:
-            if "steps" in options.parts:
-                entry.setdefault("steps", []).append(steps(name, heads, batch, device, dtype, rounds))
-            if "mixers" in options.parts:
-                found = mixers(name, batch, device, dtype, rounds, options.smoke)
-                entry.setdefault("mixers", []).append(found)
-        if "models" in options.parts:
-            entry["models"] = [models(name, 1, device, dtype, min(rounds, 5), options.smoke)]
-        for part, rows in entry.items():
-            for row in rows:
-                print(name, part, json.dumps(row), flush=True)
-        results[name] = entry
-    out = options.out or HERE / "results" / f"{measure.machine_name(results['machine'])}-decode.json"
-    measure.write_json(out, results)
+    options.rounds = 1 if options.dry_run else options.rounds
+    results = gpu_scans.Results(options, "decode")
+    device, dtype = gpu_scans.settings(options.dry_run)[:2]
+    call = Call("ssd_step", torch.device(device), dtype)
+    results.found["backends"] = {name: registry.unusable(name, call) for name in registry.ORDER}
+    found = [name for name in ("fla", "mamba_ssm", "causal_conv1d") if find_spec(name)]
+    results.found["untouched runs on"] = found or "the PyTorch functions of transformers"
+    results.found["rows"] = []
+    plan = [
+        (kind, op, batch)
+        for kind in options.kinds
+        for batch in ((2,) if options.dry_run else BATCHES if kind != "models" else (1,))
+        for op in OPS.values()
+    ]
+    for kind, op, batch in plan:
+        if results.late(f"{kind}, {op.name}, batch {batch}"):
+            continue
+        row = models(op, options) if kind == "models" else {"steps": steps, "mixers": mixers}[kind](op, batch, options)
+        results.found["rows"].append({"kind": kind, "op": op.name, **row})
+        results.write()
+    results.write()
+    print(table(results.found))
+
+
+def table(results: dict) -> str:
+    """Everything that was timed, a line for each way."""
+    lines, notes = [], set()
+    for row in results["rows"]:
+        place = [row["kind"], row["op"], str(row["batch"])]
+        for name, ms in row.get("ms", {}).items():
+            rate = row.get("GB/s", {}).get(name)
+            lines.append([*place, name, f"{ms:.4f} ms", "" if rate is None else f"{rate:.0f} GB/s"])
+        lines += [[*place, name, f"{rate:.0f} tokens/s", ""] for name, rate in row.get("tokens/s", {}).items()]
+        notes |= {f"not timed, {row['kind']}, {row['op']}: {n}: {why}" for n, why in row.get("not timed", {}).items()}
+    head = ["", "op", "batch", "way", "takes", "states"]
+    return "\n".join([markdown(head, lines), "", *sorted(notes), *results["left out"]])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""The Triton scans beside the libraries that are installed, on a GPU, in one process.
+"""Both scans beside the libraries that are installed, on a GPU, in one process. `make gpu` runs this.
 
-    python benchmarks/gpu_scans.py [--rounds 15] [--cases 1x8192,8x1024]     (from the source tree, nothing installed)
-    TRITON_INTERPRET=1 python benchmarks/gpu_scans.py --smoke                (tiny, on a CPU: does the script work?)
+    python benchmarks/gpu_scans.py [--seconds 100] [--cases 1x8192 8x1024]    (from the source tree, nothing installed)
+    TRITON_INTERPRET=1 python benchmarks/gpu_scans.py --dry-run
 
-What `python -m s0kernels bench` does not have: packed sequences, both layouts of the inputs, steps by batch. bf16,
-heads of Qwen3.5-4B and of Falcon-H1-7B. Everything that is compared runs in turn, round by round; figures are medians
-in milliseconds. A library is timed only after its error is within the budget on the same kind of inputs; one that is
-missing or out of it is listed with the reason. Writes benchmarks/results/<gpu>-scans.json.
+What `python -m s0kernels bench` does not have: packed sequences, both layouts of the inputs, frozen weights, the time
+of the GPU alone and of the host alone. bf16, heads of Qwen3.5-4B and of Falcon-H1-7B. `ms`: a call as a user makes it,
+all in turns, medians; `gpu_ms`: the kernels alone, by the profiler; `host_ms`: until a call returns. A library is timed
+only after its errors were within the budget; one that is missing, wrong or not ready is listed with the reason. Where
+ours are wrong the script ends with an error. Writes <gpu>-scans.json after each case.
 """
 
 import argparse
-import json
-import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,145 +22,216 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from s0kernels.bench import measure, scans  # noqa: E402
-from s0kernels.bench.baselines import MODELS, OPS, OUR_BUDGET, THEIR_BUDGET, Op, Scan, Values, state_for_each  # noqa: E402
+from s0kernels.bench import measure  # noqa: E402
+from s0kernels.bench.baselines import Scan  # noqa: E402
+from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, scan_inputs  # noqa: E402
+from s0kernels.bench.passes import OPS, OURS, Op, brief, case  # noqa: E402
+from s0kernels.bench.tables import markdown  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
+#: in the order of what one wants to know first; `alone`: too large for what other libraries keep
 CASES = {
     "1x8192": (1, 8192),
     "8x1024": (8, 1024),
-    "1x2048": (1, 2048),
-    "8x512": (8, 512),
     "48 ragged": RAGGED,
+    "8x512": (8, 512),
+    "1x2048": (1, 2048),
     "1x32768": (1, 32768),
 }
-HEADS = {"gated_delta_rule": MODELS["qwen3.5-4b"][1], "ssd": MODELS["falcon-h1-7b"][1]}
-SMOKE = {"2x20": (2, 20), "3 ragged": [9, 0, 7]}
-SMOKE_HEADS = {"gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16}, "ssd": {"H": 2, "P": 16, "G": 1, "N": 16}}
+ALONE = ("1x32768",)
+TINY_CASES = {"2x20": (2, 20), "3 ragged": [9, 0, 7]}
+VARIANTS = {"token-major": {}, "channel-first": {"channel_first": True}, "with z, D, dt_bias": {"extras": True}}
+#: which of ours is measured, and libraries that take minutes to compile
+BACKEND, SLOW = "triton", ("flash-qla",)
 
 
-def load(op: Op, values: Values) -> tuple[dict[str, Scan], dict[str, str]]:
-    """(implementations that may be timed, why the others may not)."""
-    runs, missing = {}, {}
-    device = values["s0"].device
-    for name in (scans.OURS, *op.baselines):
-        reason = None if name == scans.OURS else op.baselines[name].unusable(str(device))
-        try:
-            run = None if reason else scans.scan(op, name, "triton")
-            budget = OUR_BUDGET if name == scans.OURS else THEIR_BUDGET
-            reason = reason or op.out_of_budget(run, values, budget)
-        except Exception as error:  # whatever a library does here must not end the others' measurement
-            reason = scans.brief(error)
-        if reason is None:
-            runs[name] = run
-        else:
-            missing[name] = reason
+def settings(dry_run: bool) -> tuple[str, torch.dtype, dict, dict]:
+    """(device, dtype, cases, heads by op)."""
+    if dry_run:
+        return "cpu", torch.float16, TINY_CASES, TINY
+    if not torch.cuda.is_available():
+        sys.exit("there is no CUDA device (--dry-run tries the script without one)")
+    return "cuda", torch.bfloat16, CASES, {op: MODELS[model][1] for op, model in FLAGSHIPS.items()}
+
+
+def shapes(dry_run: bool, cases: list[str] | None = None) -> Iterator[tuple[Op, str, str, Callable[[], Values]]]:
+    """(op, case, variant, what makes the inputs): all cases token-major, then the first ones in other variants."""
+    device, dtype, known, heads = settings(dry_run)
+    first = list(known)[: 1 if dry_run else 2]
+    for variant, name in [("token-major", n) for n in known] + [(v, n) for v in list(VARIANTS)[1:] for n in first]:
+        for op in OPS.values():
+            if (cases is None or name in cases) and not ("z" in variant and op.name != "ssd"):
+                make = partial(scan_inputs, op.name, heads[op.name], known[name], device=device, dtype=dtype)
+                yield op, name, variant, partial(make, **VARIANTS[variant])
+
+
+def our_calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
+    """Everything of ours that is timed below, one call each."""
+    for op, name, variant, make in shapes(dry_run):
+        if name in ALONE:
+            continue
+        for what in ("forward", "backward", "frozen", "state"):
+
+            def call(op=op, make=make, what=what):
+                values = make()
+                for state in (True, False) if what == "forward" else (True,):
+                    case(op, op.by(BACKEND), values, what, state=state)()
+
+            yield f"{OURS}, {op.name}, {name}, {variant}, {what}", call
+
+
+def baseline_calls(dry_run: bool, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, Callable]]:
+    """Those of other libraries: of `names`, or of all that are not slow."""
+    device = settings(dry_run)[0]
+    for op, name, variant, make in shapes(dry_run):
+        for library, baseline in op.baselines.items():
+            wanted = library not in SLOW if names is None else library in names
+            if name not in ALONE and wanted and baseline.unusable(device) is None:
+
+                def call(op=op, make=make, library=library):
+                    case(op, op.by(library), make(), "backward")()
+
+                yield f"{library}, {op.name}, {name}, {variant}", call
+
+
+def usable(op: Op, dry_run: bool, baselines: bool, not_ready: list[str]) -> tuple[dict[str, Scan], dict[str, str]]:
+    """(implementations that may be timed, why the others may not); ours has to be among the first."""
+    device, dtype, _, heads = settings(dry_run)
+    judge = op.judge(scan_inputs(op.name, heads[op.name], (2, 20 if dry_run else 200), device=device, dtype=dtype))
+    if reason := op.why_not(OURS, judge, BACKEND):
+        raise RuntimeError(f"{op.name}: our own results are wrong: {reason}")
+    missing = {name: "was still compiling" for name in op.baselines if name in not_ready}
+    runs = {OURS: op.by(OURS, BACKEND)}
+    for name in op.baselines if baselines else ():
+        if name not in missing:
+            if reason := op.why_not(name, judge):
+                missing[name] = reason
+            else:
+                runs[name] = op.by(name)
     return runs, missing
 
 
-def medians(cases: dict[str, measure.Case], rounds: int, device: str) -> dict[str, float]:
-    times = measure.interleaved(cases, rounds=rounds, device=device)
-    return {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
+def backwards_of(values: Values) -> list[str]:
+    return ["backward", *(["frozen"] if any(name in values for name in WEIGHTS) else [])]
 
 
-def peak(case: measure.Case, device: str) -> float | None:
-    """MiB that it needs beyond the inputs."""
-    return measure.peak_memory(lambda: case, device=device) / 2**20 if device == "cuda" else None
-
-
-def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int, device: str) -> dict:
-    forward, backward, memory, refused = {}, {}, {}, {}
+def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int) -> dict:
+    device, ours = str(values["initial_state"].device), runs[OURS]
+    groups: dict[str, dict] = {"forward": {}, "backward": {}}
+    refused = {}
     for name, run in runs.items():
         try:
-            training = scans.case(op, run, values, "training")
-            memory[name] = peak(training, device)
-            training()
+            found = {f"{name}, forward": case(op, run, values, "forward")}
+            backwards = {f"{name}, {what}": case(op, run, values, what) for what in backwards_of(values)}
+            for timed in (found | backwards).values():
+                timed()
         except Exception as error:  # a case that a library does not know
-            refused[name] = scans.brief(error)
+            if name == OURS:
+                raise
+            refused[name] = brief(error)
             continue
-        forward[f"{name} forward, zero"] = scans.case(op, run, values, "forward", state=False)
-        forward[f"{name} forward, S0"] = scans.case(op, run, values, "forward")
-        backward[f"{name} backward"] = scans.case(op, run, values, "backward")
-    if scans.OURS in runs:
-        forward["s0kernels forward, S0 again"] = scans.case(op, runs[scans.OURS], values, "forward")
-        backward["s0kernels state-only backward"] = scans.case(op, runs[scans.OURS], values, "state")
-    times = medians(forward, rounds, device) | medians(backward, rounds, device)
-    return {"ms": times, "peak MiB": memory, "refused": refused}
+        groups["forward"] |= found
+        groups["backward"] |= backwards
+    groups["forward"] |= {
+        f"{OURS}, forward, zero": case(op, ours, values, "forward", state=False),
+        f"{OURS}, forward, S0 again": case(op, ours, values, "forward"),
+    }
+    groups["backward"][f"{OURS}, state"] = case(op, ours, values, "state")
+    row: dict = {"ms": {}, "gpu_ms": {}, "host_ms": {}, "refused": refused}
+    for cases in groups.values():
+        row["ms"] |= measure.medians(cases, rounds=rounds, device=device)
+        for name, timed in cases.items():
+            row["host_ms"][name] = measure.host_time(timed, 1 if device == "cpu" else 20)
+            if device != "cpu":
+                row["gpu_ms"][name] = sum(measure.kernel_times(timed).values())
+    if device != "cpu":
+        cases = {name: case(op, run, values, "training") for name, run in runs.items() if name not in refused}
+        peaks = {name: measure.peak_memory(lambda timed=timed: timed, device=device) for name, timed in cases.items()}
+        row["peak_mib"] = {name: peak / 2**20 for name, peak in peaks.items()}
+    return row
 
 
-def steps(op: Op, heads: dict, device: str, dtype: torch.dtype, batches: list[int], rounds: int) -> list:
-    found = []
-    for batch in batches:
-        values = op.make((batch, 1), heads, device, dtype)
-        pool = state_for_each(values, batch).clone()
-        rows = torch.arange(batch, device=device, dtype=torch.int32)
-        cases = {
-            "step": op.step(values, pool, backend="triton"),
-            "step by index": op.step(values, pool, backend="triton", state_indices=rows),
-            "copy of the states": partial(pool.clone().copy_, pool),
-        }
-        with torch.no_grad():
-            found.append({"batch": batch, "ms": medians(cases, rounds, device)})
-    return found
+def parser_of(text: str, machine_part: str) -> argparse.ArgumentParser:
+    """What the scripts of `make gpu` share."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case begins")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-baselines", action="store_true", help="ours alone")
+    parser.add_argument("--not-ready", nargs="+", default=[], metavar="NAME", help="baselines to be left out")
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs on a CPU, in Triton's interpreter")
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/<gpu>-{machine_part}.json")
+    return parser
+
+
+class Results:
+    """A file that is written after every step, and the time for them."""
+
+    def __init__(self, options: argparse.Namespace, part: str):
+        device = settings(options.dry_run)[0]
+        self._end, self._seconds = time.monotonic() + options.seconds, options.seconds
+        self.found = {"machine": measure.machine(device), "left out": []}
+        self._file = options.out or HERE / "results" / f"{measure.machine_name(self.found['machine'])}-{part}.json"
+
+    def late(self, what: str) -> bool:
+        """Whether it is too late for another case, which is then said."""
+        if time.monotonic() < self._end:
+            return False
+        self.found["left out"].append(f"{what}: no time was left after {self._seconds:.0f} s")
+        return True
+
+    def write(self) -> None:
+        measure.write_json(self._file, self.found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--ops", default=",".join(OPS))
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--smoke", action="store_true", help="tiny inputs on a CPU, in Triton's interpreter")
-    parser.add_argument("--out", type=Path)
+    parser = parser_of(__doc__, "scans")
+    parser.add_argument("--cases", nargs="+", choices=CASES)
     options = parser.parse_args()
-    if options.smoke:
-        device, dtype, cases, batches, lengths, options.rounds = "cpu", torch.float16, SMOKE, [2], [30, 5], 1
-    else:
-        if not torch.cuda.is_available():
-            sys.exit("there is no CUDA device (--smoke tries the script without one)")
-        device, dtype, batches, lengths = "cuda", torch.bfloat16, [1, 8, 32, 256], (2, 200)
-        cases = {name: CASES[name] for name in options.cases.split(",")}
-    results = {"machine": measure.machine(device), "dtype": str(dtype)[6:]}
-    for name in options.ops.split(","):
-        op, heads = OPS[name], (SMOKE_HEADS if options.smoke else HEADS)[name]
-        runs, missing = load(op, op.make(lengths, heads, device, dtype))
-        for library, why in missing.items():
-            print(f"{name}, not timed: {library}: {why}")
-        entry = results[name] = {"heads": heads, "not timed": missing, "scans": []}
-        for case, sizes in cases.items():
-            for channel_first in (False, True):
-                values = op.make(sizes, heads, device, dtype, channel_first)
-                row = {"case": case, "layout": "channel-first" if channel_first else "token-major"}
-                entry["scans"].append(row | measured(op, runs, values, options.rounds, device))
-                print(json.dumps(entry["scans"][-1]), flush=True)
-        if scans.OURS in runs:
-            entry["steps"] = steps(op, heads, device, dtype, batches, options.rounds)
-        print(f"\n{name}\n{table(op, entry)}\n", flush=True)
-    out = options.out or HERE / "results" / f"{measure.machine_name(results['machine'])}-scans.json"
-    measure.write_json(out, results)
+    options.rounds = 1 if options.dry_run else options.rounds
+    results, runs = Results(options, "scans"), {}
+    results.found |= {"not timed": {}, "rows": []}
+    for op in OPS.values():
+        runs[op.name], missing = usable(op, options.dry_run, not options.no_baselines, options.not_ready)
+        results.found["not timed"][op.name] = missing
+    for op, name, variant, make in shapes(options.dry_run, options.cases):
+        row = {"op": op.name, "case": name, "variant": variant}
+        if not results.late(" ".join(row.values())):
+            these = {n: run for n, run in runs[op.name].items() if n == OURS or name not in ALONE}
+            results.found["rows"].append(row | measured(op, these, make(), options.rounds))
+            results.write()
+            if not options.dry_run:
+                torch.cuda.empty_cache()
+    results.write()
+    print(table(results.found))
 
 
-def table(op: Op, results: dict) -> str:
-    """Markdown: milliseconds, and in brackets what the fastest other library takes for each of ours."""
-    lines = [
-        "| case | layout | forward, S0 | backward | state-only | S0 / zero | S0 / S0 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["scans"]:
+def table(results: dict) -> str:
+    """Milliseconds as a user sees them and, after a stroke, of the GPU alone; in brackets how much longer the fastest
+    other library takes, both ways."""
+
+    def cell(row: dict, what: str) -> str:
+        parts = []
+        for kind in ("ms", "gpu_ms"):
+            ms = row[kind]
+            if (mine := ms.get(f"{OURS}, {what}")) is not None:
+                others = {n.removesuffix(f", {what}"): x / mine for n, x in ms.items() if n.endswith(f", {what}")}
+                others.pop(OURS)
+                best = min(others, key=lambda name: others[name], default=None)
+                parts.append(f"{mine:.3f}" + (f" ({best} {others[best]:.2f}x)" if best else ""))
+        return " / ".join(parts)
+
+    head = ["", "case", "variant", "forward", "backward", "frozen", "S0 alone", "S0 / zero", "S0 / S0", "host, forward"]
+    lines = []
+    for row in results["rows"]:
         ms = row["ms"]
-        if "s0kernels forward, S0" not in ms:
-            continue
-
-        def cell(what: str, ms: dict = ms) -> str:
-            mine = ms[f"s0kernels {what}"]
-            others = {name: ms[f"{name} {what}"] / mine for name in op.baselines if f"{name} {what}" in ms}
-            best = min(others, key=others.get, default=None)
-            return f"{mine:.3f}" + (f" ({best} {others[best]:.2f}x)" if best else "")
-
-        zero, again = (ms["s0kernels forward, S0"] / ms[f"s0kernels forward, {x}"] for x in ("zero", "S0 again"))
-        cells = [row["case"], row["layout"], cell("forward, S0"), cell("backward")]
-        cells += [f"{ms['s0kernels state-only backward']:.3f}", f"{zero:.3f}", f"{again:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        mine = ms[f"{OURS}, forward"]
+        ratios = [f"{mine / ms[f'{OURS}, forward, {other}']:.3f}" for other in ("zero", "S0 again")]
+        cells = [cell(row, what) for what in ("forward", "backward", "frozen", "state")]
+        host = f"{row['host_ms'][f'{OURS}, forward']:.3f}"
+        lines.append([row["op"], row["case"], row["variant"], *cells, *ratios, host])
+    notes = [f"not timed, {op}: {n}: {why}" for op, found in results["not timed"].items() for n, why in found.items()]
+    refused = {f"refused: {n}: {why}" for row in results["rows"] for n, why in row["refused"].items()}
+    return "\n".join([markdown(head, lines), "", *notes, *sorted(refused), *results["left out"]])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def calls(monkeypatch):
 @contextlib.contextmanager
 def part_by_part():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S0Mixer, "_fused_backend", lambda *arguments: None)
+        patch.setattr(S0Mixer, "fused_backend", lambda *arguments: None)
         yield
 
 

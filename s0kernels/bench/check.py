@@ -68,20 +68,30 @@ def errors(found: Sequence[Results], truth: Sequence[Results]) -> Errors:
     return {name: (square(name, True) / square(name, False)) ** 0.5 for name in truth[0]}
 
 
-def beyond(
-    results: Callable[[Callable, Values], Results], plain: Callable, tried: Callable, values: Values, times: float
-):
-    """None where the errors of `tried` against `plain` in fp64 are at most `times` those of `plain` in the dtype of the
-    inputs, and its rounding; else what is not. `results(implementation, values)` runs either."""
-    exact = {n: x.double() if x.is_floating_point() else x for n, x in values.items()}
-    truth = {n: x.cpu() for n, x in results(plain, exact).items()}
-    allowed, found = (errors([results(run, values)], [truth]) for run in (plain, tried))
-    rounding = torch.finfo(next(iter(values.values())).dtype).eps
-    for name, error in found.items():
-        budget = times * allowed[name] + rounding
-        if not error <= budget:  # nor where it is NaN
-            return f"error of {name}: {error:.1e}, allowed {budget:.1e}"
-    return None
+class Judge:
+    """The recurrence on some inputs, in fp64 and in their own dtype, for implementations to be held against.
+
+    `results(implementation, values)` runs one; `recurrence` is the one to trust.
+    """
+
+    def __init__(self, results: Callable[[Callable, Values], Results], recurrence: Callable, values: Values):
+        self._results, self.values = results, values
+        exact = {n: x.double() if x.is_floating_point() else x for n, x in values.items()}
+        self._truth = {n: x.cpu() for n, x in results(recurrence, exact).items()}
+        self._allowed = self._errors(recurrence)
+        self._rounding = torch.finfo(next(iter(values.values())).dtype).eps
+
+    def _errors(self, run: Callable) -> Errors:
+        return errors([self._results(run, self.values)], [self._truth])
+
+    def beyond(self, tried: Callable, times: float) -> str | None:
+        """None where all errors are at most `times` those of the recurrence in the dtype of the inputs, and its
+        rounding; else what is not."""
+        for name, error in self._errors(tried).items():
+            budget = times * self._allowed[name] + self._rounding
+            if not error <= budget:  # nor where it is NaN
+                return f"error of {name}: {error:.1e}, allowed {budget:.1e}"
+        return None
 
 
 # Every op

@@ -18,6 +18,7 @@ import torch
 
 from s0kernels.bench import measure, tables
 from s0kernels.bench.baselines import BASELINES
+from s0kernels.bench.check import Judge
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, cut
 from s0kernels.bench.passes import DTYPES, OPS, OURS, PASSES, Shape, brief, case, operations, step_case, traffic
 from s0kernels.calls import Call
@@ -47,14 +48,14 @@ class Bench:
         kind = str(dtype).removeprefix("torch.")
         return max(rates[kind], rates["float32"]) if torch.device(self.device).type == "cpu" else rates[kind]
 
-    def baselines(self, shape: Shape, values: Values) -> list[str]:
+    def baselines(self, shape: Shape, judge: Judge) -> list[str]:
         """Those that can be timed; the others go to `missing`."""
         op, usable = shape.op, []
         known = [*op.baselines, "torch"]
         names = list(op.baselines) if self.against is None else [n for n in self.against if n in known]
         missing = self.missing.setdefault(op.name, {})
         for name in names:
-            reason = op.why_not(name, cut(values, 1, _CHECKED))
+            reason = op.why_not(name, judge)
             if reason is None:
                 usable.append(name)
             else:
@@ -63,9 +64,10 @@ class Bench:
 
     def rows(self, shape: Shape, dtype: torch.dtype, passes: list[str], memory: bool) -> Iterator[dict]:
         values = shape.values(self.device, dtype)
-        if reason := shape.op.why_not(OURS, cut(values, 1, _CHECKED), self.backend):
+        judge = shape.op.judge(cut(values, 1, _CHECKED))
+        if reason := shape.op.why_not(OURS, judge, self.backend):
             raise RuntimeError(f"{shape}: our own results are wrong, so there is no speed to report: {reason}")
-        names = [OURS, *self.baselines(shape, values)]
+        names = [OURS, *self.baselines(shape, judge)]
         with contextlib.ExitStack() as stack:
             process = None
             if memory and torch.device(self.device).type == "cpu":
@@ -80,7 +82,7 @@ class Bench:
         op = shape.op
         if what != "step":
             return case(op, op.by(name, self.backend), values, what)
-        if reason := op.why_not(name, values, self.backend, step=True):
+        if reason := op.why_not(name, op.judge(values, step=True), self.backend, step=True):
             raise ValueError(reason)
         return step_case(op, op.step_by(name, self.backend), values)
 

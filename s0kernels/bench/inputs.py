@@ -27,7 +27,7 @@ FLAGSHIPS = {"gated_delta_rule": "qwen3.5-4b", "ssd": "falcon-h1-7b"}
 #: heads that take no time
 TINY: dict[str, Heads] = {
     "gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16},
-    "ssd": {"H": 8, "P": 16, "G": 1, "N": 16},
+    "ssd": {"H": 2, "P": 16, "G": 1, "N": 16},
 }
 #: inputs of a scan that are weights of a model; all others are activations
 WEIGHTS = ("A", "D", "dt_bias")

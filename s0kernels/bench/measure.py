@@ -191,6 +191,41 @@ def _cuda_sample(device: torch.device) -> Callable[[Case, int], float]:
     return sample
 
 
+def medians(cases: dict[str, Case], *, rounds: int = 15, device: str | torch.device = "cpu") -> dict[str, float]:
+    """Milliseconds of cases that take turns."""
+    times = interleaved(cases, rounds=rounds, device=device)
+    return {name: 1e3 * float(np.median(samples)) for name, samples in times.items()}
+
+
+def kernel_times(case: Case, calls: int = 3) -> dict[str, float]:
+    """Milliseconds that a GPU spends in each kernel of a call, by name, without the time between kernels; what was
+    compiled before. The first of the calls is not counted."""
+    case()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(calls):
+            case()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            found[event.name()] = found.get(event.name(), 0.0) + event.duration_ns() / 1e6 / calls
+    return found
+
+
+def host_time(case: Case, calls: int = 30) -> float:
+    """Milliseconds until a call has put its work on an idle GPU and returned; median."""
+    case()
+    took = []
+    for _ in range(calls):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        case()
+        took.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(took))
+
+
 class Ratio(NamedTuple):
     median: float
     low: float

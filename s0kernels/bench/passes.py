@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from s0kernels import ops
-from s0kernels.bench import check
 from s0kernels.bench.baselines import BASELINES, Baseline, Scan, Step
-from s0kernels.bench.check import OUR_BUDGET, THEIR_BUDGET
+from s0kernels.bench.check import OUR_BUDGET, THEIR_BUDGET, Judge, gradients
 from s0kernels.bench.inputs import MODELS, NOT_INPUTS, WEIGHTS, Heads, Values, scan_inputs, state_for_each, token
 from s0kernels.bench.measure import Case
 from s0kernels.ops import registry
@@ -61,35 +60,29 @@ class Op:
             raise ValueError("has no function for one token")
         return make()
 
-    def out_of_budget(self, run: Scan, values: Values, times: float) -> str | None:
-        """None where outputs and gradients are as good as `check.beyond` demands, else what is not."""
+    def judge(self, values: Values, *, step: bool = False) -> Judge:
+        """For outputs and gradients of the scan, or for the output of one token and the states that it leaves."""
 
-        def results(scan: Scan, values: Values) -> dict[str, Tensor]:
-            return check.gradients(lambda leaves: scan(leaves, True), values)
+        def of_scan(scan: Scan, values: Values) -> dict[str, Tensor]:
+            return gradients(lambda leaves: scan(leaves, True), values)
 
-        return check.beyond(results, partial(self.scan, backend="reference"), run, values, times)
-
-    def step_out_of_budget(self, step: Step, values: Values, times: float) -> str | None:
-        """The same of the output of one token and of the states it leaves."""
-
-        def results(step: Step, values: Values) -> dict[str, Tensor]:
+        def of_step(step: Step, values: Values) -> dict[str, Tensor]:
             pool = state_for_each(values, values[self.output].shape[0]).clone()
             found = step(values, pool)()
             output, final = found if isinstance(found, tuple) else (found, pool)
             return {"output": output.flatten(), "state": final}
 
-        return check.beyond(results, partial(self.step, backend="reference"), step, values, times)
+        recurrence = partial(self.step if step else self.scan, backend="reference")
+        return Judge(of_step if step else of_scan, recurrence, values)
 
-    def why_not(self, name: str, values: Values, backend: str | None = None, *, step: bool = False) -> str | None:
-        """None where the implementation may be timed: it is here, and right on these values."""
+    def why_not(self, name: str, judge: Judge, backend: str | None = None, *, step: bool = False) -> str | None:
+        """None where the implementation may be timed: it is here, and right."""
         ours = name in (OURS, *registry.ORDER)
-        if not ours and (reason := self.baselines[name].unusable(str(values["initial_state"].device))):
+        if not ours and (reason := self.baselines[name].unusable(str(judge.values["initial_state"].device))):
             return reason
-        budget = OUR_BUDGET if ours else THEIR_BUDGET
         try:
-            if step:
-                return self.step_out_of_budget(self.step_by(name, backend), values, budget)
-            return self.out_of_budget(self.by(name, backend), values, budget)
+            run = self.step_by(name, backend) if step else self.by(name, backend)
+            return judge.beyond(run, OUR_BUDGET if ours else THEIR_BUDGET)
         except Exception as error:  # whatever a library does here must not end the others' measurement
             return brief(error)
 

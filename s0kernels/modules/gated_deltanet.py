@@ -40,7 +40,7 @@ class S0GatedDeltaNet(S0Mixer):
         conv, norm, cache = self.conv1d, self.norm, rows.cache
         eps = norm_eps(norm)
         parameters = (conv.weight, conv.bias, self.A_log, self.dt_bias, norm.weight)
-        backend = self._fused_backend("gated_delta_mixer_step", rows, mixed, z, b, a, *parameters)
+        backend = self.fused_backend("gated_delta_mixer_step", rows, mixed, z, b, a, *parameters)
         if backend is None or eps is None:
             return None
         return gated_delta_mixer_step(

@@ -48,7 +48,7 @@ class S0Mamba2Mixer(S0Mixer):
             if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm know no groups
                 return None
         parameters = (conv.weight, conv.bias, self.A_log, self.D, self.dt_bias, norm)
-        backend = self._fused_backend("ssd_mixer_step", rows, mixed, gate, dt, *parameters)
+        backend = self.fused_backend("ssd_mixer_step", rows, mixed, gate, dt, *parameters)
         if backend is None or eps is None:
             return None
         return ssd_mixer_step(

@@ -95,7 +95,7 @@ class S0Mixer(nn.Module):
             rows.cache.store_window(x, rows.padding)  # in place, so after its last use
         return output if hook is None else hook.post_forward(self.conv1d, output)
 
-    def _fused_backend(self, op: str, rows: "Rows", mixed: Tensor, *tensors: Tensor | None) -> str | None:
+    def fused_backend(self, op: str, rows: "Rows", mixed: Tensor, *tensors: Tensor | None) -> str | None:
         """The backend that takes this forward's one token through everything between the projections at once; None
         where the parts have to run one by one. `tensors` are what else goes in, parameters included."""
         cache = rows.cache

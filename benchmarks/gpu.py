@@ -1,0 +1,224 @@
+"""Everything that a GPU is needed for, in one command: are the kernels right, how fast are they, which tiles are best.
+
+    make gpu [OUT=folder] [OPTIONS="..."]    or    python benchmarks/gpu.py [--out folder] [--minutes 8]
+    python benchmarks/gpu.py --dry-run       tiny inputs, without a GPU: does the script work?
+
+Runs from the source tree with a machine's own Python; nothing is installed.
+
+1. All that will run is compiled, in a process for each core, into one cache; libraries beside ours warm up meanwhile.
+   The compiled steps are built where there is an nvcc.
+2. `tests`: `pytest -m gpu`, in parallel.
+3. `scans`, `decode`, `tiles`: gpu_scans.py, gpu_decode.py and gpu_tiles.py, each alone on the chip.
+
+Each part has a share of the time that is left, leaves out what would begin after it, and says so. A part writes
+<gpu>-<part>.json after every step; tables come last. The exit status is 1 where a test failed, a result was wrong or a
+part did not end.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import gpu_decode  # noqa: E402
+import gpu_scans  # noqa: E402
+import gpu_tiles  # noqa: E402
+
+from s0kernels.bench import measure  # noqa: E402
+
+#: shares of the time, in this order; compiling is the first
+SHARES = {"compile": 110, "tests": 130, "scans": 100, "decode": 50, "tiles": 70}
+PARTS = ("tests", "scans", "decode", "tiles")
+SCRIPTS = {"scans": gpu_scans, "decode": gpu_decode, "tiles": gpu_tiles}
+TEST = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)")
+
+
+class Run:
+    """What all parts share: options, the environment of their processes, and the time."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.began = options, time.monotonic()
+        self.machine = measure.machine("cpu" if options.dry_run else "cuda")
+        self.name = measure.machine_name(self.machine)
+        self.out = options.out
+        self.logs = self.out / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        #: flash-linear-attention shall not call FlashQLA by itself
+        self.environment = {
+            "TRITON_CACHE_DIR": str(ROOT / "build" / "triton-cache"),
+            **os.environ,
+            "FLA_FLASH_QLA": "0",
+        }
+        if options.dry_run:
+            self.environment["TRITON_INTERPRET"] = "1"
+        self.children: list[subprocess.Popen] = []
+
+    def file(self, part: str) -> Path:
+        return self.out / f"{self.name}-{part}.json"
+
+    def share(self, part: str) -> float:
+        """Seconds for a part, of all that are left."""
+        left = 60 * self.options.minutes - (time.monotonic() - self.began)
+        waiting = [name for name in SHARES if name == "compile" or name in self.options.parts]
+        waiting = waiting[waiting.index(part) :]
+        return max(0.0, left * SHARES[part] / sum(SHARES[name] for name in waiting))
+
+    def start(self, name: str, *command: str) -> subprocess.Popen:
+        """A process, with all its children in a group, which writes to a log of its own. Tests see no baselines."""
+        seen = [str(self.options.baselines)] if self.options.baselines and name != "tests" else []
+        path = os.pathsep.join([str(ROOT), *seen, *filter(None, [os.environ.get("PYTHONPATH")])])
+        options = {"cwd": ROOT, "env": {**self.environment, "PYTHONPATH": path}, "start_new_session": True}
+        with (self.logs / f"{name}.log").open("w") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+        self.children.append(child)
+        return child
+
+    def log(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text(errors="replace")
+
+    def stop(self, child: subprocess.Popen) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+    def wait(self, child: subprocess.Popen, seconds: float) -> int | None:
+        """The exit status, or None: it was stopped, because it took longer."""
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.stop(child)
+            return None
+
+
+def script(run: Run, name: str, *arguments: str) -> list[str]:
+    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    return command + (["--dry-run"] if run.options.dry_run else [])
+
+
+def compile_all(run: Run) -> tuple[list[str], subprocess.Popen | None]:
+    """(what did not compile, the process that warms up what takes too long to wait for)."""
+    seconds, options = run.share("compile"), run.options
+    print(f"compiling in {options.processes} processes, at most {seconds:.0f} s", flush=True)
+    build = slow = None
+    if not options.dry_run:
+        build = run.start("build", "make", "--silent", "gpu-kernels", f"PYTHON={sys.executable}")
+    baselines = [] if options.no_baselines else ["--baselines"]
+    if baselines:
+        slow = run.start("compile-slow", *script(run, "gpu_compile", "--slow"))
+    count = options.processes
+    workers = {
+        f"compile-{i}": run.start(f"compile-{i}", *script(run, "gpu_compile", str(i), str(count), *baselines))
+        for i in range(count)
+    }
+    end, problems = time.monotonic() + seconds, []
+    for name, child in workers.items():
+        status = run.wait(child, max(0.0, end - time.monotonic()))
+        problems += [line for line in run.log(name).splitlines() if line.startswith(f"did not run: {gpu_scans.OURS}")]
+        if status is None:
+            problems.append(f"{name}: not ready after {seconds:.0f} s")
+        elif status != 0:
+            problems.append(f"{name}: exit status {status}: {tail(run.log(name), 1)}")
+    if build is not None and run.wait(build, max(1.0, end - time.monotonic())) != 0:
+        problems.append(f"the compiled steps were not built: {tail(run.log('build'), 1)}")
+    return problems, slow
+
+
+def tail(text: str, lines: int) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def tests(run: Run) -> list[str]:
+    """What failed. A test that had not ended when the time was over counts as one that failed."""
+    seconds = run.share("tests")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["--numprocesses", str(run.options.processes), "tests"]
+    status = run.wait(run.start("tests", *command), seconds)
+    results, problems = {}, []
+    for line in run.log("tests").splitlines():
+        for before, test, other, after in TEST.findall(line):
+            results[test or other] = before or after
+    failed = sorted(test for test, found in results.items() if found in ("FAILED", "ERROR"))
+    counts = {kind: sum(found == kind for found in results.values()) for kind in ("PASSED", "SKIPPED")}
+    if status is None:
+        problems.append(f"the tests did not end in {seconds:.0f} s")
+    elif status not in (0, 1) or not (counts["PASSED"] or run.options.dry_run):
+        problems.append(f"pytest ended with {status}: {tail(run.log('tests'), 3)}")
+    found = {"machine": run.machine, "passed": counts["PASSED"], "skipped": counts["SKIPPED"], "failed": failed}
+    messages = re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", run.log("tests"), re.MULTILINE)
+    measure.write_json(run.file("tests"), found | {"messages": messages, "problems": problems})
+    print(f"tests: {counts['PASSED']} passed, {counts['SKIPPED']} skipped, {len(failed)} failed", flush=True)
+    return problems + [f"failed: {test}" for test in failed]
+
+
+def timed(run: Run, part: str, slow: subprocess.Popen | None) -> list[str]:
+    """One of the scripts that have the chip for themselves."""
+    seconds = run.share(part)
+    arguments = ["--out", str(run.file(part)), "--seconds", f"{0.85 * seconds:.0f}"]
+    if run.options.no_baselines:
+        arguments.append("--no-baselines")
+    elif part == "scans" and slow is not None and slow.poll() is None:
+        run.stop(slow)  # the chip is for one
+        arguments += ["--not-ready", *gpu_scans.SLOW]
+    print(f"{part}: at most {seconds:.0f} s", flush=True)
+    status = run.wait(run.start(part, *script(run, f"gpu_{part}", *arguments)), seconds)
+    if status == 0:
+        return []
+    return [f"{part}: {'did not end' if status is None else tail(run.log(part), 1)}"]
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="default: benchmarks/results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="default: one per core")
+    parser.add_argument("--baselines", type=Path, help="a folder with libraries to compare with, put on the path")
+    parser.add_argument("--no-baselines", action="store_true", help="measure ours alone")
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs on a CPU, in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0 or options.processes < 1:
+        parser.error("--minutes and --processes must be positive")
+    if options.baselines is not None and not options.baselines.is_dir():
+        parser.error(f"--baselines must be a folder, and {options.baselines} is none")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("there is no CUDA device (--dry-run tries the script without one)")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    run, slow = Run(options_of(arguments)), None
+    problems: dict[str, list[str]] = {}
+    try:
+        problems["compile"], slow = compile_all(run)
+        waiting = list(run.options.parts)
+        while waiting:
+            late = waiting[0] == "scans" and slow is not None and slow.poll() is None and len(waiting) > 1
+            part = waiting.pop(1 if late else 0)  # whatever needs what still compiles is last
+            problems[part] = tests(run) if part == "tests" else timed(run, part, slow)
+    finally:
+        for child in run.children:
+            if child.poll() is None:
+                run.stop(child)
+    for part, module in SCRIPTS.items():
+        if part in run.options.parts and run.file(part).is_file():
+            print(f"\n{module.table(json.loads(run.file(part).read_text()))}")
+    found = [problem for part in problems.values() for problem in part]
+    print(f"\n{time.monotonic() - run.began:.0f} s; results and logs are in {run.out}")
+    print("\n".join(found) or "no problems")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Which tiles are best on this GPU: every stage of every scan with each candidate. `make gpu` runs this.
+
+    python benchmarks/gpu_tiles.py [--seconds 60]    (from the source tree, nothing installed)
+    TRITON_INTERPRET=1 python benchmarks/gpu_tiles.py --dry-run
+
+One candidate for all stages runs in one call, and the profiler times each kernel alone, so a sweep takes as many calls
+as there are candidates. The schedule of the forward stays today's. Results that differ from those with today's tiles
+end the script with an error. Writes <gpu>-tiles.json after each case: microseconds of each kernel with today's tiles
+and with each candidate.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import gpu_scans  # noqa: E402
+
+from s0kernels.backends.triton import delta, launch, mamba  # noqa: E402
+from s0kernels.backends.triton.launch import Tiles  # noqa: E402
+from s0kernels.bench import measure  # noqa: E402
+from s0kernels.bench.inputs import Values  # noqa: E402
+from s0kernels.bench.passes import OPS, Op, brief, case  # noqa: E402
+from s0kernels.bench.tables import markdown  # noqa: E402
+
+TABLES: dict[str, dict] = {"gated_delta_rule": delta.TILES, "ssd": mamba.TILES}
+#: of a table, before those that are today's on some chip
+CANDIDATES = [Tiles(*x) for x in itertools.product((32, 64, 128), (4, 2, 8), (2, 1, 3))]
+TINY_CANDIDATES = [Tiles(16, 4, 1), Tiles(32, 4, 2)]
+SCHEDULE = "S0KERNELS_TRITON_SCHEDULE"
+PASSES = ("forward", "backward", "state")
+#: what a kernel may differ in by the order of its sums, relative to the largest number, by dtype
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@contextlib.contextmanager
+def changed(op: Op, table: dict, schedule: str | None = None) -> Iterator[None]:
+    """With these tables of tiles in place of today's, and with this schedule."""
+    today, before = dict(TABLES[op.name]), os.environ.get(SCHEDULE)
+    TABLES[op.name].update(table)
+    if schedule is not None:
+        os.environ[SCHEDULE] = schedule
+    try:
+        yield
+    finally:
+        TABLES[op.name].update(today)
+        os.environ.pop(SCHEDULE, None)
+        if before is not None:
+            os.environ[SCHEDULE] = before
+
+
+def keys(op: Op, values: Values) -> list[tuple[str, int]]:
+    """Of the tables that inputs like these look into."""
+    return [key for key in TABLES[op.name] if key[1] == values[op.output].element_size()]
+
+
+def stages(op: Op, values: Values, what: str) -> dict[str, str]:
+    """The stage of each kernel that a pass launches, by the kernel's name."""
+    run = case(op, op.by(gpu_scans.BACKEND), values, what)
+    marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # no two alike
+    with launch.recording(launch.target_of(values["initial_state"].device)) as today:
+        run()
+    table = {key: {0: (mark,)} for mark, key in marks.items()}
+    with changed(op, table), launch.recording(launch.target_of(values["initial_state"].device)) as marked:
+        run()
+    found = {one.kernel.__name__: marks[one.tiles][0] for one in marked if one.tiles in marks}
+    return {one.kernel.__name__: found[one.kernel.__name__] for one in today if one.kernel.__name__ in found}
+
+
+def schedule_of(op: Op, values: Values) -> str:
+    """Today's of the forward."""
+    return "split" if "output" in stages(op, values, "forward").values() else "fused"
+
+
+def using(op: Op, values: Values, candidate: Tiles):
+    """Every stage takes this candidate."""
+    return changed(op, {key: {0: (candidate,)} for key in keys(op, values)}, schedule_of(op, values))
+
+
+def cases(dry_run: bool) -> Iterator[tuple[Op, str, Callable[[], Values]]]:
+    """The two cases that matter most, token-major."""
+    first = list(gpu_scans.settings(dry_run)[2])[:2]
+    for op, name, variant, make in gpu_scans.shapes(dry_run, first):
+        if variant == "token-major":
+            yield op, name, make
+
+
+def calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
+    """All candidates, once, for gpu_compile.py."""
+    for op, name, make in cases(dry_run):
+        for candidate in TINY_CANDIDATES if dry_run else CANDIDATES:
+
+            def call(op=op, make=make, candidate=candidate):
+                values = make()
+                with using(op, values, candidate):
+                    for what in PASSES:
+                        case(op, op.by(gpu_scans.BACKEND), values, what)()
+
+            yield f"{op.name}, {name}, {candidate[:3]}", call
+
+
+def outcome(op: Op, values: Values) -> list[Tensor]:
+    """Everything that the passes compute."""
+    run = op.by(gpu_scans.BACKEND)
+    return [*case(op, run, values, "forward")(), *case(op, run, values, "backward")()]
+
+
+def differs(found: list[Tensor], expected: list[Tensor]) -> str | None:
+    for a, b in zip(found, expected, strict=True):
+        apart = float((a.double() - b.double()).abs().max() / b.double().abs().max())
+        limit = TOLERANCE.get(b.dtype, max(TOLERANCE.values()))
+        if not apart <= limit:
+            return f"by {apart:.1e} of the largest number, {limit:.0e} allowed"
+    return None
+
+
+def swept(op: Op, values: Values, candidates: list[Tiles], times: Callable[[Callable], dict[str, float]]) -> dict:
+    """Microseconds by pass, kernel and tiles; candidates that cannot run, with the reason; and wrong results."""
+    expected = outcome(op, values)
+    row: dict = {"us": {}, "stage": {}, "refused": {}, "wrong": {}}
+    for what in PASSES:
+        run = case(op, op.by(gpu_scans.BACKEND), values, what)
+        row["stage"] |= stages(op, values, what)
+        row["us"][what] = {name: {"today": 1e3 * ms} for name, ms in times(run).items()}
+    for candidate in candidates:
+        label = str(tuple(candidate[:3]))
+        try:
+            with using(op, values, candidate):
+                if reason := differs(outcome(op, values), expected):
+                    row["wrong"][label] = reason
+                    continue
+                for what in PASSES:
+                    run = case(op, op.by(gpu_scans.BACKEND), values, what)
+                    for name, ms in times(run).items():
+                        row["us"][what].setdefault(name, {})[label] = 1e3 * ms
+        except Exception as error:  # too large for this chip, for one
+            row["refused"][label] = brief(error)
+    return row
+
+
+def counted(run: Callable) -> dict[str, float]:
+    """In place of times, where there is no GPU: how many programs each kernel has."""
+    with launch.recording(launch.target_of(torch.device("cpu"))) as launches:
+        run()
+    return {one.kernel.__name__: float(one.programs) for one in launches}
+
+
+def main() -> None:
+    parser = gpu_scans.parser_of(__doc__, "tiles")
+    options = parser.parse_args()
+    results = gpu_scans.Results(options, "tiles")
+    results.found["rows"] = []
+    wrong = []
+    for op, name, make in cases(options.dry_run):
+        if results.late(f"{op.name}, {name}"):
+            continue
+        candidates = TINY_CANDIDATES if options.dry_run else CANDIDATES
+        times = counted if options.dry_run else measure.kernel_times
+        row = {"op": op.name, "case": name} | swept(op, make(), candidates, times)
+        results.found["rows"].append(row)
+        results.write()
+        wrong += [f"{op.name}, {name}, {tiles}: {why}" for tiles, why in row["wrong"].items()]
+    results.write()
+    print(table(results.found))
+    if wrong:
+        sys.exit("\n".join(["other results than with today's tiles:", *wrong]))
+
+
+def table(results: dict) -> str:
+    """For each kernel today's time, the best candidate and what it gains."""
+    lines = []
+    for row in results["rows"]:
+        for what, kernels in row["us"].items():
+            for kernel, us in kernels.items():
+                stage = row["stage"].get(kernel)
+                if stage is None or "today" not in us:  # torch's own, or another schedule
+                    continue
+                best = min(us, key=lambda tiles: us[tiles])
+                gain = f"{us['today'] / us[best]:.2f}x"
+                lines.append(
+                    [row["op"], row["case"], what, stage, kernel, f"{us['today']:.0f}", best, f"{us[best]:.0f}", gain]
+                )
+    head = ["", "case", "pass", "stage", "kernel", "us today", "best (tile, warps, stages)", "us", "gain"]
+    refused = {f"refused: {row['op']}: {n}: {why}" for row in results["rows"] for n, why in row["refused"].items()}
+    return "\n".join([markdown(head, lines), "", *sorted(refused), *results["left out"]])
+
+
+assert set(TABLES) == set(OPS)
+
+if __name__ == "__main__":
+    main()

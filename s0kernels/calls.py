@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class DeltaInputs(NamedTuple):
-    """Of the gated delta rule; a step has no T. v may be missing in the backward of the initial state alone."""
+    """Of the gated delta rule; a step has no T. v is None in the backward of the initial state alone."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor
-    v: Tensor | None  # [B, T, HV, V]
+    v: Tensor  # [B, T, HV, V]
     g: Tensor  # [B, T, HV]
     beta: Tensor
 
@@ -27,12 +27,12 @@ class DeltaOptions(NamedTuple):
 
 
 class SSDInputs(NamedTuple):
-    """Of Mamba-2 SSD; a step has no T. x, B and D may be missing in the backward of the initial state alone."""
+    """Of Mamba-2 SSD; a step has no T. x, B and D are None in the backward of the initial state alone."""
 
-    x: Tensor | None  # [B, T, H, P]
+    x: Tensor  # [B, T, H, P]
     dt: Tensor  # [B, T, H]
     A: Tensor  # [H]
-    B: Tensor | None  # [B, T, G, N]
+    B: Tensor  # [B, T, G, N]
     C: Tensor
     D: Tensor | None = None  # [H]
     z: Tensor | None = None  # [B, T, H, P]

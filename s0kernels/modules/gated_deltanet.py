@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from s0kernels.calls import state_dtype
 from s0kernels.modules.mixer import Rows, S0Mixer, norm_eps
@@ -13,6 +13,17 @@ from s0kernels.ops.mixer_steps import gated_delta_mixer_step
 class S0GatedDeltaNet(S0Mixer):
     """Replaces `Qwen3_5GatedDeltaNet` and `Qwen3_5MoeGatedDeltaNet`, which are the same. With no S0 attached it
     computes what the original computes; see `s0kernels.modules` for when S0 enters."""
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    key_dim: int
+    value_dim: int
+    in_proj_qkv: nn.Module
+    in_proj_z: nn.Module
+    in_proj_b: nn.Module
+    in_proj_a: nn.Module
 
     def _forward(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         projected = self._project(hidden_states)

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from s0kernels.calls import state_dtype
 from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar, norm_eps
@@ -18,6 +18,19 @@ class S0Mamba2Mixer(S0Mixer):
     In two places the original contradicts itself, and this follows its prefill without padding: its one-token step
     leaves out `time_step_limit`, and with `mamba_proj_bias` its pads enter the convolution.
     """
+
+    intermediate_size: int
+    conv_dim: int
+    num_heads: int
+    head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    mamba_rms_norm: bool
+    time_step_limit: tuple[float, float]
+    ssm_in_multiplier: float
+    mup_vector: Tensor
+    D: Tensor
+    in_proj: nn.Module
 
     def _forward(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]

@@ -45,6 +45,18 @@ class S0Mixer(nn.Module):
     happens to them (loading, moving, wrapping) happens to both, and the original can be put back at any time.
     """
 
+    # the original's
+    layer_idx: int
+    conv_kernel_size: int
+    conv1d: nn.Conv1d
+    A_log: Tensor
+    dt_bias: Tensor
+    norm: nn.Module
+    out_proj: nn.Module
+    # of S0
+    original: nn.Module
+    site: Site
+
     def __init__(self, original: nn.Module, site: Site):
         super().__init__()
         for name in _SHARED:

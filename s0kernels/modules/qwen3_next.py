@@ -1,7 +1,7 @@
 """The gated delta rule mixer of Qwen3-Next, starting from S0."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 
@@ -9,6 +9,9 @@ from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 class S0Qwen3NextGatedDeltaNet(S0GatedDeltaNet):
     """Replaces `Qwen3NextGatedDeltaNet`, which projects by two matrices whose rows are grouped by key head: q, k, v, z
     of a head beside each other, and b, a likewise."""
+
+    in_proj_qkvz: nn.Module
+    in_proj_ba: nn.Module
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         group = self.num_v_heads // self.num_k_heads

@@ -28,7 +28,7 @@ import hybrids  # noqa: E402
 from s0kernels import S0States, restore_modules, swap_modules  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.inputs import scan_inputs, state_for_each  # noqa: E402
-from s0kernels.bench.passes import OPS, Op, brief, step_case  # noqa: E402
+from s0kernels.bench.passes import SCANS, Op, brief, step_case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 from s0kernels.calls import Call  # noqa: E402
 from s0kernels.modules.families import family_of  # noqa: E402
@@ -173,7 +173,7 @@ def main() -> None:
         (kind, op, batch)
         for kind in options.kinds
         for batch in ((2,) if options.dry_run else BATCHES if kind != "models" else (1,))
-        for op in OPS.values()
+        for op in SCANS.values()
     ]
     for kind, op, batch in plan:
         if results.late(f"{kind}, {op.name}, batch {batch}"):

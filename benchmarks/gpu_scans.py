@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.baselines import Scan  # noqa: E402
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, scan_inputs  # noqa: E402
-from s0kernels.bench.passes import OPS, OURS, Op, brief, case  # noqa: E402
+from s0kernels.bench.passes import OURS, SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
@@ -59,7 +59,7 @@ def shapes(dry_run: bool, cases: list[str] | None = None) -> Iterator[tuple[Op, 
     device, dtype, known, heads = settings(dry_run)
     first = list(known)[: 1 if dry_run else 2]
     for variant, name in [("token-major", n) for n in known] + [(v, n) for v in list(VARIANTS)[1:] for n in first]:
-        for op in OPS.values():
+        for op in SCANS.values():
             if (cases is None or name in cases) and not ("z" in variant and op.name != "ssd"):
                 make = partial(scan_inputs, op.name, heads[op.name], known[name], device=device, dtype=dtype)
                 yield op, name, variant, partial(make, **VARIANTS[variant])
@@ -190,7 +190,7 @@ def main() -> None:
     options.rounds = 1 if options.dry_run else options.rounds
     results, runs = Results(options, "scans"), {}
     results.found |= {"not timed": {}, "rows": []}
-    for op in OPS.values():
+    for op in SCANS.values():
         runs[op.name], missing = usable(op, options.dry_run, not options.no_baselines, options.not_ready)
         results.found["not timed"][op.name] = missing
     for op, name, variant, make in shapes(options.dry_run, options.cases):

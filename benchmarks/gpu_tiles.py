@@ -28,7 +28,7 @@ from s0kernels.backends.triton import delta, launch, mamba  # noqa: E402
 from s0kernels.backends.triton.launch import Tiles  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.inputs import Values  # noqa: E402
-from s0kernels.bench.passes import OPS, Op, brief, case  # noqa: E402
+from s0kernels.bench.passes import SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 
 TABLES: dict[str, dict] = {"gated_delta_rule": delta.TILES, "ssd": mamba.TILES}
@@ -193,7 +193,7 @@ def table(results: dict) -> str:
     return "\n".join([markdown(head, lines), "", *sorted(refused), *results["left out"]])
 
 
-assert set(TABLES) == set(OPS)
+assert set(TABLES) == set(SCANS)
 
 if __name__ == "__main__":
     main()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import hybrids
 import torch
-from pairs import Settings, compare, generation, table
+from compare import Settings, compare, generation, table
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules
 from s0kernels.bench.measure import CLOCKS, machine, machine_name, memory_status, write_json

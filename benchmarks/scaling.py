@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from s0kernels.bench import measure, passes
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, scan_inputs
-from s0kernels.bench.passes import OPS, OURS, traffic
+from s0kernels.bench.passes import OURS, SCANS, traffic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AXES = ("length", "batch", "heads", "tasks")
@@ -56,7 +56,7 @@ def make(point: dict, device: str, dtype: torch.dtype) -> Values:
 
 
 def case(point: dict, name: str, what: str, device: str, dtype: torch.dtype) -> measure.Case:
-    op = OPS[MODELS[point["model"]][0]]
+    op = SCANS[MODELS[point["model"]][0]]
     return passes.case(op, op.by(name), make(point, device, dtype), what)
 
 
@@ -75,7 +75,7 @@ def measured(point: dict, what: str, names: list[str], settings: argparse.Namesp
         rest = (name, what, device, dtype)
         peak = measure.peak_memory(case, point, *rest, warm_up=(small, *rest), **memory)
         found["peak_mib"][name] = peak / 2**20
-    op, heads = OPS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
+    op, heads = SCANS[MODELS[point["model"]][0]], MODELS[point["model"]][1]
     gflop = point["heads"] * point["batch"] * point["length"] * op.work(heads, what == "training") / 1e9
     moved = traffic(op, make(point, device, dtype), what, point["batch"]) / 1e9
     return found | {"gflop": gflop, "gb": moved}

@@ -31,12 +31,12 @@ from pathlib import Path
 
 import hybrids
 import torch
-from pairs import Settings, compare, generation, table
+from compare import Settings, compare, generation, table
 
 from s0kernels import restore_modules, swap_modules
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, cut, scan_inputs, state_for_each
 from s0kernels.bench.measure import machine, machine_name, write_json
-from s0kernels.bench.passes import OPS, case, step_case
+from s0kernels.bench.passes import SCANS, case, step_case
 from s0kernels.calls import Call
 from s0kernels.ops import registry
 
@@ -68,7 +68,7 @@ WIDE = {
 def op_level(settings: Settings, heads: dict = HEADS, length: int | None = None) -> list[dict]:
     rows = []
     length = length or (4096 if settings.on_gpu else 256)
-    for op, backend in itertools.product(OPS.values(), usable(settings)):
+    for op, backend in itertools.product(SCANS.values(), usable(settings)):
         values = scan_inputs(op.name, heads[op.name], (2, length), device=settings.device)
         copied, run = values["initial_state"].nbytes * 2, op.by(backend)
         line = {"op": op.name, "backend": backend, "T": length, "B": 2}
@@ -171,7 +171,7 @@ def generate_level(settings: Settings, models: dict = hybrids.SMALL, new: int = 
 
 def bank_level(settings: Settings, heads: dict = HEADS, models: dict = WIDE, banks: tuple = BANKS) -> list[dict]:
     rows = []
-    for op in OPS.values():
+    for op in SCANS.values():
         smaller = heads[op.name] | ({"HV": heads[op.name]["H"]} if "HV" in heads[op.name] else {})
         smaller |= {"P": smaller["P"] // 2} if "P" in smaller else {}
         values = scan_inputs(op.name, smaller, (ROWS, 64), device=settings.device)

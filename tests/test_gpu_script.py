@@ -15,7 +15,7 @@ import gpu_compile
 import gpu_scans
 import gpu_tiles
 
-from s0kernels.bench.passes import OPS, Op
+from s0kernels.bench.passes import SCANS, Op
 
 
 def make_gpu(out, *options):
@@ -42,7 +42,7 @@ def test_dry_run(tmp_path):
     for part, module in gpu.SCRIPTS.items():
         assert module.table(found[part]) in done.stdout
     passes = {(row["op"], name.rpartition(", ")[2]) for row in found["scans"]["rows"] for name in row["ms"]}
-    assert passes >= {(op, what) for op in OPS for what in ("forward", "zero", "S0 again", "backward", "state")}
+    assert passes >= {(op, what) for op in SCANS for what in ("forward", "zero", "S0 again", "backward", "state")}
     assert ("ssd", "frozen") in passes
     for row in found["tiles"]["rows"]:
         assert not row["wrong"]
@@ -122,7 +122,7 @@ def test_wrong_results_of_ours_end_the_script(monkeypatch):
 
     monkeypatch.setattr(Op, "scan", half)
     with pytest.raises(RuntimeError, match="our own results are wrong: error of output"):
-        gpu_scans.usable(OPS["ssd"], True, False, [])
+        gpu_scans.usable(SCANS["ssd"], True, False, [])
 
 
 def test_configurations_are_shared(monkeypatch):

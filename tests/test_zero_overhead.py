@@ -19,7 +19,7 @@ import hybrids
 import training
 import zero_overhead
 from cases import CHUNKED, MAKERS
-from pairs import counts, kernels, timing, verdict
+from compare import counts, kernels, timing, verdict
 
 # What is counted
 

@@ -20,7 +20,7 @@ from s0kernels.bench import measure, tables
 from s0kernels.bench.baselines import BASELINES
 from s0kernels.bench.check import Judge
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, cut
-from s0kernels.bench.passes import DTYPES, OPS, OURS, PASSES, Shape, brief, case, operations, step_case, traffic
+from s0kernels.bench.passes import DTYPES, OURS, PASSES, SCANS, Shape, brief, case, operations, step_case, traffic
 from s0kernels.calls import Call
 from s0kernels.ops import registry
 
@@ -142,7 +142,7 @@ def memory_case(shape: Shape, name: str, backend: str | None, dtype: torch.dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = f"MODEL or MODEL:BATCHxLENGTH, MODEL among {', '.join(MODELS)}"
-    parser.add_argument("--op", choices=tuple(OPS), help="one scan only")
+    parser.add_argument("--op", choices=tuple(SCANS), help="one scan only")
     parser.add_argument("--shape", action="append", metavar="SHAPE", help=f"{shape} (default: one model for each scan)")
     parser.add_argument("--pass", dest="passes", action="append", choices=tuple(PASSES), help="default: all of them")
     dtype = {"action": "append", "choices": tuple(DTYPES), "metavar": "DTYPE"}

@@ -102,7 +102,7 @@ def _ssd_work(heads: Heads, backward: bool) -> float:
     return heads["H"] * (forward + back * backward)
 
 
-OPS = {
+SCANS = {
     "gated_delta_rule": Op(
         *("gated_delta_rule", "v", ("q", "k", "g", "beta"), _delta_work),
         lambda heads: 6 * heads["HV"] * heads["K"] * heads["V"],
@@ -127,7 +127,7 @@ class Shape(NamedTuple):
 
     @property
     def op(self) -> Op:
-        return OPS[MODELS[self.model][0]]
+        return SCANS[MODELS[self.model][0]]
 
     @property
     def heads(self) -> Heads:

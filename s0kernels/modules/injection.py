@@ -2,7 +2,7 @@
 
 A swapped model has one `Site`, shared by its mixers. Learned states are attached to it for every thread
 (`Site.attachment`), or for the calling context alone, which wins. A hook on the decoder binds the choice once per
-forward and hands it down as a keyword argument, so that a checkpointed layer computed again later, perhaps in one of
+forward and hands it down as a keyword argument, so that a checkpointed layer recomputed later, perhaps in one of
 autograd's threads, starts from the same states.
 """
 

@@ -206,7 +206,7 @@ class Forwards:
 
 
 class Layers:
-    """Layers of transformers' models that are computed again in the backward, where they can be."""
+    """Layers of transformers' models that are recomputed in the backward, where they can be."""
 
     def __init__(self, model: nn.Module):
         self._model = model

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
     #: of a forward at most, pads included; an example that is longer goes alone
     tokens: int
-    #: layers are computed again in the backward instead of being kept
+    #: layers are recomputed in the backward instead of being kept
     checkpointed: bool = False
 
 

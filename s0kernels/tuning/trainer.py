@@ -134,7 +134,7 @@ class S0Trainer:
                 it is done again with half, and so are those to come. The history says what was chosen, and a
                 checkpoint keeps to it.
             max_memory: bytes that each process may take beyond the model, of a GPU's memory or of resident memory.
-                Where one example needs more, layers are computed again in the backward instead of being kept. None:
+                Where one example needs more, layers are recomputed in the backward instead of being kept. None:
                 nine tenths of what is free on a GPU, half of it on a CPU, shared by the processes there. With
                 `tokens_per_batch` as well, that is halved until it fits.
             packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash

@@ -21,7 +21,7 @@ from s0kernels.bench.measure import machine, write_json
 from s0kernels.tuning import memory
 from s0kernels.tuning.batches import PaddedBatch
 from s0kernels.tuning.data import Example
-from s0kernels.tuning.forwards import _PER_VALUE, Layers
+from s0kernels.tuning.forwards import BYTES_PER_VALUE, Layers
 from s0kernels.tuning.head import Head
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -67,7 +67,7 @@ def count(name: str, examples: int) -> dict:
         rows = max(tokens // LENGTH, 1)
         return [Batch(min(rows, examples - start)) for start in range(0, examples, rows)]
 
-    beside = _PER_VALUE * sum(state.numel() for state in states.parameters())
+    beside = BYTES_PER_VALUE * sum(state.numel() for state in states.parameters())
     found = {"weights_gib": sum(p.nbytes for p in model.parameters()) / GIB, "states_gib": beside / GIB, "forwards": []}
     ones = {}
     for checkpointed in (False, True):
@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     from report import counted
 
-    memory._UNCOUNTED = 1.0  # that is for resident memory
+    memory.UNCOUNTED = 1.0  # that is for resident memory
     masking_utils.find_packed_sequence_indices = lambda position_ids: None  # it would look at values
     models = {name: count(name, options.examples) for name in options.models}
     results = {"machine": machine("cpu", "no"), "examples": options.examples, "models": models}

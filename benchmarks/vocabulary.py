@@ -115,11 +115,11 @@ def trainer_step(model, tokenizer, data: list, tokens: int | None) -> dict:
     from s0kernels import S0Config, S0Trainer
     from s0kernels.tuning.loop import Learner
 
-    began, step = [], Learner._step
-    Learner._step = lambda *rest: (began.append((time.perf_counter(), time.process_time())), step(*rest))[1]
+    began, step = [], Learner.step
+    Learner.step = lambda *rest: (began.append((time.perf_counter(), time.process_time())), step(*rest))[1]
     trainer, ended = S0Trainer(model, tokenizer, S0Config(n_steps=1)), []
     trainer.train(data, tokens_per_batch=tokens, callbacks=[lambda *_: ended.append(since(began[0]))])
-    Learner._step = step
+    Learner.step = step
     entry = trainer.history[0]
     return {**ended[0], "loss": entry["loss"], "tokens_per_batch": entry.get("tokens_per_batch", tokens)}
 

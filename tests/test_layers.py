@@ -64,3 +64,22 @@ def test_the_package_knows_nothing_of_examples_and_benchmarks():
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"benchmarks", "examples", "tests"} & {name.split(".")[0] for name in names}, file
+
+
+def test_examples_and_benchmarks_use_public_names():
+    """Of all that is private in the package, none is imported or reached into."""
+    private = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            names += [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+            private |= {name for name in names if name.startswith("_") and not name.endswith("__")}
+    private -= {"_replace", "_asdict", "_fields", "_bench"}  # of NamedTuple; of Triton's autotuner
+    root = PACKAGE.parent
+    for file in (*root.glob("benchmarks/**/*.py"), *root.glob("examples/**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("s0kernels"):
+                assert not [x.name for x in node.names if x.name.startswith("_")], f"{file}: {node.module}"
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                assert node.attr not in private, f"{file}:{node.lineno} {node.attr}"

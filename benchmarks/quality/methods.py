@@ -193,8 +193,8 @@ def offset(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class _OffsetDelta:
-    def _scan(self, q, k, v, g, beta, rows):
-        output = super()._scan(q, k, v, g, beta, rows)
+    def scan(self, q, k, v, g, beta, rows):
+        output = super().scan(q, k, v, g, beta, rows)
         x = q.to(state_dtype(q.dtype))
         x = x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * q.shape[-1] ** -0.5
         x = x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=2)
@@ -202,8 +202,8 @@ class _OffsetDelta:
 
 
 class _OffsetMamba:
-    def _scan(self, x, dt, B, C, z, rows):
-        output = super()._scan(x, dt, B, C, z, rows)
+    def scan(self, x, dt, B, C, z, rows):
+        output = super().scan(x, dt, B, C, z, rows)
         wide = C.to(state_dtype(C.dtype)).repeat_interleave(self.num_heads // self.n_groups, dim=2)
         read = torch.einsum("bthn,hpn->bthp", wide, self.offset)
         return output + (read if z is None else read * F.silu(z.to(read.dtype))).to(output.dtype)

@@ -45,7 +45,7 @@ class Base:
 
     @property
     def pad(self) -> int:
-        return self.trainer._pad_token
+        return self.trainer.pad_token_id
 
     @property
     def model(self) -> nn.Module:

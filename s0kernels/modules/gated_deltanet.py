@@ -43,7 +43,7 @@ class S0GatedDeltaNet(S0Mixer):
         if rows.padding is not None:  # a pad neither decays the state nor writes to it
             g, beta = g.masked_fill(rows.padding.pads, 0.0), beta.masked_fill(rows.padding.pads, 0.0)
 
-        output = self._scan(q, k, v, g, beta.to(q.dtype), rows)
+        output = self.scan(q, k, v, g, beta.to(q.dtype), rows)
         return self.norm(output.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
 
     def _fused_step(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor | None:
@@ -72,7 +72,8 @@ class S0GatedDeltaNet(S0Mixer):
         """(q|k|v side by side, as they are convolved; z [B, T, value_dim]; b and a [B, T, num_v_heads])."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
+        """The recurrence alone, of all tokens or one, from the cache or S0."""
         inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q.dtype), rows.cache
         if q.shape[1] == 1 and cache.can_step(*inputs):
             token = [x[:, 0] for x in inputs]

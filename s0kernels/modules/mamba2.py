@@ -49,7 +49,7 @@ class S0Mamba2Mixer(S0Mixer):
         B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
         z = None if self.mamba_rms_norm else gate.unflatten(-1, (self.num_heads, self.head_dim)).to(x.dtype)
 
-        output = self._scan(x, dt, B, C, z, rows).flatten(2)
+        output = self.scan(x, dt, B, C, z, rows).flatten(2)
         return self.norm(output, gate) if self.mamba_rms_norm else output
 
     def _fused_step(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor | None:
@@ -92,7 +92,8 @@ class S0Mamba2Mixer(S0Mixer):
         dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*limit)
         return dt.masked_fill(padding.pads, 0.0), {}
 
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
+    def scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
+        """The recurrence alone, of all tokens or one, from the cache or S0."""
         dtype, cache = state_dtype(x.dtype), rows.cache
         A = -torch.exp(self.A_log.to(dtype))
         dt, options = self._step_sizes(dt.to(x.dtype), rows.padding)

@@ -17,7 +17,7 @@ from s0kernels.tuning.memory import Choice, Make, Needs, Sizes
 from s0kernels.tuning.processes import Processes
 
 #: bytes of the gradient of a value that learns, of Adam's moments, and of the sum in fp64
-_PER_VALUE = 4 + 8 + 8
+BYTES_PER_VALUE = 4 + 8 + 8
 
 
 class Asked(NamedTuple):
@@ -151,7 +151,7 @@ class Forwards:
                     memory.measure(self._longest, self._head)  # kernels are compiled
                 needs = memory.measure(self._longest, self._head)
                 return needs._replace(
-                    beside=_PER_VALUE * sum(p.numel() for p in self._states.parameters() if p.requires_grad)
+                    beside=BYTES_PER_VALUE * sum(p.numel() for p in self._states.parameters() if p.requires_grad)
                 )
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):

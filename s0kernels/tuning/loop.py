@@ -81,7 +81,7 @@ class Learner:
                 return self._loss()
             ended = False
             while len(history) < steps and not ended:
-                entry = self._step(len(history))
+                entry = self.step(len(history))
                 history.append({**entry, **{name: value for name, value in note.items() if name not in entry}})
                 note = {}
                 with self._states.attached(self._model, self._scale):
@@ -105,7 +105,8 @@ class Learner:
         total, done = self._config.n_steps, len(history)
         return tqdm(total=total, initial=done, desc="S0 tuning", unit="step", disable=not shown)
 
-    def _step(self, number: int) -> dict[str, Any]:
+    def step(self, number: int) -> dict[str, Any]:
+        """One step of the optimiser; its entry of the history."""
         config, parameters = self._config, self._parameters
         # summed in fp64, the result does not depend on the order, and so not on which process has which batch
         sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]

@@ -33,7 +33,7 @@ _FILLED = 2048
 #: then lost in it, and a larger one takes more memory for nothing
 _WORK_PER_LAYER = 2e9
 #: resident memory over what is counted on a CPU
-_UNCOUNTED = 1.4
+UNCOUNTED = 1.4
 
 
 class Sizes(NamedTuple):
@@ -121,12 +121,12 @@ class _Counted(TorchDispatchMode):
         self._now = self._peak = 0
 
     def now(self) -> int:
-        return int(_UNCOUNTED * self._now)
+        return int(UNCOUNTED * self._now)
 
     def peak(self) -> int:
         """Since the last call."""
         found, self._peak = self._peak, self._now
-        return int(_UNCOUNTED * found)
+        return int(UNCOUNTED * found)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}

@@ -258,7 +258,7 @@ class S0Trainer:
     def _make(self, packed: bool | None, at_least: int = 1) -> Make:
         """What makes batches within a budget of tokens; within a smaller one where there would be fewer than
         `at_least`, a batch for every process."""
-        pad, device = self._pad_token, self.device
+        pad, device = self.pad_token_id, self.device
 
         def make(examples: Sequence[Example], tokens: int) -> list[Batch]:
             while True:
@@ -270,7 +270,8 @@ class S0Trainer:
         return make
 
     @property
-    def _pad_token(self) -> int:
+    def pad_token_id(self) -> int:
+        """What stands at pads, which nothing reads."""
         ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         return next((i for i in ids if i is not None), 0)
 
@@ -350,7 +351,7 @@ class S0Trainer:
         if isinstance(selection, list) and len(selection) != len(prompts):
             raise ValueError(f"S0Trainer.generate: task names {len(selection)} tasks for {len(prompts)} prompts")
         pad = kwargs.pop("pad_token_id", None)
-        pad = self._pad_token if pad is None else pad
+        pad = self.pad_token_id if pad is None else pad
         width = max(len(ids) for ids in encoded)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device="cpu")
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device="cpu")

@@ -53,8 +53,9 @@ class Run:
         self.machine = measure.machine("cpu" if options.dry_run else "cuda")
         self.name = measure.machine_name(self.machine)
         self.out = options.out
-        self.logs = self.out / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs = ROOT / "build" / "gpu"
+        for folder in (self.out, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
         #: flash-linear-attention shall not call FlashQLA by itself
         self.environment = {
             "TRITON_CACHE_DIR": str(ROOT / "build" / "triton-cache"),
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         if part in run.options.parts and run.file(part).is_file():
             print(f"\n{module.table(json.loads(run.file(part).read_text()))}")
     found = [problem for part in problems.values() for problem in part]
-    print(f"\n{time.monotonic() - run.began:.0f} s; results and logs are in {run.out}")
+    print(f"\n{time.monotonic() - run.began:.0f} s; results are in {run.out}, logs in {run.logs}")
     print("\n".join(found) or "no problems")
     return int(bool(found))
 

@@ -18,6 +18,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "triton-kernels.md")
 sys.path.insert(0, str(ROOT))
 
+import gpu_decode  # noqa: E402
+import gpu_scans  # noqa: E402
+import gpu_tiles  # noqa: E402
 import matrix  # noqa: E402
 
 from s0kernels import hardware  # noqa: E402
@@ -28,6 +31,13 @@ from s0kernels.files import replace_file  # noqa: E402
 
 NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
 KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+CHANGED = " **The kernels have changed since these were measured.**"
+#: by part of `make gpu`: what makes its table, and the backends that it measures
+GPU_TABLES = {
+    "scans": (gpu_scans.table, ("triton",)),
+    "decode": (gpu_decode.table, ("triton", "cuda")),
+    "tiles": (gpu_tiles.table, ("triton",)),
+}
 _MARKED = re.compile(r"(<!-- bench: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HARDWARE = re.compile(r"(<!-- hardware -->\n).*?(<!-- end -->)", re.DOTALL)
 _GREY = "#808080"  # to be read on white and on black
@@ -75,8 +85,7 @@ def table(results: dict) -> str:
 
 
 def _with_notes(lines: list[list[str]], note: str, machine: dict) -> str:
-    if changed(machine):
-        note += " **The kernels have changed since these were measured.**"
+    note += CHANGED * changed(machine)
     return f"{markdown(lines[0], lines[1:])}\n\n{note}"
 
 
@@ -196,10 +205,22 @@ def filled(text: str) -> str:
     makers |= {"vocabulary": vocabulary, "memory": counted, "kernels": matrix.document}
 
     def fill(found: re.Match) -> str:
+        if found[2].startswith("nvidia-"):
+            return f"{found[1]}{of_gpu(found[2])}\n{found[3]}"
         make = next(make for kind, make in makers.items() if found[2].startswith(kind))
         return f"{found[1]}{make(load(found[2]))}\n{found[3]}"
 
     return _HARDWARE.sub(rf"\g<1>{hardware_table()}\n\g<2>", _MARKED.sub(fill, text))
+
+
+def of_gpu(name: str) -> str:
+    """What a script of `make gpu` wrote, as that script shows it."""
+    results, part = load(name), name.rpartition("-")[2]
+    machine, now = results["machine"], measure.kernel_hashes()
+    note = _where(machine)
+    if any(machine["kernels"][backend] != now[backend] for backend in GPU_TABLES[part][1]):
+        note += CHANGED
+    return f"{GPU_TABLES[part][0](results)}\n\n{note}"
 
 
 def hardware_table() -> str:

@@ -103,3 +103,19 @@ def test_plot_shows_every_implementation_on_any_background(results, tmp_path):
     assert "#000000" not in drawn
     report.plot(results, tmp_path / "y.svg")
     assert (tmp_path / "y.svg").read_text() == drawn
+
+
+def test_tables_of_a_gpu(results, monkeypatch):
+    """Each says whether the kernels that it is about have changed since."""
+    row = {"op": "ssd", "case": "1x8", "variant": "token-major", "gpu_ms": {}, "refused": {}}
+    row["ms"] = {"s0kernels, forward": 2.0, "fla, forward": 3.0, "s0kernels, forward, zero": 2.0}
+    row["ms"] |= {"s0kernels, forward, S0 again": 1.0, "s0kernels, state": 4.0}
+    row["host_ms"] = {"s0kernels, forward": 0.1}
+    found = {"machine": results["machine"], "not timed": {}, "rows": [row], "left out": ["1x9: no time was left"]}
+    monkeypatch.setattr(report, "load", {"nvidia-x-scans": found}.get)
+    text = report.filled("<!-- bench: nvidia-x-scans -->\n<!-- end -->")
+    assert "| ssd | 1x8 | token-major | 2.000 (fla 1.50x) |  |  | 4.000 | 1.000 | 2.000 | 0.100 |" in text
+    assert "1x9: no time was left" in text
+    assert "have changed" not in text
+    found["machine"]["kernels"]["triton"] = "another"
+    assert "have changed" in report.filled("<!-- bench: nvidia-x-scans -->\n<!-- end -->")

@@ -8,10 +8,12 @@ from s0kernels.ops.gated_delta_rule import (
     gated_delta_rule_step_reference,
 )
 from s0kernels.ops.output import ScanOutput
+from s0kernels.ops.registry import explain
 from s0kernels.ops.ssd import ssd, ssd_reference, ssd_step, ssd_step_reference
 
 __all__ = [
     "ScanOutput",
+    "explain",
     "gated_delta_rule",
     "gated_delta_rule_reference",
     "gated_delta_rule_step",

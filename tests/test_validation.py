@@ -5,6 +5,8 @@ import torch
 from cases import MAKERS, Problem
 from test_steps import options_of, step, token
 
+from s0kernels.ops import Call, explain, registry
+
 INF = float("inf")
 
 
@@ -153,3 +155,16 @@ def test_the_shape_wanted_is_spelled_out(op):
     problem = MAKERS[op](9).to(torch.float32)
     with pytest.raises(ValueError, match=r"shape \[HV?=4, .*\(shared\), \[NSEQ=2, .*, got \[2, 3\]"):
         problem.run(None, initial_state=torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("op", registry.OPS)
+def test_explain_says_what_happens(op):
+    """The first backend without a reason is the default, and one with a reason is refused by it."""
+    call = Call(op, torch.device("cpu"), torch.float32)
+    found = explain(call)
+    assert list(found) == list(registry.ORDER)
+    assert next(name for name, reason in found.items() if reason is None) == registry.choose(None, *call)
+    assert found["reference"] is None
+    assert "GPU" in found["cuda"] or "has no" in found["cuda"]
+    with pytest.raises(ValueError, match=f"{op}: backend 'cuda' cannot run this call"):
+        registry.choose("cuda", *call)

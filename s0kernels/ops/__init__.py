@@ -1,5 +1,6 @@
 """Scans and steps with a differentiable initial state. Needs torch only."""
 
+from s0kernels.calls import Call
 from s0kernels.ops import mixer_steps  # noqa: F401  its operators are registered with the others
 from s0kernels.ops.gated_delta_rule import (
     gated_delta_rule,
@@ -12,6 +13,7 @@ from s0kernels.ops.registry import explain
 from s0kernels.ops.ssd import ssd, ssd_reference, ssd_step, ssd_step_reference
 
 __all__ = [
+    "Call",
     "ScanOutput",
     "explain",
     "gated_delta_rule",

@@ -62,7 +62,7 @@ def explain(call: Call) -> dict[str, str | None]:
     """By backend, fastest first: None where it can run `call`, else the reason why not. The first that can is the
     default. Triton's interpreter on a CPU is for tests, which name it.
 
-        explain(s0kernels.calls.Call("ssd", torch.device("cpu"), torch.bfloat16))
+        explain(Call("ssd", torch.device("cpu"), torch.bfloat16))
     """
     found = {name: unusable(name, call) for name in ORDER}
     if call.device.type == "cpu" and found.get("triton", "") is None:

@@ -1,11 +1,17 @@
 """Imports between packages run one way, and no package reaches into what another keeps to itself."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import s0kernels
 
 PACKAGE = Path(s0kernels.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
+#: folders of the C++ sources, and whose files each may include besides its own and those that lie beside the folders
+FOLDERS = {"token": set(), "cpu": {"token"}, "cuda": {"token"}}
 #: from the bottom floor up: what stands in a line may import what stands below it, and itself
 FLOORS = (
     ("files", "messages", "versions", "hardware"),
@@ -64,3 +70,14 @@ def test_the_package_knows_nothing_of_examples_and_benchmarks():
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"benchmarks", "examples", "tests"} & {name.split(".")[0] for name in names}, file
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run on an installed package")
+def test_the_libraries_for_a_cpu_and_for_gpus_include_nothing_of_each_other():
+    assert {folder.name for folder in CSRC.iterdir() if folder.is_dir()} == set(FOLDERS)
+    for file in filter(Path.is_file, CSRC.rglob("*.*")):
+        room = file.relative_to(CSRC).parts[0]
+        allowed = FOLDERS.get(room, set()) | {room}
+        for name in re.findall(r'#include "(.+)"', file.read_text()):
+            assert (CSRC / name).is_file(), f"{file} includes {name}"
+            assert "/" not in name or name.partition("/")[0] in allowed, f"{file} includes {name}"

@@ -279,12 +279,12 @@ class BackwardEngine : Engine<T> {
   T *columns_, *starts_, *ends_, *ddecay_, *dweight_;
 };
 
-int64_t backward_bytes(const Scan& s, const Backward& b, bool wide) {
-  return wide ? BackwardEngine<double>(s, b, nullptr).bytes() : BackwardEngine<float>(s, b, nullptr).bytes();
+int64_t backward_bytes(const Scan& s, const Backward& b, bool fp64) {
+  return fp64 ? BackwardEngine<double>(s, b, nullptr).bytes() : BackwardEngine<float>(s, b, nullptr).bytes();
 }
 
-void backward(const Scan& s, const Backward& b, bool wide, int64_t unit, void* memory) {
-  wide ? BackwardEngine<double>(s, b, memory).run(unit) : BackwardEngine<float>(s, b, memory).run(unit);
+void backward(const Scan& s, const Backward& b, bool fp64, int64_t unit, void* memory) {
+  fp64 ? BackwardEngine<double>(s, b, memory).run(unit) : BackwardEngine<float>(s, b, memory).run(unit);
 }
 
 }  // namespace s0::S0_ISA

@@ -58,12 +58,12 @@ class ForwardEngine : Engine<T> {
   T* states_;
 };
 
-int64_t forward_bytes(const Scan& s, bool wide) {
-  return wide ? ForwardEngine<double>(s, nullptr).bytes() : ForwardEngine<float>(s, nullptr).bytes();
+int64_t forward_bytes(const Scan& s, bool fp64) {
+  return fp64 ? ForwardEngine<double>(s, nullptr).bytes() : ForwardEngine<float>(s, nullptr).bytes();
 }
 
-void forward(const Scan& s, const Forward& f, bool wide, int64_t unit, void* memory) {
-  wide ? ForwardEngine<double>(s, memory).run(f, unit) : ForwardEngine<float>(s, memory).run(f, unit);
+void forward(const Scan& s, const Forward& f, bool fp64, int64_t unit, void* memory) {
+  fp64 ? ForwardEngine<double>(s, memory).run(f, unit) : ForwardEngine<float>(s, memory).run(f, unit);
 }
 
 }  // namespace s0::S0_ISA

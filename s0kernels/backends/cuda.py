@@ -50,7 +50,7 @@ def missing() -> str | None:
         return "was not built: install with --no-build-isolation where nvcc and a torch for CUDA are"
     try:
         torch.ops.load_library(str(file))
-        _ = torch.ops.s0kernels_cuda.delta_step
+        _ = torch.ops.s0kernels_cuda.gated_delta_rule_step
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         return f"cannot be used beside torch {torch.__version__}: {reason}"

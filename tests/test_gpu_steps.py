@@ -147,7 +147,7 @@ def graph_of(call):
 
 
 @every_finish
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "CUDA graphs"])
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @torch.no_grad()
 def test_two_streams_at_once(op, finish, captured):
     """Blocks of one call never count with those of another: steps of two pools on two streams, each as alone.

@@ -13,7 +13,7 @@ namespace s0 {
 
 int64_t units(const Scan& s) {
   const int64_t of_group = s.heads / s.groups;
-  return s.sequences * s.groups * ((of_group + s.block - 1) / s.block);
+  return s.sequences * s.groups * ((of_group + s.head_block - 1) / s.head_block);
 }
 
 namespace {
@@ -110,7 +110,7 @@ void* writable(const Optional& x, ScalarType type) { return const_cast<void*>(co
 
 Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, const Tensor& decay, const Tensor& weight,
              const Optional& state, const Optional& indices, const Optional& boundaries, bool delta, bool normalise,
-             double scale, int64_t chunk, int64_t block) {
+             double scale, int64_t chunk, int64_t head_block) {
   const ScalarType type = decay.scalar_type();
   Scan s{};
   s.delta = delta;
@@ -121,7 +121,7 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   s.key = q.size(3);
   s.value = value;
   s.chunk = chunk;
-  s.block = block;
+  s.head_block = head_block;
   s.scale = scale;
   constexpr int64_t most = 16384;  // products of two sizes are counted in int
   STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
@@ -151,20 +151,20 @@ void run(int64_t units, int64_t grain, int64_t bytes, const Work& work) {
 
 // Smaller blocks of heads until every thread has two units. Only where nothing is summed over a block: the result keeps
 // its bits.
-void split_blocks(Scan& s) {
+void split_head_blocks(Scan& s) {
   const int64_t threads = torch::stable::get_num_threads();
-  while (s.block > 1 && units(s) < 2 * threads) s.block /= 2;
+  while (s.head_block > 1 && units(s) < 2 * threads) s.head_block /= 2;
 }
 
 void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Optional skip, Optional state,
                   Optional indices, Optional boundaries, Tensor output, Optional final, bool delta, bool normalise,
-                  double scale, int64_t chunk, int64_t block) {
+                  double scale, int64_t chunk, int64_t head_block) {
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, state, indices, boundaries, delta, normalise, scale,
-                   chunk, block);
+                   chunk, head_block);
   const ScalarType type = decay.scalar_type();
   s.v = rows_of(v, type);
   s.skip = contiguous(skip, type);
-  split_blocks(s);
+  split_head_blocks(s);
   STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
   const Forward f{output.mutable_data_ptr(), kind_of(output, type), states_of(final, !delta, type, true)};
   const bool fp64 = type == ScalarType::Double;
@@ -175,10 +175,10 @@ void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Opt
 void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Optional v, int64_t value, Tensor decay,
                    Tensor weight, Optional skip, Optional state, Optional indices, Optional boundaries,
                    Optional dinitial, Optional dq, Optional dk, Optional dv, Optional ddecay, Optional dweight,
-                   bool delta, bool normalise, double scale, int64_t chunk, int64_t block) {
+                   bool delta, bool normalise, double scale, int64_t chunk, int64_t head_block) {
   const ScalarType type = decay.scalar_type();
   Scan s = scan_of(q, k, decay.size(2), value, decay, weight, state, indices, boundaries, delta, normalise, scale,
-                   chunk, block);
+                   chunk, head_block);
   if (v.has_value()) s.v = rows_of(*v, type);
   s.skip = contiguous(skip, type);
   Backward b{};
@@ -190,7 +190,7 @@ void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Option
   b.dv = writable(dv, type);
   b.ddecay = writable(ddecay, type);
   b.dweight = writable(dweight, type);
-  if (b.ddecay == nullptr) split_blocks(s);
+  if (b.ddecay == nullptr) split_head_blocks(s);
   const bool fp64 = type == ScalarType::Double;
   run(units(s), 1, entries().backward_bytes(s, b, fp64),
       [&](int64_t unit, void* memory) { entries().backward(s, b, fp64, unit, memory); });
@@ -238,12 +238,12 @@ STABLE_TORCH_LIBRARY(s0kernels_cpu, m) {
   m.def(
       "scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? skip, Tensor? state, "
       "Tensor? indices, Tensor? boundaries, Tensor(a!) output, Tensor(b!)? final, bool delta, bool normalise, "
-      "float scale, int chunk, int block) -> ()");
+      "float scale, int chunk, int head_block) -> ()");
   m.def(
       "scan_backward(Tensor? doutput, Tensor? dfinal, Tensor q, Tensor k, Tensor? v, int value, Tensor decay, "
       "Tensor weight, Tensor? skip, Tensor? state, Tensor? indices, Tensor? boundaries, Tensor(a!)? dinitial, "
       "Tensor(b!)? dq, Tensor(c!)? dk, Tensor(d!)? dv, Tensor(e!)? ddecay, Tensor(f!)? dweight, bool delta, "
-      "bool normalise, float scale, int chunk, int block) -> ()");
+      "bool normalise, float scale, int chunk, int head_block) -> ()");
   m.def(
       "scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? skip, Tensor(a!) state, "
       "Tensor? indices, Tensor(b!) output, bool delta, bool normalise, float scale) -> ()");

@@ -27,7 +27,7 @@ struct States {
 struct Scan {
   bool delta;  // the gated delta rule; otherwise SSD
   bool normalise;
-  int64_t sequences, tokens, heads, groups, block;  // heads of a group are worked on `block` at a time
+  int64_t sequences, tokens, heads, groups, head_block;  // heads of a group are worked on `head_block` at a time
   int64_t key, value, chunk;
   double scale;
   const int64_t* boundaries;  // [sequences + 1] where packed; otherwise each is a row of `tokens`

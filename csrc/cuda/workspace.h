@@ -1,8 +1,8 @@
 // Where arrival counters lie: zero before every kernel, zero after it.
 //
-// Kernels that run in order can share a workspace, since each returns its counters to zero; kernels that may run at once
-// cannot. So there is one for each stream. A stream goes by the id that CUDA never gives twice: a handle may come back
-// for another stream while kernels of the first still run. What a workspace has outgrown is not freed, for kernels in
+// Kernels that run in order can share a workspace, since each returns its counters to zero. Kernels that may run at
+// once cannot. So there is one for each stream. A stream goes by the id that CUDA never gives twice: a handle may come
+// back for another stream while kernels of the first still run. Memory that is outgrown is not freed, for kernels in
 // flight use it; sizes double, so this is less than what is in use.
 //
 // A captured call gets none from here: its graph may be replayed on any stream, at the same time as others that were
@@ -24,8 +24,8 @@ class Workspaces {
   static constexpr int64_t kLeast = 1024;     // counters
   static constexpr std::size_t kMost = 1024;  // streams: torch makes a few dozen, others may come and go without end
 
-  // At least `count` counters for a kernel that follows on `stream` of the current device. Null where a call has to bring
-  // its own: captured, or there is no memory, or there are too many streams.
+  // At least `count` counters for a kernel that follows on `stream` of the current device. Null where a call has to
+  // bring its own: it is captured, there is no memory, or there are too many streams.
   unsigned* of(cudaStream_t stream, int64_t count) {
     unsigned* found = look(stream, count);
     if (found == nullptr) cudaGetLastError();  // so that it is not found by who asks next

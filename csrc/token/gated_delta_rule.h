@@ -106,7 +106,9 @@ S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const De
                      int first) {
   using Vector = StateVector<Block>;
   constexpr int kLanes = Block::kLanes, kVectorSize = Block::kVectorSize;
-  const auto column = [first, &p](int t) { return first + (t / kLanes * p.across + t % kLanes % p.across) * kVectorSize; };
+  const auto column = [first, &p](int t) {
+    return first + (t / kLanes * p.across + t % kLanes % p.across) * kVectorSize;
+  };
   const auto above = [&p](int t) { return t % kLanes / p.across; };
   block.each([&, column, above](int t) {
     const int j = column(t), top = above(t);

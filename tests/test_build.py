@@ -167,6 +167,23 @@ def test_kernels_on_aarch64(tmp_path, name):
     assert int(re.match(r"(\d+) passed", said)[1]) > 200
 
 
+def test_processes_that_need_the_emulated_blocks_at_once_build_them_once(tmp_path):
+    code = """
+import sys, pathlib, torch, emulated_blocks
+library = emulated_blocks.build(pathlib.Path(sys.argv[1]))
+torch.ops.load_library(str(library))
+print(library, torch.ops.s0kernels_warps_up.ssd_step, torch.ops.s0kernels_warps_down.ssd_step)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "new" / "folder")]
+    environment = os.environ | {"CXXFLAGS": "-O0", "PYTHONPATH": str(ROOT / "tests")}
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(found) == 1
+    library = Path(found.pop().split()[0])
+    assert {file.name for file in library.parent.iterdir()} == {library.name, "lock"}
+
+
 def test_table_of_processors_names_what_was_tried():
     tried = {name for row in PROCESSORS if row.tried == "run" for name in row.compilers}
     assert tried == set(compilers.here())

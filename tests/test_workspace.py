@@ -149,9 +149,7 @@ def test_streams_without_end_do_not_take_memory_without_end(cuda):
 
 
 def test_threads_that_ask_at_once(cuda):
-    streams = [cuda.stream(number) for number in range(4)]
-    with ThreadPoolExecutor(8) as pool:
-        asked = [streams[i % 4] for i in range(4000)]
-        found = list(pool.map(lambda stream: cuda.counters(stream, 16), asked))
-    assert len(set(found)) == 4
-    assert found == found[:4] * 1000
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            found = set(pool.map(cuda.counters, [cuda.stream(number)] * 4, [16] * 4))
+            assert len(found) == 1

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from s0kernels.backends import tokens
-from s0kernels.backends.tokens import too_large
 from s0kernels.calls import (
     Call,
     DeltaInputs,
@@ -31,7 +30,9 @@ def supports(call: Call) -> str | None:
         return f"for tensors on a GPU, not on {call.device.type}"
     if torch.version.hip is not None:
         return "is for GPUs by NVIDIA, and this torch is for those by AMD"
-    return _unusable(torch.cuda.current_device() if call.device.index is None else call.device.index) or too_large(call)
+    return _unusable(
+        torch.cuda.current_device() if call.device.index is None else call.device.index
+    ) or tokens.too_large(call)
 
 
 @functools.cache

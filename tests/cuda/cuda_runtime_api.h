@@ -2,9 +2,12 @@
 // and what was called is written down.
 #pragma once
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
+#include <utility>
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
@@ -52,6 +55,7 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* ot
 inline cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   if (mode != cudaStreamCaptureModeRelaxed) return last = cudaErrorStreamCaptureUnsupported;
   if (full) return last = cudaErrorMemoryAllocation;
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // so that threads meet here, where nothing keeps them off
   *memory = std::memset(std::malloc(bytes), 0xff, bytes);
   calls += "malloc " + std::to_string(bytes) + "\n";
   return cudaSuccess;

@@ -37,4 +37,10 @@ inline Kind kind_of(const Tensor& x, ScalarType arithmetic) {
   }
 }
 
+inline void* output_data(const Tensor& x, Device device) {
+  check_device(x, device);
+  STD_TORCH_CHECK(x.is_contiguous(), "s0kernels: a contiguous output expected");
+  return x.mutable_data_ptr();
+}
+
 }  // namespace s0

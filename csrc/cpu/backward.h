@@ -176,7 +176,7 @@ class BackwardEngine : Engine<T> {
     products_backward(n);
   }
 
-  // d(P) and d(L) by pair to d(Q K^T) and d(K K^T); on the way what the decays between pairs of tokens get.
+  // d(P) and d(L) by pair to d(Q K^T) and d(K K^T); on the way what the decays inside the chunk get.
   void products_backward(int n) {
     const T scale = static_cast<T>(s_.scale);
     fill(columns_, T(0), Cp_);

@@ -207,7 +207,7 @@ class Engine {
   const Scan& s_;
   const int C_, K_, V_, Cp_, Kp_, Vp_, Cl_, Kl_, Vl_;
   Arena<T> arena_;
-  bool keys_matter_ = true;  // keys and pairs of tokens matter; not to the gradient of SSD's state
+  bool keys_matter_ = true;  // keys and what passes inside a chunk matter; not to the gradient of SSD's state
   T *qk_, *k_transposed_, *queries_keys_, *keys_keys_, *norms_;
   T *e_, *from_start_, *to_end_, *weight_, *factors_, *row_;
   T *attention_, *similarity_, *system_, *writes_, *output_, *decay_ = nullptr;

@@ -99,14 +99,14 @@ States states_of(const Optional& x, bool transposed, ScalarType type, bool writt
   return {data, shared ? x->stride(0) : 0, x->stride(shared), x->stride(shared + key), x->stride(shared + value)};
 }
 
-const void* contiguous(const Optional& x, ScalarType type) {
+const void* contiguous_data(const Optional& x, ScalarType type) {
   if (!x.has_value()) return nullptr;
   check_device(*x, Device::kCpu);
   STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == type, "s0kernels: contiguous gates expected");
   return x->const_data_ptr();
 }
 
-void* writable(const Optional& x, ScalarType type) { return const_cast<void*>(contiguous(x, type)); }
+void* writable_data(const Optional& x, ScalarType type) { return const_cast<void*>(contiguous_data(x, type)); }
 
 Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, const Tensor& decay, const Tensor& weight,
              const Optional& state, const Optional& indices, const Optional& boundaries, bool delta, bool normalise,
@@ -127,16 +127,16 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
   s.q = rows_of(q, type);
   s.k = rows_of(k, type);
-  s.decay = contiguous(decay, type);
-  s.weight = contiguous(weight, type);
+  s.decay = contiguous_data(decay, type);
+  s.weight = contiguous_data(weight, type);
   s.sequences = q.size(0);
   if (boundaries.has_value()) {
-    s.boundaries = static_cast<const int64_t*>(contiguous(boundaries, ScalarType::Long));
+    s.boundaries = static_cast<const int64_t*>(contiguous_data(boundaries, ScalarType::Long));
     s.sequences = boundaries->numel() - 1;
   }
   s.initial = states_of(state, !delta, type);
   if (indices.has_value()) {
-    s.indices = static_cast<const int64_t*>(contiguous(indices, ScalarType::Long));
+    s.indices = static_cast<const int64_t*>(contiguous_data(indices, ScalarType::Long));
     s.bank = state.has_value() ? state->size(0) : 0;
   }
   return s;
@@ -163,10 +163,9 @@ void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Opt
                    chunk, head_block);
   const ScalarType type = decay.scalar_type();
   s.v = rows_of(v, type);
-  s.skip = contiguous(skip, type);
+  s.skip = contiguous_data(skip, type);
   split_head_blocks(s);
-  STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
-  const Forward f{output.mutable_data_ptr(), kind_of(output, type), states_of(final, !delta, type, true)};
+  const Forward f{output_data(output, Device::kCpu), kind_of(output, type), states_of(final, !delta, type, true)};
   const bool fp64 = type == ScalarType::Double;
   run(units(s), 1, entries().forward_bytes(s, fp64),
       [&](int64_t unit, void* memory) { entries().forward(s, f, fp64, unit, memory); });
@@ -180,16 +179,16 @@ void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Option
   Scan s = scan_of(q, k, decay.size(2), value, decay, weight, state, indices, boundaries, delta, normalise, scale,
                    chunk, head_block);
   if (v.has_value()) s.v = rows_of(*v, type);
-  s.skip = contiguous(skip, type);
+  s.skip = contiguous_data(skip, type);
   Backward b{};
   if (doutput.has_value()) b.doutput = rows_of(*doutput, type);
   b.dfinal = states_of(dfinal, !delta, type);
   b.dinitial = states_of(dinitial, !delta, type, true);
-  b.dq = writable(dq, type);
-  b.dk = writable(dk, type);
-  b.dv = writable(dv, type);
-  b.ddecay = writable(ddecay, type);
-  b.dweight = writable(dweight, type);
+  b.dq = writable_data(dq, type);
+  b.dk = writable_data(dk, type);
+  b.dv = writable_data(dv, type);
+  b.ddecay = writable_data(ddecay, type);
+  b.dweight = writable_data(dweight, type);
   if (b.ddecay == nullptr) split_head_blocks(s);
   const bool fp64 = type == ScalarType::Double;
   run(units(s), 1, entries().backward_bytes(s, b, fp64),
@@ -202,15 +201,15 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, std::nullopt, indices, std::nullopt, delta, normalise,
                    scale, 1, 1);
   s.v = rows_of(v, type);
-  s.skip = contiguous(skip, type);
-  STD_TORCH_CHECK(state.is_contiguous() && output.is_contiguous(), "s0kernels: contiguous states and output expected");
-  const Step step{states_of(state, !delta, type, true), output.mutable_data_ptr(), kind_of(output, type)};
+  s.skip = contiguous_data(skip, type);
+  STD_TORCH_CHECK(state.is_contiguous(), "s0kernels: contiguous states expected");
+  const Step step{states_of(state, !delta, type, true), output_data(output, Device::kCpu), kind_of(output, type)};
   const bool fp64 = type == ScalarType::Double;
   run(s.sequences * s.heads, 4, entries().step_bytes(s, fp64),
       [&](int64_t unit, void* memory) { entries().step(s, step, fp64, unit, memory); });
 }
 
-// A mixer's token, each head in one thread, which takes its state in `columns` at a time.
+// A mixer's token, each head in one thread. `size` is what a GPU would cut into tiles, `columns` are a state's.
 template <class Call, class Entry>
 void run_heads(Call& call, int size, int columns, Entry entry) {
   call.fast = aligned(call.state, columns, kTokenVectorSize);

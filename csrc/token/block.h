@@ -65,6 +65,29 @@ S0_CALL Place place_of(const Token& t, int64_t row) {
   return {inside ? index : 0, inside, !inside && index != -1};
 }
 
+// What of a call is one block's: a row and head, and of the head's columns (V) or rows (P) those from `begin` to `end`.
+struct Part {
+  int64_t row;
+  int head, group, begin, end;
+  Place place;
+  float* states;
+  bool alone;  // then the inputs of the group are nobody else's
+};
+
+// `size` is V or P.
+S0_CALL Part part_of(const Token& t, int64_t index, int size) {
+  Part p;
+  p.row = index / t.tiles / t.heads;
+  p.head = static_cast<int>(index / t.tiles % t.heads);
+  p.group = p.head / (t.heads / t.groups);
+  p.begin = static_cast<int>(index % t.tiles) * t.tile;
+  p.end = p.begin + t.tile < size ? p.begin + t.tile : size;
+  p.place = place_of(t, p.row);
+  p.states = t.state.data + p.place.row * t.state.row + p.head * t.state.head;
+  p.alone = t.arrivals == nullptr;
+  return p;
+}
+
 // silu of the convolution at a channel whose newest input is `now`; `move` puts that into the window.
 S0_CALL float convolve(const Convolution& c, const Place& place, int64_t channel, float now, bool move) {
   const int64_t at = place.row * c.row + channel * c.channel;

@@ -38,31 +38,18 @@ S0_CALL int64_t key_channel(const Delta& d, int group, int i) {
                  : static_cast<int64_t>(d.groups + group) * d.K + i - d.K;
 }
 
-// What of a call is one block's.
-struct DeltaPart {
-  int64_t row, step;  // step: from one of a lane's rows of S to the next
-  int head, group, begin, end;
+struct DeltaPart : Part {
   int down, across, rows;  // lanes of a warp for the rows of S and for its columns; rows that a lane keeps at most
-  float* states;
-  Place place;
-  bool alone;  // then q and k are nobody else's
+  int64_t step;            // from one of a lane's rows of S to the next
 };
 
 template <class Block>
 S0_CALL DeltaPart part_of(const Delta& d, int64_t index) {
-  DeltaPart p;
-  p.row = index / d.tiles / d.heads;
-  p.head = static_cast<int>(index / d.tiles % d.heads);
-  p.group = p.head / (d.heads / d.groups);
-  p.begin = static_cast<int>(index % d.tiles) * d.tile;
-  p.end = p.begin + d.tile < d.V ? p.begin + d.tile : d.V;
+  DeltaPart p{part_of(d, index, d.V)};
   p.down = Block::kLanes == 1 ? 1 : d.down;
   p.across = Block::kLanes / p.down;
   p.rows = Block::kLanes == 1 ? d.K : Block::kRows;
   p.step = p.down * d.state.first;
-  p.place = place_of(d, p.row);
-  p.states = d.state.data + p.place.row * d.state.row + p.head * d.state.head;
-  p.alone = d.arrivals == nullptr;
   return p;
 }
 

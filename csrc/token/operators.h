@@ -31,10 +31,8 @@ inline void set_common(Token& t, Device device, const Optional& conv_weight, con
                        const Optional& window, int64_t channels, const Optional& z, const Optional& norm, double eps,
                        const Tensor& state, const Optional& indices, const Tensor& output) {
   check_device(state, device);
-  check_device(output, device);
   const int64_t size = output.size(2);
   STD_TORCH_CHECK(state.dim() == 4 && state.scalar_type() == ScalarType::Float, "s0kernels: fp32 states expected");
-  STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
   STD_TORCH_CHECK(t.groups > 0 && t.heads % t.groups == 0, "s0kernels: heads in equal groups expected");
   STD_TORCH_CHECK(state.size(2) <= kMaxHeadSize && state.size(3) <= kMaxHeadSize, "s0kernels: sizes up to ",
                   kMaxHeadSize);
@@ -54,7 +52,7 @@ inline void set_common(Token& t, Device device, const Optional& conv_weight, con
   t.z = values_of(device, z, t.rows, t.heads, size);
   t.norm = values_of(device, norm, kNone, kNone, norm.has_value() ? norm->size(0) : kNone);
   t.eps = static_cast<float>(eps);
-  t.output = output.mutable_data_ptr();
+  t.output = output_data(output, device);
   t.kind = kind_of(output, ScalarType::Float);
   t.convolution = {};
   if (!window.has_value()) return;

@@ -82,34 +82,12 @@ S0_CALL void finish_group(Block& block, SsdShared& shared, const Ssd& s, int64_t
   block.finish();
 }
 
-// What of a call is one block's.
-struct SsdPart {
-  int64_t row;
-  int head, group, begin, end;
-  float* states;
-  Place place;
-  bool alone;  // then B and C are nobody else's
-};
-
-S0_CALL SsdPart part_of(const Ssd& s, int64_t index) {
-  SsdPart p;
-  p.row = index / s.tiles / s.heads;
-  p.head = static_cast<int>(index / s.tiles % s.heads);
-  p.group = p.head / (s.heads / s.groups);
-  p.begin = static_cast<int>(index % s.tiles) * s.tile;
-  p.end = p.begin + s.tile < s.P ? p.begin + s.tile : s.P;
-  p.place = place_of(s, p.row);
-  p.states = s.state.data + p.place.row * s.state.row + p.head * s.state.head;
-  p.alone = s.arrivals == nullptr;
-  return p;
-}
-
 template <class Block>
 constexpr int kAcross = Block::kLanes == 1 ? 1 : 8;  // lanes of a row
 
 // A row of S, p, in the lanes that share it, `lane` of them this one: its part of S C.
 template <bool kFast, class Block>
-S0_CALL float advance(const SsdShared& shared, const Ssd& s, const SsdPart& part, const SsdGates& gate, int p,
+S0_CALL float advance(const SsdShared& shared, const Ssd& s, const Part& part, const SsdGates& gate, int p,
                       int lane) {
   using Vector = StateVector<Block>;
   constexpr int kVectorSize = Block::kVectorSize, kParts = kMaxHeadSize / (kAcross<Block> * kVectorSize);
@@ -145,7 +123,7 @@ S0_CALL float advance(const SsdShared& shared, const Ssd& s, const SsdPart& part
 template <bool kFast, class Block>
 S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t index) {
   constexpr int kLanesOfRow = kAcross<Block>;
-  const SsdPart part = part_of(s, index);
+  const Part part = part_of(s, index, s.P);
   const int64_t first_channel = static_cast<int64_t>(part.head) * s.P;
   block.each([&](int t) {
     for (int i = t; i < 2 * s.N + part.end - part.begin; i += block.threads()) {

@@ -63,16 +63,17 @@ sanitize-gpu: gpu-kernels
 
 # The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans, on each
 # instruction set that the machine has.
+SANITIZERS = CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined"
 SANITIZED = S0KERNELS_CPU_LIBRARY=build/sanitized/s0kernels/_cpu.so ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(VENV)/bin/python
 sanitize: $(VENV)/.installed
-	CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
-		S0KERNELS_BUILD=1 $(VENV)/bin/python setup.py --quiet build_ext --build-lib build/sanitized --build-temp build/temp
+	$(SANITIZERS) S0KERNELS_BUILD=1 $(VENV)/bin/python setup.py --quiet build_ext --build-lib build/sanitized \
+		--build-temp build/temp
 	for instructions in avx512 avx2 portable; do \
 		export S0KERNELS_CPU=$$instructions; \
 		if $(VENV)/bin/python -c "import sys; from s0kernels.backends import cpu; sys.exit(cpu.missing())"; then \
-			$(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
-				tests/test_cpu.py tests/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
+			$(SANITIZERS) $(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py \
+				tests/test_steps.py tests/test_cpu.py tests/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
 

@@ -31,7 +31,7 @@ COMPILERS = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
 NVCC = os.environ.get("NVCC") or shutil.which(
     "nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
 )
-SOURCES = ["csrc/library.cpp", "csrc/cpu/portable.cpp", "csrc/cuda/emulated.cpp"]
+SOURCES = ["csrc/cpu/library.cpp", "csrc/cpu/portable.cpp"]
 #: what is compiled besides on an x86-64, with the instructions that are switched on for it alone
 WITH_INSTRUCTIONS = {
     "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
@@ -67,10 +67,14 @@ def says(command: list[str]) -> str:
     return done.stdout.partition("\n")[0]
 
 
+def host_flags(command: list[str]) -> list[str]:
+    flags = [*FLAGS, f"-I{torch_folder() / 'include'}", *([] if "clang" in says(command) else GCC_FLAGS)]
+    return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def compilations(command: list[str], machine: str, folder: Path) -> dict[str, list[str]]:
     """The command for each object file of the CPU kernels in `folder`, by a compiler for `machine`."""
-    flags = [*FLAGS, f"-I{torch_folder() / 'include'}", *([] if "clang" in says(command) else GCC_FLAGS)]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = host_flags(command)
     sources = dict.fromkeys(SOURCES, ()) | (WITH_INSTRUCTIONS if machine.lower() in ("x86_64", "amd64") else {})
     return {
         str(folder / f"{Path(source).stem}.o"): [*command, *flags, *extra, "-c", source]
@@ -130,9 +134,8 @@ class Build(build_ext):
         link, libraries = [*command, *shlex.split(os.environ.get("LDFLAGS", ""))], ["-ltorch_cpu"]
         if extension.sources == CUDA_SOURCES:
             link, libraries = [NVCC, "-ccbin", command[0]], ["-ltorch_cpu", "-ltorch_cuda"]
-            host = [*command, *FLAGS, f"-I{torch / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
             commands = {
-                str(objects / "library.o"): [*host, "-c", "csrc/cuda/library.cpp"],
+                str(objects / "library.o"): [*command, *host_flags(command), "-c", "csrc/cuda/library.cpp"],
                 str(objects / "kernels.o"): [*link, *nvcc_flags(), "-c", "csrc/cuda/kernels.cu"],
             }
         with ThreadPoolExecutor(os.cpu_count()) as pool:

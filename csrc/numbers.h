@@ -9,7 +9,9 @@
 #include "compiler.h"
 #include "kind.h"
 
-#if defined(__F16C__) && !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#elif defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -57,7 +59,9 @@ S0_CALL void assign(float& to, float x) { to = x; }
 S0_CALL void assign(double& to, double x) { to = x; }
 S0_CALL void assign(BFloat16& to, float x) { to.bits = static_cast<uint16_t>(narrow_bfloat16<uint32_t>(x)); }
 
-#if defined(__CUDACC__)  // where Half is another: see cuda/block.h
+#if defined(__CUDACC__)
+S0_CALL float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+S0_CALL void assign(Half& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 #elif defined(__F16C__)
 S0_CALL float to_float(Half x) { return _cvtsh_ss(x.bits); }
 S0_CALL void assign(Half& to, float x) { to.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }

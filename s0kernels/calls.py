@@ -133,7 +133,6 @@ class MixerPool(NamedTuple):
     window: Tensor
     state: Tensor
     indices: Tensor | None = None
-    tickets: Tensor | None = None
 
 
 class Call(NamedTuple):

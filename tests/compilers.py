@@ -102,7 +102,7 @@ def compiled(command: list[str], machine: str, folder: Path) -> str:
 
 def outcome(library: Path, instructions: str | None, *more: str) -> str:
     """What pytest says at the end of the tests of the `cpu` backend, like "359 passed"."""
-    selection = "(cpu or test_tokens) and not compile and not instruction_sets"
+    selection = "(cpu or test_tokens) and not compile and not instruction_sets and not warps"
     command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=auto", "--maxprocesses=8", *more, *TESTS]
     variables = {"S0KERNELS_CPU_LIBRARY": str(library)} | ({"S0KERNELS_CPU": instructions} if instructions else {})
     said = run([*command, "-k", selection], **variables)

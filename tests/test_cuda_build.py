@@ -18,9 +18,19 @@ pytestmark = [
 ]
 
 #: registers of a thread at most: 128 leave two blocks of 256 threads on a multiprocessor
-REGISTERS = {"s0_delta_step": 128, "s0_ssd_step": 128, "s0_delta_step_strided": 255, "s0_ssd_step_strided": 255}
+REGISTERS = {
+    "s0_gated_delta_rule_step": 128,
+    "s0_ssd_step": 128,
+    "s0_gated_delta_rule_step_strided": 255,
+    "s0_ssd_step_strided": 255,
+}
 #: bytes of shared memory of a block, at most
-SHARED = {"s0_delta_step": 4104, "s0_ssd_step": 3108, "s0_delta_step_strided": 4104, "s0_ssd_step_strided": 3108}
+SHARED = {
+    "s0_gated_delta_rule_step": 4104,
+    "s0_ssd_step": 3108,
+    "s0_gated_delta_rule_step_strided": 4104,
+    "s0_ssd_step_strided": 3108,
+}
 
 
 def run(*command: object, **options) -> str:
@@ -51,7 +61,7 @@ def test_kernels_fit_the_chip(capability, tmp_path):
         assert used["shared"] <= SHARED[name], (name, used)
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("s0_delta_step", 16), ("s0_ssd_step", 8)])
+@pytest.mark.parametrize(("kernel", "count"), [("s0_gated_delta_rule_step", 16), ("s0_ssd_step", 8)])
 def test_states_are_read_and_written_16_bytes_at_a_time_and_once(kernel, count, tmp_path):
     options = ["-O3", "-std=c++20", "-Icsrc", "-arch=sm_90"]
     run(NVCC, *options, "-ptx", "csrc/cuda/kernels.cu", "-o", tmp_path / "kernels.ptx")
@@ -83,7 +93,7 @@ from s0kernels.calls import DeltaInputs, DeltaOptions, Pool
 print(cuda.missing())
 if cuda.missing() is None:
     assert cpu.missing() is None
-    for name in ("delta_step", "ssd_step"):
+    for name in ("gated_delta_rule_step", "ssd_step"):
         both = (getattr(library, name).default for library in (torch.ops.s0kernels_cuda, torch.ops.s0kernels_cpu))
         ours, theirs = (str(operator._schema).partition("(")[2] for operator in both)
         assert ours == theirs

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cases import NO_CPU_KERNELS, error
+from emulated_blocks import every_way, operators
 from models import MODELS, cached, close, every_family, every_model, fails_upstream, numbered, random_states, tokens
 from transformers import DynamicCache
 
@@ -23,12 +24,12 @@ STEPS = ("gated_delta_mixer_step", "ssd_mixer_step")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How a test makes the steps run: what it puts in as "emulated" counts in "steps"."""
-    found = {"steps": 0, "emulated": 0}
+    """How a test makes the steps run: it puts in the "way", and "steps" counts them."""
+    found = {"steps": 0, "way": "whole heads"}
 
     def counted(step, *records):
         found["steps"] += 1
-        return step(torch.ops.s0kernels_cpu, *records, emulated=found["emulated"])
+        return step(operators(found["way"]), *records)
 
     for name in STEPS:
         monkeypatch.setattr(cpu, name, partial(counted, getattr(kernels, name)))
@@ -66,13 +67,13 @@ def steps_of(name, tokens=3):
 
 
 @every_model
-@pytest.mark.parametrize("emulated", [0, 1, 2], ids=["whole heads", "warps up", "warps down"])
+@every_way
 @torch.no_grad()
-def test_a_token_is_the_untouched_mixers(name, emulated, calls):
+def test_a_token_is_the_untouched_mixers(name, way, calls):
     """Every mixer beside its original: the output, the window and the state that they leave."""
     if reason := fails_upstream(name):
         pytest.skip(reason)
-    calls["emulated"] = emulated
+    calls["way"] = way
     model = MODELS[name]()
     originals = mixers(copy.deepcopy(model))
     for original, ours in zip(originals, mixers(swap_modules(model)), strict=True):

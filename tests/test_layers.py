@@ -1,11 +1,17 @@
 """Imports between packages run one way, and no package reaches into what another keeps to itself."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import s0kernels
 
 PACKAGE = Path(s0kernels.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
+#: folders of the C++ sources, and whose files each may include besides its own and those that lie beside the folders
+FOLDERS = {"token": set(), "cpu": {"token"}, "cuda": {"token"}}
 #: from the bottom floor up: what stands in a line may import what stands below it, and itself
 FLOORS = (
     ("files", "messages", "versions", "hardware"),
@@ -83,3 +89,14 @@ def test_examples_and_benchmarks_use_public_names():
                 assert not [x.name for x in node.names if x.name.startswith("_")], f"{file}: {node.module}"
             if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
                 assert node.attr not in private, f"{file}:{node.lineno} {node.attr}"
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run on an installed package")
+def test_the_libraries_for_a_cpu_and_for_gpus_include_nothing_of_each_other():
+    assert {folder.name for folder in CSRC.iterdir() if folder.is_dir()} == set(FOLDERS)
+    for file in filter(Path.is_file, CSRC.rglob("*.*")):
+        room = file.relative_to(CSRC).parts[0]
+        allowed = FOLDERS.get(room, set()) | {room}
+        for name in re.findall(r'#include "(.+)"', file.read_text()):
+            assert (CSRC / name).is_file(), f"{file} includes {name}"
+            assert "/" not in name or name.partition("/")[0] in allowed, f"{file} includes {name}"

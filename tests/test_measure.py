@@ -149,7 +149,9 @@ def test_kernel_hashes_follow_the_sources(tmp_path, monkeypatch):
     assert changed(csrc / "cpu" / "scan.h", "source") == {"cpu"}
     assert changed(backends.parent / "_cpu.so", "built again") == set()
     assert changed(backends / "shared.py", "shared") == set(seen[0])
-    assert changed(csrc / "cuda" / "delta.h", "token") == {"cpu", "cuda"}
+    assert changed(csrc / "cuda" / "kernels.cu", "source") == {"cuda"}
+    assert changed(csrc / "token" / "ssd.h", "token") == {"cpu", "cuda"}
+    assert changed(csrc / "kind.h", "shared") == {"cpu", "cuda"}
 
 
 def test_nothing_of_it_comes_with_the_ops():

@@ -1,7 +1,7 @@
 // The backward of both scans; the formulas stand in engine.h.
 //
 // What passes through states to q and k is computed transposed, [K, tokens]: the states are the left matrices then and
-// stay as they are. What passes through pairs of tokens is summed over the heads before it meets the keys they share.
+// stay as they are. What passes inside a chunk is summed over the heads before it meets the keys they share.
 #pragma once
 
 #include "cpu/engine.h"
@@ -20,27 +20,27 @@ template <class T>
 class BackwardEngine : Engine<T> {
   using Base = Engine<T>;
   using Base::s_, Base::C_, Base::K_, Base::V_, Base::Cp_, Base::Kp_, Base::Vp_, Base::Cl_, Base::Kl_, Base::Vl_;
-  using Base::arena_, Base::residual_, Base::qk_, Base::k_transposed_, Base::norms_, Base::from_start_, Base::to_end_;
-  using Base::weight_, Base::factors_, Base::attention_, Base::similarity_, Base::system_, Base::writes_;
-  using Base::output_, Base::decay_;
+  using Base::arena_, Base::keys_matter_, Base::qk_, Base::k_transposed_, Base::norms_, Base::from_start_;
+  using Base::to_end_, Base::weight_, Base::factors_, Base::attention_, Base::similarity_, Base::system_;
+  using Base::writes_, Base::output_, Base::decay_;
 
  public:
   BackwardEngine(const Scan& s, const Backward& b, void* memory)
-      : Base(s, memory), b_(b), others_(b.ddecay != nullptr) {  // of K = 0 the others have no memory
-    residual_ = s.delta || others_ || b.dv != nullptr;
-    dstates_ = arena_.take(s.block * K_ * Vl_);
-    pair_ = arena_.take(2 * C_ * Vl_);
-    if (!others_) return;
-    const int64_t slots = (longest(s) + C_ - 1) / C_ * s.block;
-    history_ = arena_.take(slots * K_ * Vl_);
-    deltas_ = arena_.take((s.delta ? slots : 1) * C_ * Vl_);
-    errors_ = arena_.take(s.delta ? slots * C_ * Vl_ : 0);
+      : Base(s, memory), b_(b), inputs_wanted_(b.ddecay != nullptr) {  // of K = 0 the others have no memory
+    keys_matter_ = s.delta || inputs_wanted_ || b.dv != nullptr;
+    dstates_ = arena_.take(s.head_block * K_ * Vl_);
+    dout_dwrites_ = arena_.take(2 * C_ * Vl_);
+    if (!inputs_wanted_) return;
+    const int64_t chunks = (longest(s) + C_ - 1) / C_ * s.head_block;
+    chunk_states_ = arena_.take(chunks * K_ * Vl_);
+    chunk_writes_ = arena_.take((s.delta ? chunks : 1) * C_ * Vl_);
+    residuals_ = arena_.take(s.delta ? chunks * C_ * Vl_ : 0);
     q_transposed_ = arena_.take(K_ * Cl_);
     rows_transposed_ = arena_.take(V_ * Cl_);
-    deltas_transposed_ = arena_.take(V_ * Cl_);
+    writes_transposed_ = arena_.take(V_ * Cl_);
     decay_ = arena_.take(C_ * Cl_);
-    dpairs_ = arena_.take(C_ * Cl_);
-    dkeys_ = arena_.take(s.delta ? C_ * Cl_ : 0);
+    dqueries_keys_ = arena_.take(C_ * Cl_);
+    dkeys_keys_ = arena_.take(s.delta ? C_ * Cl_ : 0);
     dattention_ = arena_.take(C_ * Cl_);
     dsimilarity_ = arena_.take(s.delta ? C_ * Cl_ : 0);
     through_ = arena_.take(K_ * Cl_);
@@ -59,14 +59,14 @@ class BackwardEngine : Engine<T> {
   void run(int64_t index) {
     const Unit u(s_, index);
     for (int64_t r = 0; r < u.count; ++r) this->read_state(dstate(r), b_.dfinal, u, u.first + r, false);
-    if (others_) remember(u);
+    if (inputs_wanted_) recompute(u);
     const int64_t last = u.length == 0 ? -C_ : (u.length - 1) / C_ * C_;
     for (int64_t t = last; t >= 0; t -= C_) {
       const int n = this->tokens(u, t);
       this->load_keys(u, t, n, true);
-      if (others_) begin_keys(n);
+      if (inputs_wanted_) begin_keys(n);
       for (int64_t r = 0; r < u.count; ++r) chunk(u, t, n, r);
-      if (others_) write_keys(u, t, n);
+      if (inputs_wanted_) write_keys(u, t, n);
     }
     if (b_.dinitial.data == nullptr) return;
     for (int64_t r = 0; r < u.count; ++r) this->write_state(dstate(r), b_.dinitial, u, u.first + r);
@@ -76,31 +76,33 @@ class BackwardEngine : Engine<T> {
   static constexpr Kind kKind = sizeof(T) == 8 ? Kind::kDouble : Kind::kFloat;
 
   T* dstate(int64_t r) { return dstates_ + r * K_ * Vl_; }
-  int64_t slot(int64_t t, int64_t r) const { return t / C_ * s_.block + r; }
+  int64_t chunk_index(int64_t t, int64_t r) const { return t / C_ * s_.head_block + r; }
 
-  // The states at the start of every chunk, and of the delta rule what is written in it and V - diag(G) K S.
-  void remember(const Unit& u) {
-    for (int64_t r = 0; r < u.count; ++r) this->read_state(history_ + r * K_ * Vl_, s_.initial, u, u.first + r, true);
+  // The states at the start of every chunk, and of the delta rule what is written in it and V - diag(G) K S, the
+  // residual.
+  void recompute(const Unit& u) {
+    for (int64_t r = 0; r < u.count; ++r)
+      this->read_state(chunk_states_ + r * K_ * Vl_, s_.initial, u, u.first + r, true);
     for (int64_t t = 0; s_.delta ? t < u.length : t + C_ < u.length; t += C_) {
       const int n = this->tokens(u, t);
       this->load_keys(u, t, n, false);
       for (int64_t r = 0; r < u.count; ++r) {
-        T* before = history_ + slot(t, r) * K_ * Vl_;
+        T* before = chunk_states_ + chunk_index(t, r) * K_ * Vl_;
         this->load_gates(u, t, n, u.first + r);
-        T* values = s_.delta ? errors_ + slot(t, r) * C_ * Vl_ : writes_;
+        T* values = s_.delta ? residuals_ + chunk_index(t, r) * C_ * Vl_ : writes_;
         read(values, Vl_, s_.v, u.at(s_.v, t, u.first + r), n, V_);
         if (s_.delta) {
-          this->pairs(n, false);
+          this->intra_chunk(n, false);
           for (int i = 0; i < n; ++i) factors_[i] = -from_start_[i];
           multiply(Shape::kFull, n, Vp_, K_, {this->k_row(0, n), Kl_, 1}, before, Vl_, add(values, Vl_, {factors_, 1}));
         }
         weigh(writes_, values, n);
         if (s_.delta) {
           this->solve(n, writes_);
-          T* deltas = deltas_ + slot(t, r) * C_ * Vl_;
-          for (int i = 0; i < n * Vl_; i += kLanes<T>) store(deltas + i, load(writes_ + i));
+          T* writes = chunk_writes_ + chunk_index(t, r) * C_ * Vl_;
+          for (int i = 0; i < n * Vl_; i += kLanes<T>) store(writes + i, load(writes_ + i));
         }
-        if (t + n < u.length) this->advance(n, before, before + s_.block * K_ * Vl_);
+        if (t + n < u.length) this->advance(n, before, before + s_.head_block * K_ * Vl_);
       }
     }
   }
@@ -114,44 +116,44 @@ class BackwardEngine : Engine<T> {
     transpose_padded(q_transposed_, Cl_, qk_, Kl_, n, K_);
     fill(dq_transposed_, T(0), K_ * Cl_);
     fill(dk_transposed_, T(0), K_ * Cl_);
-    fill(dpairs_, T(0), C_ * Cl_);
-    if (s_.delta) fill(dkeys_, T(0), C_ * Cl_);
+    fill(dqueries_keys_, T(0), C_ * Cl_);
+    if (s_.delta) fill(dkeys_keys_, T(0), C_ * Cl_);
   }
 
-  // dO stands in the first n rows of pair_, R in the n after them.
+  // dO stands in the first n rows of dout_dwrites_, the gradient of what is written, R, in the n after them.
   void chunk(const Unit& u, int64_t t, int n, int64_t r) {
     const int64_t head = u.first + r;
-    T *dout = pair_, *residual = pair_ + n * Vl_;
+    T *dout = dout_dwrites_, *dwrites = dout_dwrites_ + n * Vl_;
     this->load_gates(u, t, n, head);
-    if (residual_) this->pairs(n, true);
+    if (keys_matter_) this->intra_chunk(n, true);
     if (b_.doutput.data == nullptr)
       fill(dout, T(0), n * Vl_);
     else
       read(dout, Vl_, b_.doutput, u.at(b_.doutput, t, head), n, V_);
-    if (residual_) {
-      multiply(Shape::kUpper, n, Vp_, n, {attention_, 1, Cl_}, dout, Vl_, set(residual, Vl_));
+    if (keys_matter_) {
+      multiply(Shape::kUpper, n, Vp_, n, {attention_, 1, Cl_}, dout, Vl_, set(dwrites, Vl_));
       multiply(Shape::kFull, n, Vp_, K_, {this->k_row(0, n), Kl_, 1}, dstate(r), Vl_,
-               add(residual, Vl_, {to_end_, 1}));
-      if (s_.delta) this->solve_transposed(n, residual);
+               add(dwrites, Vl_, {to_end_, 1}));
+      if (s_.delta) this->solve_transposed(n, dwrites);
     }
     if (b_.dv != nullptr) write_values(u, t, n, head);
-    if (others_) pairs_backward(u, t, n, r);
+    if (inputs_wanted_) intra_chunk_backward(u, t, n, r);
     const T scale = static_cast<T>(s_.scale);
     for (int i = 0; i < n; ++i) {
       scale_row(dout + i * Vl_, scale * from_start_[i], Vp_);
-      if (s_.delta) scale_row(residual + i * Vl_, -from_start_[i] * weight_[i], Vp_);
+      if (s_.delta) scale_row(dwrites + i * Vl_, -from_start_[i] * weight_[i], Vp_);
     }
-    if (others_) states_backward(u, t, n, r);
-    multiply(Shape::kFull, K_, Vp_, s_.delta ? 2 * n : n, {qk_, 1, Kl_}, pair_, Vl_,
+    if (inputs_wanted_) states_backward(u, t, n, r);
+    multiply(Shape::kFull, K_, Vp_, s_.delta ? 2 * n : n, {qk_, 1, Kl_}, dout_dwrites_, Vl_,
              add(dstate(r), Vl_, {&kOne<T>, 0}, {from_start_ + n - 1, 0}));
   }
 
   void write_values(const Unit& u, int64_t t, int n, int64_t head) {
-    const T *dout = pair_, *residual = pair_ + n * Vl_;
+    const T *dout = dout_dwrites_, *dwrites = dout_dwrites_ + n * Vl_;
     const T skip = s_.skip == nullptr ? T(0) : static_cast<const T*>(s_.skip)[head];
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < Vp_; j += kLanes<T>) {
-        Vec<T> x = weight_[i] * load(residual + i * Vl_ + j);
+        Vec<T> x = weight_[i] * load(dwrites + i * Vl_ + j);
         if (skip != 0) x += skip * load(dout + i * Vl_ + j);
         store(output_ + i * Vl_ + j, x);
       }
@@ -159,23 +161,23 @@ class BackwardEngine : Engine<T> {
   }
 
   // Adds to the gradients of Q K^T and K K^T, and begins those of decay and weight.
-  void pairs_backward(const Unit& u, int64_t t, int n, int64_t r) {
-    const T *dout = pair_, *residual = pair_ + n * Vl_;
-    T* deltas = s_.delta ? deltas_ + slot(t, r) * C_ * Vl_ : deltas_;
-    T* values = s_.delta ? errors_ + slot(t, r) * C_ * Vl_ : output_;  // what the weight multiplies
+  void intra_chunk_backward(const Unit& u, int64_t t, int n, int64_t r) {
+    const T *dout = dout_dwrites_, *dwrites = dout_dwrites_ + n * Vl_;
+    T* writes = s_.delta ? chunk_writes_ + chunk_index(t, r) * C_ * Vl_ : chunk_writes_;
+    T* values = s_.delta ? residuals_ + chunk_index(t, r) * C_ * Vl_ : output_;  // what the weight multiplies
     if (!s_.delta) {
       read(values, Vl_, s_.v, u.at(s_.v, t, u.first + r), n, V_);
-      weigh(deltas, values, n);
+      weigh(writes, values, n);
     }
-    for (int i = 0; i < n; ++i) dweight_[i] = dot(residual + i * Vl_, values + i * Vl_, Vp_);
-    transpose_padded(deltas_transposed_, Cl_, deltas, Vl_, n, V_);
-    this->lower_product(dattention_, n, V_, dout, Vl_, deltas_transposed_);
-    if (s_.delta) this->lower_product(dsimilarity_, n, V_, residual, Vl_, deltas_transposed_);
-    weigh_pairs(n);
+    for (int i = 0; i < n; ++i) dweight_[i] = dot(dwrites + i * Vl_, values + i * Vl_, Vp_);
+    transpose_padded(writes_transposed_, Cl_, writes, Vl_, n, V_);
+    this->lower_product(dattention_, n, V_, dout, Vl_, writes_transposed_);
+    if (s_.delta) this->lower_product(dsimilarity_, n, V_, dwrites, Vl_, writes_transposed_);
+    products_backward(n);
   }
 
-  // d(P) and d(L) by pair to d(Q K^T) and d(K K^T); on the way what the decays between pairs of tokens get.
-  void weigh_pairs(int n) {
+  // d(P) and d(L) by pair to d(Q K^T) and d(K K^T); on the way what the decays inside the chunk get.
+  void products_backward(int n) {
     const T scale = static_cast<T>(s_.scale);
     fill(columns_, T(0), Cp_);
     for (int i = n - 1; i >= 0; --i) {
@@ -186,12 +188,12 @@ class BackwardEngine : Engine<T> {
       for (int j = 0; j < end; j += kLanes<T>) {
         const Vec<T> d = load(decay_ + at + j), da = load(datt + j);
         Vec<T> moved = da * load(attention_ + at + j);
-        store(dpairs_ + at + j, load(dpairs_ + at + j) + scale * d * da);
+        store(dqueries_keys_ + at + j, load(dqueries_keys_ + at + j) + scale * d * da);
         if (s_.delta) {
           const Vec<T> ds = -load(dsim + j);
           moved += ds * load(system_ + at + j);
           through_similarity += ds * load(similarity_ + at + j);
-          store(dkeys_ + at + j, load(dkeys_ + at + j) + weight_[i] * d * ds);
+          store(dkeys_keys_ + at + j, load(dkeys_keys_ + at + j) + weight_[i] * d * ds);
         }
         store(columns_ + j, load(columns_ + j) + moved);
       }
@@ -204,21 +206,21 @@ class BackwardEngine : Engine<T> {
 
   // What reaches q, k and the decays through the states at the chunk's start and end; writes d(decay) and d(weight).
   void states_backward(const Unit& u, int64_t t, int n, int64_t r) {
-    const T *before = history_ + slot(t, r) * K_ * Vl_, *after = dstate(r);
+    const T *before = chunk_states_ + chunk_index(t, r) * K_ * Vl_, *after = dstate(r);
     fill(starts_, T(0), Cp_);
     fill(ends_, T(0), Cp_);
-    transpose_padded(rows_transposed_, Cl_, pair_, Vl_, n, V_);
+    transpose_padded(rows_transposed_, Cl_, dout_dwrites_, Vl_, n, V_);
     through_state(before, rows_transposed_, dq_transposed_, q_transposed_, starts_);
     if (s_.delta) {
-      transpose_padded(rows_transposed_, Cl_, pair_ + n * Vl_, Vl_, n, V_);
+      transpose_padded(rows_transposed_, Cl_, dout_dwrites_ + n * Vl_, Vl_, n, V_);
       through_state(before, rows_transposed_, dk_transposed_, k_transposed_, starts_);
     }
     for (int i = 0; i < V_; ++i)
       for (int j = 0; j < Cp_; j += kLanes<T>) {
-        T* x = deltas_transposed_ + i * Cl_ + j;
+        T* x = writes_transposed_ + i * Cl_ + j;
         store(x, load(x) * load(to_end_ + j));
       }
-    through_state(after, deltas_transposed_, dk_transposed_, k_transposed_, ends_);
+    through_state(after, writes_transposed_, dk_transposed_, k_transposed_, ends_);
 
     T carried = 0;
     for (int i = 0; i < K_; ++i) carried += dot(before + i * Vl_, after + i * Vl_, Vp_);
@@ -250,15 +252,15 @@ class BackwardEngine : Engine<T> {
 
   // dq and dk of the block of heads, through the normalisation.
   void write_keys(const Unit& u, int64_t t, int n) {
-    const Left<T> down{dpairs_, Cl_, 1}, up{dpairs_, 1, Cl_};
+    const Left<T> down{dqueries_keys_, Cl_, 1}, up{dqueries_keys_, 1, Cl_};
     transpose_padded(dqk_, Kl_, dq_transposed_, Cl_, K_, n);
     multiply(Shape::kLower, n, Kp_, n, down, this->k_row(0, n), Kl_, add(dqk_, Kl_));
     write_key(b_.dq, u, t, n, qk_, norms_);
     transpose_padded(dqk_, Kl_, dk_transposed_, Cl_, K_, n);
     multiply(Shape::kUpper, n, Kp_, n, up, qk_, Kl_, add(dqk_, Kl_));
     if (s_.delta) {
-      multiply(Shape::kLower, n, Kp_, n, {dkeys_, Cl_, 1}, this->k_row(0, n), Kl_, add(dqk_, Kl_));
-      multiply(Shape::kUpper, n, Kp_, n, {dkeys_, 1, Cl_}, this->k_row(0, n), Kl_, add(dqk_, Kl_));
+      multiply(Shape::kLower, n, Kp_, n, {dkeys_keys_, Cl_, 1}, this->k_row(0, n), Kl_, add(dqk_, Kl_));
+      multiply(Shape::kUpper, n, Kp_, n, {dkeys_keys_, 1, Cl_}, this->k_row(0, n), Kl_, add(dqk_, Kl_));
     }
     write_key(b_.dk, u, t, n, this->k_row(0, n), norms_ + n);
   }
@@ -273,18 +275,19 @@ class BackwardEngine : Engine<T> {
   }
 
   const Backward& b_;
-  const bool others_;  // the gradients of q, k, decay and weight are wanted
-  T *dstates_, *pair_, *history_, *deltas_, *errors_, *q_transposed_, *rows_transposed_, *deltas_transposed_;
-  T *dpairs_, *dkeys_, *dattention_, *dsimilarity_, *through_, *dq_transposed_, *dk_transposed_, *dqk_;
+  const bool inputs_wanted_;  // the gradients of q, k, decay and weight are wanted
+  T *dstates_, *dout_dwrites_, *chunk_states_, *chunk_writes_, *residuals_;
+  T *q_transposed_, *rows_transposed_, *writes_transposed_;
+  T *dqueries_keys_, *dkeys_keys_, *dattention_, *dsimilarity_, *through_, *dq_transposed_, *dk_transposed_, *dqk_;
   T *columns_, *starts_, *ends_, *ddecay_, *dweight_;
 };
 
-int64_t backward_bytes(const Scan& s, const Backward& b, bool wide) {
-  return wide ? BackwardEngine<double>(s, b, nullptr).bytes() : BackwardEngine<float>(s, b, nullptr).bytes();
+int64_t backward_bytes(const Scan& s, const Backward& b, bool fp64) {
+  return fp64 ? BackwardEngine<double>(s, b, nullptr).bytes() : BackwardEngine<float>(s, b, nullptr).bytes();
 }
 
-void backward(const Scan& s, const Backward& b, bool wide, int64_t unit, void* memory) {
-  wide ? BackwardEngine<double>(s, b, memory).run(unit) : BackwardEngine<float>(s, b, memory).run(unit);
+void backward(const Scan& s, const Backward& b, bool fp64, int64_t unit, void* memory) {
+  fp64 ? BackwardEngine<double>(s, b, memory).run(unit) : BackwardEngine<float>(s, b, memory).run(unit);
 }
 
 }  // namespace s0::S0_ISA

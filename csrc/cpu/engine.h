@@ -22,12 +22,12 @@ struct Unit {
 
   Unit(const Scan& s, int64_t unit) {
     const int64_t of_group = s.heads / s.groups;
-    parts = (of_group + s.block - 1) / s.block;
+    parts = (of_group + s.head_block - 1) / s.head_block;
     part = unit % parts;
     group = unit / parts % s.groups;
     sequence = unit / parts / s.groups;
-    first = group * of_group + part * s.block;
-    count = of_group - part * s.block < s.block ? of_group - part * s.block : s.block;
+    first = group * of_group + part * s.head_block;
+    count = of_group - part * s.head_block < s.head_block ? of_group - part * s.head_block : s.head_block;
     batch = s.boundaries == nullptr ? sequence : 0;
     start = s.boundaries == nullptr ? 0 : s.boundaries[sequence];
     length = s.boundaries == nullptr ? s.tokens : s.boundaries[sequence + 1] - start;
@@ -52,9 +52,9 @@ class Engine {
         Cp_(padded<T>(C_)),
         Kp_(padded<T>(K_)),
         Vp_(padded<T>(V_)),
-        Cl_(spread<T>(C_)),
-        Kl_(spread<T>(K_)),
-        Vl_(spread<T>(V_)),
+        Cl_(row_stride<T>(C_)),
+        Kl_(row_stride<T>(K_)),
+        Vl_(row_stride<T>(V_)),
         arena_{static_cast<char*>(memory)} {
     qk_ = arena_.take(2 * C_ * Kl_);
     k_transposed_ = arena_.take(K_ * Cl_);
@@ -113,7 +113,7 @@ class Engine {
   // Queries over keys in qk_, the keys transposed, and the products that all heads of the group share.
   void load_keys(const Unit& u, int64_t t, int n, bool with_queries) {
     if (with_queries) read(qk_, Kl_, s_.q, u.at(s_.q, t, u.group), n, K_);
-    if (!residual_) return;
+    if (!keys_matter_) return;
     read(k_row(0, n), Kl_, s_.k, u.at(s_.k, t, u.group), n, K_);
     if (s_.normalise)
       for (int i = with_queries ? 0 : n; i < 2 * n; ++i) norms_[i] = normalise(qk_ + i * Kl_, Kp_);
@@ -147,7 +147,7 @@ class Engine {
   }
 
   // P, and of the delta rule K K^T * D and L; zeros above the diagonal. `decay_` keeps D where the backward wants it.
-  void pairs(int n, bool with_attention) {
+  void intra_chunk(int n, bool with_attention) {
     const T scale = static_cast<T>(s_.scale);
     fill(row_, T(0), Cp_);
     for (int i = 0; i < n; ++i) {
@@ -207,7 +207,7 @@ class Engine {
   const Scan& s_;
   const int C_, K_, V_, Cp_, Kp_, Vp_, Cl_, Kl_, Vl_;
   Arena<T> arena_;
-  bool residual_ = true;  // keys and pairs of tokens matter; not to the gradient of SSD's state
+  bool keys_matter_ = true;  // keys and what passes inside a chunk matter; not to the gradient of SSD's state
   T *qk_, *k_transposed_, *queries_keys_, *keys_keys_, *norms_;
   T *e_, *from_start_, *to_end_, *weight_, *factors_, *row_;
   T *attention_, *similarity_, *system_, *writes_, *output_, *decay_ = nullptr;

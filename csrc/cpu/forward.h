@@ -12,7 +12,7 @@ class ForwardEngine : Engine<T> {
   using Base::from_start_, Base::weight_, Base::factors_, Base::attention_, Base::writes_, Base::output_;
 
  public:
-  ForwardEngine(const Scan& s, void* memory) : Base(s, memory) { states_ = arena_.take(s.block * K_ * Vl_); }
+  ForwardEngine(const Scan& s, void* memory) : Base(s, memory) { states_ = arena_.take(s.head_block * K_ * Vl_); }
 
   int64_t bytes() const { return arena_.used; }
 
@@ -33,7 +33,7 @@ class ForwardEngine : Engine<T> {
 
   void chunk(const Forward& f, const Unit& u, int64_t t, int n, int64_t head, T* state) {
     this->load_gates(u, t, n, head);
-    this->pairs(n, true);
+    this->intra_chunk(n, true);
     read(writes_, Vl_, s_.v, u.at(s_.v, t, head), n, V_);
     const T scale = static_cast<T>(s_.scale);
     for (int i = 0; i < n; ++i) factors_[i] = scale * from_start_[i];
@@ -58,12 +58,12 @@ class ForwardEngine : Engine<T> {
   T* states_;
 };
 
-int64_t forward_bytes(const Scan& s, bool wide) {
-  return wide ? ForwardEngine<double>(s, nullptr).bytes() : ForwardEngine<float>(s, nullptr).bytes();
+int64_t forward_bytes(const Scan& s, bool fp64) {
+  return fp64 ? ForwardEngine<double>(s, nullptr).bytes() : ForwardEngine<float>(s, nullptr).bytes();
 }
 
-void forward(const Scan& s, const Forward& f, bool wide, int64_t unit, void* memory) {
-  wide ? ForwardEngine<double>(s, memory).run(f, unit) : ForwardEngine<float>(s, memory).run(f, unit);
+void forward(const Scan& s, const Forward& f, bool fp64, int64_t unit, void* memory) {
+  fp64 ? ForwardEngine<double>(s, memory).run(f, unit) : ForwardEngine<float>(s, memory).run(f, unit);
 }
 
 }  // namespace s0::S0_ISA

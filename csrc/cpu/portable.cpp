@@ -1,6 +1,6 @@
 #define S0_ISA portable
 #define S0_VECTOR_BYTES 16
-#define S0_BLOCK_VECTORS 2
+#define S0_TILE_VECTORS 2
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/step.h"

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "cuda/arguments.h"
 #include "kind.h"
+#include "token/arguments.h"
 
 namespace s0 {
 
@@ -27,7 +27,7 @@ struct States {
 struct Scan {
   bool delta;  // the gated delta rule; otherwise SSD
   bool normalise;
-  int64_t sequences, tokens, heads, groups, block;  // heads of a group are worked on `block` at a time
+  int64_t sequences, tokens, heads, groups, head_block;  // heads of a group are worked on `head_block` at a time
   int64_t key, value, chunk;
   double scale;
   const int64_t* boundaries;  // [sequences + 1] where packed; otherwise each is a row of `tokens`
@@ -61,18 +61,21 @@ struct Step {
   Kind kind;
 };
 
+// Floats of a state that a mixer's token takes at a time: several vectors of any instruction set.
+constexpr int kTokenVectorSize = 32;
+
 int64_t units(const Scan& scan);
 
 // A thread's memory, at least `bytes`, aligned to 64; full of NaN where that is asked for.
 void* scratch(int64_t bytes);
 
 #define S0_ENTRIES                                                              \
-  int64_t forward_bytes(const Scan&, bool wide);                                \
-  int64_t backward_bytes(const Scan&, const Backward&, bool wide);              \
-  void forward(const Scan&, const Forward&, bool wide, int64_t unit, void*);    \
-  void backward(const Scan&, const Backward&, bool wide, int64_t unit, void*);  \
-  int64_t step_bytes(const Scan&, bool wide);                                   \
-  void step(const Scan&, const Step&, bool wide, int64_t unit, void*);           \
+  int64_t forward_bytes(const Scan&, bool fp64);                                \
+  int64_t backward_bytes(const Scan&, const Backward&, bool fp64);              \
+  void forward(const Scan&, const Forward&, bool fp64, int64_t unit, void*);    \
+  void backward(const Scan&, const Backward&, bool fp64, int64_t unit, void*);  \
+  int64_t step_bytes(const Scan&, bool fp64);                                   \
+  void step(const Scan&, const Step&, bool fp64, int64_t unit, void*);           \
   void delta_token(const Delta&, int64_t index, void*);                         \
   void ssd_token(const Ssd&, int64_t index, void*);
 

@@ -1,6 +1,6 @@
-// Vectors of one instruction set, and the register-blocked matrix product that everything is made of.
+// Vectors of one instruction set, and the register-tiled matrix product that everything is made of.
 //
-// Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_BLOCK_VECTORS
+// Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_TILE_VECTORS
 // and for which setup.py switches the instructions on. Nothing here may be shared between those files, or the linker
 // could give an old machine the code of a new one: no function of the standard library that is not a builtin, no static
 // variable.
@@ -23,9 +23,9 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = S0_VECTOR_BYTES / sizeof(T);
 
-// A block of the product: 6 rows of 4 vectors fill 24 of the 32 registers of AVX-512; 6 of 2 fill 12 of 16.
+// A tile of the product: 6 rows of 4 vectors fill 24 of the 32 registers of AVX-512; 6 of 2 fill 12 of 16.
 constexpr int kRows = 6;
-constexpr int kVectors = S0_BLOCK_VECTORS;
+constexpr int kVectors = S0_TILE_VECTORS;
 
 template <class T>
 S0_CALL Vec<T> load(const T* p) {
@@ -60,7 +60,7 @@ constexpr int padded(int n) {
 
 // The distance of rows of n: padded, and a line of the cache more where they would all fall on a few of its sets.
 template <class T>
-constexpr int spread(int n) {
+constexpr int row_stride(int n) {
   constexpr int line = 64 / sizeof(T);
   return padded<T>(n) % (4 * line) == 0 ? padded<T>(n) + line : padded<T>(n);
 }
@@ -133,7 +133,7 @@ S0_CALL void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, con
 
 // M rows from i on and N vectors from column j on, over `depth` depths.
 template <class T, int M, int N, Shape S>
-__attribute__((noinline)) void block(const Product<T>& p, int i, int j, int depth) {
+__attribute__((noinline)) void tile(const Product<T>& p, int i, int j, int depth) {
   const int first = S == Shape::kUpper ? i : 0;
   const T *a = p.a.data + i * p.a.row + first * p.a.column, *b = p.b + first * p.ldb + j;
   const std::ptrdiff_t row = p.a.row, column = p.a.column, ldb = p.ldb;
@@ -171,14 +171,14 @@ __attribute__((noinline)) void block(const Product<T>& p, int i, int j, int dept
 }
 
 template <class T, int N, Shape S>
-void block_of_rows(int rows, const Product<T>& p, int i, int j, int depth) {
+void tile_of_rows(int rows, const Product<T>& p, int i, int j, int depth) {
   switch (rows) {
-    case 6: return block<T, 6, N, S>(p, i, j, depth);
-    case 5: return block<T, 5, N, S>(p, i, j, depth);
-    case 4: return block<T, 4, N, S>(p, i, j, depth);
-    case 3: return block<T, 3, N, S>(p, i, j, depth);
-    case 2: return block<T, 2, N, S>(p, i, j, depth);
-    case 1: return block<T, 1, N, S>(p, i, j, depth);
+    case 6: return tile<T, 6, N, S>(p, i, j, depth);
+    case 5: return tile<T, 5, N, S>(p, i, j, depth);
+    case 4: return tile<T, 4, N, S>(p, i, j, depth);
+    case 3: return tile<T, 3, N, S>(p, i, j, depth);
+    case 2: return tile<T, 2, N, S>(p, i, j, depth);
+    case 1: return tile<T, 1, N, S>(p, i, j, depth);
   }
 }
 
@@ -192,13 +192,13 @@ void multiply_shaped(bool below, int m, int n, int depth, const Product<T>& p) {
       if (end <= j) continue;
       switch (end - j >= width ? kVectors : (end - j + kLanes<T> - 1) / kLanes<T>) {
         case 4:
-          if constexpr (kVectors >= 4) block_of_rows<T, 4, S>(rows, p, i, j, depth);
+          if constexpr (kVectors >= 4) tile_of_rows<T, 4, S>(rows, p, i, j, depth);
           break;
         case 3:
-          if constexpr (kVectors >= 3) block_of_rows<T, 3, S>(rows, p, i, j, depth);
+          if constexpr (kVectors >= 3) tile_of_rows<T, 3, S>(rows, p, i, j, depth);
           break;
-        case 2: block_of_rows<T, 2, S>(rows, p, i, j, depth); break;
-        case 1: block_of_rows<T, 1, S>(rows, p, i, j, depth); break;
+        case 2: tile_of_rows<T, 2, S>(rows, p, i, j, depth); break;
+        case 1: tile_of_rows<T, 1, S>(rows, p, i, j, depth); break;
       }
     }
   }

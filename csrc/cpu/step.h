@@ -103,12 +103,12 @@ class Stepper {
   T *q_, *k_, *v_, *output_;
 };
 
-int64_t step_bytes(const Scan& s, bool wide) {
-  return wide ? Stepper<double>(s, nullptr).bytes() : Stepper<float>(s, nullptr).bytes();
+int64_t step_bytes(const Scan& s, bool fp64) {
+  return fp64 ? Stepper<double>(s, nullptr).bytes() : Stepper<float>(s, nullptr).bytes();
 }
 
-void step(const Scan& s, const Step& step, bool wide, int64_t unit, void* memory) {
-  wide ? Stepper<double>(s, memory).run(step, unit) : Stepper<float>(s, memory).run(step, unit);
+void step(const Scan& s, const Step& step, bool fp64, int64_t unit, void* memory) {
+  fp64 ? Stepper<double>(s, memory).run(step, unit) : Stepper<float>(s, memory).run(step, unit);
 }
 
 }  // namespace s0::S0_ISA

@@ -130,7 +130,7 @@ S0_CALL void exchange_all(Vec<T>* x) {
   }
 }
 
-// A square of vectors turned over its diagonal, bit by bit of row and lane.
+// A square of vectors transposed, bit by bit of row and lane.
 template <class T>
 S0_CALL void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
   constexpr int lanes = kLanes<T>;

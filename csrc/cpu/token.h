@@ -1,20 +1,20 @@
-// A mixer's token on a CPU: the kernels of csrc/cuda, a head to a thread.
+// A mixer's token on a CPU, a head to a thread.
 #pragma once
 
-#include "cuda/delta.h"
-#include "cuda/host.h"
-#include "cuda/ssd.h"
+#include "cpu/block.h"
+#include "token/gated_delta_rule.h"
+#include "token/ssd.h"
 
 namespace s0::S0_ISA {
 
 void delta_token(const Delta& d, int64_t index, void* memory) {
-  WholeBlock block;
+  OneThreadBlock block;
   DeltaShared& shared = *static_cast<DeltaShared*>(memory);
   d.fast ? delta_block<true>(block, shared, d, index) : delta_block<false>(block, shared, d, index);
 }
 
 void ssd_token(const Ssd& s, int64_t index, void* memory) {
-  WholeBlock block;
+  OneThreadBlock block;
   SsdShared& shared = *static_cast<SsdShared*>(memory);
   s.fast ? ssd_block<true>(block, shared, s, index) : ssd_block<false>(block, shared, s, index);
 }

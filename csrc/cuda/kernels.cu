@@ -4,24 +4,25 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/delta.h"
-#include "cuda/plan.h"
-#include "cuda/ssd.h"
+#include "cuda/block.h"
+#include "cuda/workspace.h"
+#include "token/gated_delta_rule.h"
+#include "token/ssd.h"
 
 namespace s0::gpu {
 
-constexpr int kThreads = 32 * kMostWarps;
+constexpr int kThreads = 32 * kMaxWarps;
 
 // Names without mangling, for who reads the compiler's report.
 extern "C" {
 
-__global__ void __launch_bounds__(kThreads, 2) s0_delta_step(const __grid_constant__ Delta d) {
+__global__ void __launch_bounds__(kThreads, 2) s0_gated_delta_rule_step(const __grid_constant__ Delta d) {
   __shared__ DeltaShared shared;
   GpuBlock block;
   delta_block<true>(block, shared, d, blockIdx.x);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) s0_delta_step_strided(const __grid_constant__ Delta d) {
+__global__ void __launch_bounds__(kThreads, 1) s0_gated_delta_rule_step_strided(const __grid_constant__ Delta d) {
   __shared__ DeltaShared shared;
   GpuBlock block;
   delta_block<false>(block, shared, d, blockIdx.x);
@@ -54,8 +55,13 @@ const char* launch_one(void (*kernel)(Call), const Call& call, void* stream) {
 
 }  // namespace
 
+unsigned* workspace(void* stream, int64_t count) {
+  static auto& all = *new Workspaces;  // CUDA may be gone when statics end
+  return all.of(static_cast<cudaStream_t>(stream), count);
+}
+
 const char* launch(const Delta& d, void* stream) {
-  return launch_one(d.fast ? s0_delta_step : s0_delta_step_strided, d, stream);
+  return launch_one(d.fast ? s0_gated_delta_rule_step : s0_gated_delta_rule_step_strided, d, stream);
 }
 
 const char* launch(const Ssd& s, void* stream) {
@@ -64,7 +70,7 @@ const char* launch(const Ssd& s, void* stream) {
 
 const char* unusable() {
   cudaFuncAttributes found;
-  const cudaError_t error = cudaFuncGetAttributes(&found, s0_delta_step);
+  const cudaError_t error = cudaFuncGetAttributes(&found, s0_gated_delta_rule_step);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // so that it is not found by who asks next
   return cudaGetErrorString(error);

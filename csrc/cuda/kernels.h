@@ -1,9 +1,13 @@
 // The kernels as library.cpp sees them, which is compiled without CUDA's headers.
 #pragma once
 
-#include "cuda/arguments.h"
+#include "token/arguments.h"
 
 namespace s0::gpu {
+
+// A stream's workspace of at least `count` arrival counters, all zero between kernels; null where a call has to bring
+// its own. See workspace.h.
+unsigned* workspace(void* stream, int64_t count);
 
 // Null, or what CUDA says is wrong.
 const char* launch(const Delta& d, void* stream);

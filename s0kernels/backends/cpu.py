@@ -1,6 +1,6 @@
 """Backend `cpu`: the compiled scans of `csrc/cpu`, for tensors on a CPU.
 
-They walk the chunks of a head with the state in cache and write nothing but results; the backward recomputes. Mamba-2
+They scan the chunks of a head with the state in cache and write nothing but results; the backward recomputes. Mamba-2
 SSD is handed over as the recurrence it shares with the gated delta rule: q = C, k = B, v = x, dt in the place of beta,
 and a log decay of dt A. What is one value per token (processing dt) or one pass over the output (the gate z) stays in
 PyTorch.
@@ -38,9 +38,9 @@ from s0kernels.hardware import compilers
 #: with the delta rule and without: there shorter chunks are more exact and as fast
 _CHUNK = {True: 32, False: 64}
 #: longer ones would outgrow the cache
-_LONGEST = 256
+_MAX_CHUNK = 256
 #: heads of a group that are worked on together, sharing what depends on q and k alone
-_BLOCK = 4
+_HEAD_BLOCK = 4
 
 
 def supports(call: Call) -> str | None:
@@ -81,14 +81,14 @@ def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 
 def _chunk(size: int | None, delta: bool) -> int:
-    return min(size or _CHUNK[delta], _LONGEST)
+    return min(size or _CHUNK[delta], _MAX_CHUNK)
 
 
 def _index(state_indices: Tensor | None) -> Tensor | None:
     return None if state_indices is None else state_indices.to(torch.int64).contiguous()
 
 
-def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).contiguous()
 
 
@@ -110,34 +110,34 @@ class _Scan(NamedTuple):
         return self.q.shape[0] if self.boundaries is None else self.boundaries.shape[0] - 1
 
 
-class _How(NamedTuple):
+class _ScanOptions(NamedTuple):
     """Options of either, in the order of the schema."""
 
     delta: bool
     normalise: bool
     scale: float
     chunk: int
-    block: int = _BLOCK
+    head_block: int = _HEAD_BLOCK
 
 
-def _delta(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[_Scan, _How]:
+def _delta(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[_Scan, _ScanOptions]:
     q, k, v, g, beta = inputs
     dtype = state_dtype(q.dtype)
-    of_tokens = q, k, v, _plain(g, dtype), _plain(beta, dtype), None
+    of_tokens = q, k, v, _contiguous(g, dtype), _contiguous(beta, dtype), None
     scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, q.shape[1]))
-    return scan, _How(True, options.use_qk_l2norm, options.scale, _chunk(options.chunk_size, True))
+    return scan, _ScanOptions(True, options.use_qk_l2norm, options.scale, _chunk(options.chunk_size, True))
 
 
-def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _How]:
+def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _ScanOptions]:
     """B is missing where the gradient of the state is all that is wanted, which does not need it."""
     C, B = inputs.C, inputs.C if inputs.B is None else inputs.B
     steps = process_dt(inputs, options).detach().contiguous()
-    of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, _plain(inputs.D, steps.dtype)
+    of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, _contiguous(inputs.D, steps.dtype)
     scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, C.shape[1]))
-    return scan, _How(False, False, 1.0, _chunk(options.chunk_size, False))
+    return scan, _ScanOptions(False, False, 1.0, _chunk(options.chunk_size, False))
 
 
-def _forward(scan: _Scan, how: _How, kind: torch.dtype, output_final_state: bool) -> tuple[Tensor, Tensor]:
+def _forward(scan: _Scan, how: _ScanOptions, kind: torch.dtype, output_final_state: bool) -> tuple[Tensor, Tensor]:
     heads, K, V = scan.decay.shape[2], scan.q.shape[3], scan.v.shape[3]
     shape = (heads, K, V) if how.delta else (heads, V, K)
     output = torch.empty(scan.v.shape, dtype=kind, device="cpu")
@@ -164,11 +164,11 @@ def gated_delta_rule_backward(
     return found
 
 
-def _backward(grads: Grads, scan: _Scan, how: _How, wanted: set[str]) -> dict[str, Tensor]:
+def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: set[str]) -> dict[str, Tensor]:
     """Gradients under the names of the shared recurrence, those of q and k summed over the heads of a group."""
     dtype, (batch, length, heads), (groups, K) = scan.decay.dtype, scan.decay.shape, scan.q.shape[2:]
     V = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[3 if how.delta else 2]
-    parts = -(-(heads // groups) // _BLOCK)
+    parts = -(-(heads // groups) // how.head_block)
     out: dict[str, Tensor | None] = dict.fromkeys(("initial_state", "q", "k", "v", "decay", "weight"))
     if "initial_state" in wanted:
         layout = (heads, K, V) if how.delta else (heads, V, K)
@@ -243,7 +243,7 @@ def _step(token: tuple, pool: Pool, kind: torch.dtype, how: tuple[bool, bool, fl
     (q, k, v, *gates), state = token, pool.state
     output = torch.empty(v.shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()
-    gates = [_plain(x, state.dtype) for x in gates]
+    gates = [_contiguous(x, state.dtype) for x in gates]
     torch.ops.s0kernels_cpu.scan_step(
         q[:, None], k[:, None], v[:, None], *gates, place, _index(pool.indices), output, *how
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from s0kernels.backends import tokens
-from s0kernels.backends.tokens import too_large
 from s0kernels.calls import (
     Call,
     DeltaInputs,
@@ -31,7 +30,9 @@ def supports(call: Call) -> str | None:
         return f"for tensors on a GPU, not on {call.device.type}"
     if torch.version.hip is not None:
         return "is for GPUs by NVIDIA, and this torch is for those by AMD"
-    return _unusable(torch.cuda.current_device() if call.device.index is None else call.device.index) or too_large(call)
+    return _unusable(
+        torch.cuda.current_device() if call.device.index is None else call.device.index
+    ) or tokens.too_large(call)
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def missing() -> str | None:
         return "was not built: install with --no-build-isolation where nvcc and a torch for CUDA are"
     try:
         torch.ops.load_library(str(file))
-        _ = torch.ops.s0kernels_cuda.delta_step
+        _ = torch.ops.s0kernels_cuda.gated_delta_rule_step
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         return f"cannot be used beside torch {torch.__version__}: {reason}"

@@ -109,9 +109,8 @@ def kernel_hashes() -> dict[str, str]:
     hashes = {}
     for name, home in homes.items():
         files = [*home.glob("*.py"), home.with_suffix(".py"), *shared]
-        compiled = [*csrc.glob("*.*"), *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []
-        if name == "cpu" and compiled:  # one token is one text for both
-            compiled += (csrc / "cuda").glob("*.h")
+        shared_by_libraries = [*csrc.glob("*.*"), *(csrc / "token").glob("*.*")]
+        compiled = [*shared_by_libraries, *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []
         files += compiled or [_PACKAGE / f"_{name}.so"]
         content = hashlib.sha256()
         for file in sorted(filter(Path.is_file, files)):

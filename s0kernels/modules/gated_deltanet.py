@@ -64,7 +64,6 @@ class S0GatedDeltaNet(S0Mixer):
             cache.window,
             cache.state,
             eps=eps,
-            tickets=cache.tickets(mixed.shape[0] * self.num_k_heads),
             backend=backend,
         )
 

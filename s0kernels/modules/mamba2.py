@@ -75,7 +75,6 @@ class S0Mamba2Mixer(S0Mixer):
             eps=eps,
             gate_first=not getattr(self.norm, "norm_before_gate", False),
             dt_limit=tuple(float(bound) for bound in self.time_step_limit),
-            tickets=cache.tickets(mixed.shape[0] * self.n_groups),
             backend=backend,
         )
 

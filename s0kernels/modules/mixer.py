@@ -177,18 +177,6 @@ class MixerCache:
         """Whether the cache keeps all inputs of the convolution, to go back by a few tokens."""
         return getattr(self._cache.layers[self._layer], "record_past", False)
 
-    def tickets(self, count: int) -> Tensor | None:
-        """Zeros for the blocks of a fused step to count themselves. They stay with the state, for two steps that are in
-        flight at once can never share that; a compiled graph has its own."""
-        if torch.compiler.is_compiling():
-            return None
-        layer, device = self._cache.layers[self._layer], self.state.device
-        tickets = getattr(layer, "s0_tickets", None)
-        if tickets is None or tickets.numel() < count or tickets.device != device:
-            with torch.inference_mode(False):  # it may be used outside as well
-                tickets = layer.s0_tickets = torch.zeros(count, dtype=torch.int32, device=device)
-        return tickets
-
     def store_window(self, x: Tensor, padding: Padding | None) -> None:
         if not self.present:
             return

@@ -364,13 +364,13 @@ def _with_cache(given: Mapping[str, Any], cache: Any) -> dict[str, Any]:
 
 
 def _tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors among the attributes of a cache's layer, those in lists and dicts too; ours are no part of it."""
+    """Tensors among the attributes of a cache's layer, those in lists and dicts too."""
     for name, value in attributes.items():
         if isinstance(value, Mapping):
             yield from _tensors({f"{name}[{key}]": item for key, item in value.items()})
         elif isinstance(value, (list, tuple)):
             yield from _tensors({f"{name}[{key}]": item for key, item in enumerate(value)})
-        elif isinstance(value, Tensor) and name != "s0_tickets":
+        elif isinstance(value, Tensor):
             yield name, value
 
 

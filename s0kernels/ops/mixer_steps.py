@@ -36,7 +36,6 @@ def gated_delta_mixer_step(
     *,
     eps: float,
     state_indices: Tensor | None = None,
-    tickets: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A token of a Qwen3.5 mixer:
@@ -52,8 +51,6 @@ def gated_delta_mixer_step(
         state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), or a pool [S, HV, K, V]. Written.
         eps: of the norm.
         state_indices: [B] int32 or int64, rows of both pools; -1 starts from zero and stores nothing.
-        tickets: int32, B H zeros, zeros again afterwards, that no other call in flight uses; where blocks count
-            themselves. None makes some, which on a GPU is another launch.
         backend: "cuda", "cpu" or "reference"; None takes the first of these that supports the call.
 
     Returns:
@@ -63,7 +60,7 @@ def gated_delta_mixer_step(
         TypeError, ValueError: as in `gated_delta_rule_step`.
     """
     inputs = DeltaMixerInputs(mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm)
-    pool = MixerPool(window, state, state_indices, tickets)
+    pool = MixerPool(window, state, state_indices)
     check = _checker(_DELTA, mixed)
     check.tensor("z", z, "B HV V", check.floats)
     check.tensor("b", b, "B HV", check.floats)
@@ -77,7 +74,6 @@ def gated_delta_mixer_step(
             f"{_DELTA}: mixed must have 2 H K + HV V channels, H a divisor of HV, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
         )
-    _check_tickets(_DELTA, tickets, mixed, mixed.shape[0] * (keys // (2 * K)))
     return _delta_op(*inputs, *pool, eps, _choose(_DELTA, inputs, pool, backend))
 
 
@@ -98,7 +94,6 @@ def ssd_mixer_step(
     gate_first: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     state_indices: Tensor | None = None,
-    tickets: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A token of a Falcon-H1 or Bamba mixer:
@@ -113,7 +108,6 @@ def ssd_mixer_step(
         A_log, D, dt_bias: [H]. norm: [H P], or None.
         state: [B, H, P, N] fp32 (fp64 with fp64 inputs), or a pool [S, H, P, N]. Written.
         gate_first: gate before the norm.
-        tickets: as in `gated_delta_mixer_step`, B G of them.
         The others: as in `gated_delta_mixer_step`.
 
     Returns:
@@ -123,7 +117,7 @@ def ssd_mixer_step(
         TypeError, ValueError: as in `ssd_step`.
     """
     inputs = SSDMixerInputs(gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm)
-    pool = MixerPool(window, state, state_indices, tickets)
+    pool = MixerPool(window, state, state_indices)
     check = _checker(_SSD, mixed)
     check.tensor("dt", dt, "B H", check.floats)
     check.tensor("D", D, "H", check.floats)
@@ -139,7 +133,6 @@ def ssd_mixer_step(
             f"{_SSD}: mixed must have H P + 2 G N channels, G a divisor of H, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
         )
-    _check_tickets(_SSD, tickets, mixed, mixed.shape[0] * (shared // (2 * N)))
     validation.check_flag(_SSD, "gate_first", gate_first)
     validation.check_dt_limit(_SSD, dt_limit)
     options = SSDMixerOptions(eps, gate_first, float(dt_limit[0]), float(dt_limit[1]))
@@ -177,17 +170,6 @@ def _choose(op: str, inputs: DeltaMixerInputs | SSDMixerInputs, pool: MixerPool,
     transforms.refuse(op, *inputs, pool.window, pool.state)
     size, width = operator.index(max(pool.state.shape[2:])), operator.index(pool.window.shape[2])
     return registry.choose(backend, op, inputs.mixed.device, inputs.mixed.dtype, size, width)
-
-
-def _check_tickets(op: str, tickets: Tensor | None, mixed: Tensor, count: int) -> None:
-    if tickets is None:
-        return
-    fits = tickets.dtype == torch.int32 and tickets.device == mixed.device and tickets.is_contiguous()
-    if not fits or tickets.numel() < count:
-        raise ValueError(
-            f"{op}: tickets must be {count} contiguous int32 on {mixed.device}, got {tickets.dtype} "
-            f"{list(tickets.shape)} on {tickets.device}"
-        )
 
 
 # Reference

@@ -172,5 +172,5 @@ def register_step(
 
 
 def _pool_fields(pool: type) -> str:
-    kinds = {"window": "Tensor(a!)", "state": "Tensor(b!)", "indices": "Tensor?", "tickets": "Tensor(c!)?"}
+    kinds = {"window": "Tensor(a!)", "state": "Tensor(b!)", "indices": "Tensor?"}
     return ", ".join(f"{kinds[name]} {name}" for name in pool._fields)

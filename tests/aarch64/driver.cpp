@@ -1,4 +1,4 @@
-// Runs the operators of csrc/library.cpp without torch: says what they take, then answers calls until there are none.
+// Runs the operators of csrc/cpu/library.cpp without torch: says what they take, then answers calls until there are none.
 #include "torch.h"
 
 void define_operators(torch::Library&);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = ["library.cpp", "cpu/portable.cpp", "cuda/emulated.cpp"]
+SOURCES = ["cpu/library.cpp", "cpu/portable.cpp"]
 #: of torch, which `torch.h` stands for
 HEADERS = ["csrc/stable/library.h", "csrc/stable/ops.h", "csrc/stable/tensor.h", "headeronly/util/Exception.h"]
 

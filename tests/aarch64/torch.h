@@ -1,4 +1,4 @@
-// As much of LibTorch's stable ABI as csrc/library.cpp needs, for a machine that has no torch: tensors are what a call
+// As much of LibTorch's stable ABI as csrc/cpu/library.cpp needs, for a machine that has no torch: tensors are what a call
 // on standard input brings, and go back to standard output. emulate.py is the other end.
 //
 // A call: the operator's name; then each argument: a byte, 0 for None, and the value. A reply: a byte, 1 for an error

@@ -9,12 +9,12 @@
 // then stay in registers and shuffles, S is read and written once, and only what goes in and out is shared.
 #pragma once
 
-#include "cuda/block.h"
+#include "token/block.h"
 
 namespace s0::S0_ISA {
 
 struct DeltaShared {
-  float q[kLargest], k[kLargest], v[kLargest], o[kLargest];
+  float q[kMaxHeadSize], k[kMaxHeadSize], v[kMaxHeadSize], o[kMaxHeadSize];
   float scale;  // of o: that of the call, and what normalises q
   bool last;
 };
@@ -38,31 +38,18 @@ S0_CALL int64_t key_channel(const Delta& d, int group, int i) {
                  : static_cast<int64_t>(d.groups + group) * d.K + i - d.K;
 }
 
-// What of a call is one block's.
-struct DeltaPart {
-  int64_t row, step;  // step: from one of a lane's rows of S to the next
-  int head, group, begin, end;
+struct DeltaPart : Part {
   int down, across, rows;  // lanes of a warp for the rows of S and for its columns; rows that a lane keeps at most
-  float* states;
-  Place place;
-  bool alone;  // then q and k are nobody else's
+  int64_t step;            // from one of a lane's rows of S to the next
 };
 
 template <class Block>
 S0_CALL DeltaPart part_of(const Delta& d, int64_t index) {
-  DeltaPart p;
-  p.row = index / d.tiles / d.heads;
-  p.head = static_cast<int>(index / d.tiles % d.heads);
-  p.group = p.head / (d.heads / d.groups);
-  p.begin = static_cast<int>(index % d.tiles) * d.tile;
-  p.end = p.begin + d.tile < d.V ? p.begin + d.tile : d.V;
+  DeltaPart p{part_of(d, index, d.V)};
   p.down = Block::kLanes == 1 ? 1 : d.down;
   p.across = Block::kLanes / p.down;
   p.rows = Block::kLanes == 1 ? d.K : Block::kRows;
   p.step = p.down * d.state.first;
-  p.place = place_of(d, p.row);
-  p.states = d.state.data + p.place.row * d.state.row + p.head * d.state.head;
-  p.alone = d.tickets == nullptr;
   return p;
 }
 
@@ -87,15 +74,15 @@ S0_CALL void take_inputs(Block& block, DeltaShared& shared, const Delta& d, cons
   block.sync();
   if (!p.alone)
     block.each([&](int t) {
-      if (t == 0) shared.last = Block::arrive(d.tickets + p.row * d.groups + p.group, d.members);
+      if (t == 0) shared.last = Block::arrive(d.arrivals + p.row * d.groups + p.group, d.members);
     });
 }
 
 // What a thread keeps of S and of sums over it, and the factors that all threads of a block share.
 template <class Block>
 struct DeltaKept {
-  typename Block::template Local<Wide<Block>[Block::kRows]> rows;
-  typename Block::template Local<Wide<Block>> sums;
+  typename Block::template Local<StateVector<Block>[Block::kRows]> rows;
+  typename Block::template Local<StateVector<Block>> sums;
   typename Block::template Local<DeltaGates> gate;  // beta times what normalises k
   typename Block::template Local<float> factor;    // exp(g) times what normalises k
 };
@@ -104,23 +91,25 @@ struct DeltaKept {
 template <bool kFast, class Block>
 S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const DeltaPart& p, DeltaKept<Block>& kept,
                      int first) {
-  using Four = Wide<Block>;
-  constexpr int kLanes = Block::kLanes, kWide = Block::kWide;
-  const auto column = [first, &p](int t) { return first + (t / kLanes * p.across + t % kLanes % p.across) * kWide; };
+  using Vector = StateVector<Block>;
+  constexpr int kLanes = Block::kLanes, kVectorSize = Block::kVectorSize;
+  const auto column = [first, &p](int t) {
+    return first + (t / kLanes * p.across + t % kLanes % p.across) * kVectorSize;
+  };
   const auto above = [&p](int t) { return t % kLanes / p.across; };
   block.each([&, column, above](int t) {
     const int j = column(t), top = above(t);
     const int mine = p.place.stored && j < p.end ? (d.K - top + p.down - 1) / p.down : 0;  // rows
     const float* from = p.states + top * d.state.first + j * d.state.second;
-    kept.sums[t] = Four{};
+    kept.sums[t] = Vector{};
     S0_UNROLL
     for (int r = 0; r < p.rows; ++r, from += p.step)
-      kept.rows[t][r] = r < mine ? load<kFast, Block>(from, d.state.second, p.end - j) : Four{};
+      kept.rows[t][r] = r < mine ? load<kFast, Block>(from, d.state.second, p.end - j) : Vector{};
     S0_UNROLL
     for (int r = 0; r < p.rows; ++r) {
       const float k = r < mine ? shared.k[top + r * p.down] : 0.0f;
       S0_UNROLL
-      for (int c = 0; c < kWide; ++c) kept.sums[t].v[c] += k * kept.rows[t][r].v[c];
+      for (int c = 0; c < kVectorSize; ++c) kept.sums[t].v[c] += k * kept.rows[t][r].v[c];
     }
   });
   block.add_lanes(kept.sums, p.across, kLanes);
@@ -128,9 +117,9 @@ S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const De
     const int j = column(t), top = above(t), mine = (d.K - top + p.down - 1) / p.down;
     const bool there = p.place.stored && j < p.end;
     float* to = p.states + top * d.state.first + j * d.state.second;
-    Four written, out{};
+    Vector written, out{};
     S0_UNROLL
-    for (int c = 0; c < kWide; ++c) {
+    for (int c = 0; c < kVectorSize; ++c) {
       const float v = j + c < p.end ? shared.v[j + c] : 0.0f;
       written.v[c] = kept.gate[t].beta * (v - kept.factor[t] * kept.sums[t].v[c]);
     }
@@ -138,7 +127,7 @@ S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const De
     for (int r = 0; r < p.rows; ++r, to += p.step) {
       const float k = r < mine ? shared.k[top + r * p.down] : 0.0f, q = r < mine ? shared.q[top + r * p.down] : 0.0f;
       S0_UNROLL
-      for (int c = 0; c < kWide; ++c) {
+      for (int c = 0; c < kVectorSize; ++c) {
         kept.rows[t][r].v[c] = kept.gate[t].decay * kept.rows[t][r].v[c] + k * written.v[c];
         out.v[c] += q * kept.rows[t][r].v[c];
       }
@@ -149,7 +138,7 @@ S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const De
   block.add_lanes(kept.sums, p.across, kLanes);
   block.each([&, column, above](int t) {
     S0_UNROLL
-    for (int c = 0; c < kWide; ++c)
+    for (int c = 0; c < kVectorSize; ++c)
       if (above(t) == 0 && column(t) + c < p.end) shared.o[column(t) + c] = kept.sums[t].v[c];
   });
 }
@@ -179,7 +168,7 @@ S0_CALL void delta_block(Block& block, DeltaShared& shared, const Delta& d, int6
     kept.gate[t].beta *= k_factor;
     kept.factor[t] = kept.gate[t].decay * k_factor;
   });
-  for (int first = p.begin; first < p.end; first += d.warps * p.across * Block::kWide)
+  for (int first = p.begin; first < p.end; first += d.warps * p.across * Block::kVectorSize)
     advance<kFast>(block, shared, d, p, kept, first);
   block.sync();
 

@@ -9,12 +9,12 @@
 // have to wait for all blocks of the group: the last of them does both.
 #pragma once
 
-#include "cuda/block.h"
+#include "token/block.h"
 
 namespace s0::S0_ISA {
 
 struct SsdShared {
-  float x[kLargest], B[kLargest], C[kLargest], sums[kMostWarps];
+  float x[kMaxHeadSize], B[kMaxHeadSize], C[kMaxHeadSize], sums[kMaxWarps];
   bool last;
 };
 
@@ -82,54 +82,32 @@ S0_CALL void finish_group(Block& block, SsdShared& shared, const Ssd& s, int64_t
   block.finish();
 }
 
-// What of a call is one block's.
-struct SsdPart {
-  int64_t row;
-  int head, group, begin, end;
-  float* states;
-  Place place;
-  bool alone;  // then B and C are nobody else's
-};
-
-S0_CALL SsdPart part_of(const Ssd& s, int64_t index) {
-  SsdPart p;
-  p.row = index / s.tiles / s.heads;
-  p.head = static_cast<int>(index / s.tiles % s.heads);
-  p.group = p.head / (s.heads / s.groups);
-  p.begin = static_cast<int>(index % s.tiles) * s.tile;
-  p.end = p.begin + s.tile < s.P ? p.begin + s.tile : s.P;
-  p.place = place_of(s, p.row);
-  p.states = s.state.data + p.place.row * s.state.row + p.head * s.state.head;
-  p.alone = s.tickets == nullptr;
-  return p;
-}
-
 template <class Block>
 constexpr int kAcross = Block::kLanes == 1 ? 1 : 8;  // lanes of a row
 
 // A row of S, p, in the lanes that share it, `lane` of them this one: its part of S C.
 template <bool kFast, class Block>
-S0_CALL float advance(const SsdShared& shared, const Ssd& s, const SsdPart& part, const SsdGates& gate, int p,
+S0_CALL float advance(const SsdShared& shared, const Ssd& s, const Part& part, const SsdGates& gate, int p,
                       int lane) {
-  using Four = Wide<Block>;
-  constexpr int kWide = Block::kWide, kParts = kLargest / (kAcross<Block> * kWide);
+  using Vector = StateVector<Block>;
+  constexpr int kVectorSize = Block::kVectorSize, kParts = kMaxHeadSize / (kAcross<Block> * kVectorSize);
   const bool there = part.place.stored && p < part.end;
   const float written = p < part.end ? gate.dt * shared.x[p] : 0.0f;
-  const int64_t step = kAcross<Block> * kWide * s.state.second;
-  float* at = part.states + p * s.state.first + lane * kWide * s.state.second;
-  Four kept[kParts], sums{};
+  const int64_t step = kAcross<Block> * kVectorSize * s.state.second;
+  float* at = part.states + p * s.state.first + lane * kVectorSize * s.state.second;
+  Vector kept[kParts], sums{};
   S0_UNROLL
   for (int i = 0; i < kParts; ++i, at += step) {
-    const int n = (i * kAcross<Block> + lane) * kWide;
-    kept[i] = there && n < s.N ? load<kFast, Block>(at, s.state.second, s.N - n) : Four{};
+    const int n = (i * kAcross<Block> + lane) * kVectorSize;
+    kept[i] = there && n < s.N ? load<kFast, Block>(at, s.state.second, s.N - n) : Vector{};
   }
   at -= kParts * step;
   S0_UNROLL
   for (int i = 0; i < kParts; ++i, at += step) {
-    const int n = (i * kAcross<Block> + lane) * kWide;
+    const int n = (i * kAcross<Block> + lane) * kVectorSize;
     if (n >= s.N) continue;
     S0_UNROLL
-    for (int c = 0; c < kWide; ++c) {
+    for (int c = 0; c < kVectorSize; ++c) {
       const bool inside = kFast || n + c < s.N;
       kept[i].v[c] = gate.decay * kept[i].v[c] + (inside ? written * shared.B[n + c] : 0.0f);
       sums.v[c] += inside ? kept[i].v[c] * shared.C[n + c] : 0.0f;
@@ -138,14 +116,14 @@ S0_CALL float advance(const SsdShared& shared, const Ssd& s, const SsdPart& part
   }
   float sum = 0.0f;
   S0_UNROLL
-  for (int c = 0; c < kWide; ++c) sum += sums.v[c];
+  for (int c = 0; c < kVectorSize; ++c) sum += sums.v[c];
   return sum;
 }
 
 template <bool kFast, class Block>
 S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t index) {
   constexpr int kLanesOfRow = kAcross<Block>;
-  const SsdPart part = part_of(s, index);
+  const Part part = part_of(s, index, s.P);
   const int64_t first_channel = static_cast<int64_t>(part.head) * s.P;
   block.each([&](int t) {
     for (int i = t; i < 2 * s.N + part.end - part.begin; i += block.threads()) {
@@ -179,7 +157,7 @@ S0_CALL void ssd_block(Block& block, SsdShared& shared, const Ssd& s, int64_t in
   if (!part.alone) {
     block.sync();
     block.each([&](int t) {
-      if (t == 0) shared.last = Block::arrive(s.tickets + part.row * s.groups + part.group, s.members);
+      if (t == 0) shared.last = Block::arrive(s.arrivals + part.row * s.groups + part.group, s.members);
     });
   }
   block.sync();

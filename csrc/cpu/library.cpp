@@ -1,34 +1,19 @@
 // The compiled kernels as torch operators, on LibTorch's stable ABI: one binary for every torch from 2.10 on.
-//
-// What these operators are given has been validated by s0kernels/ops; they check the little that memory safety needs.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
-#include <optional>
+#include <vector>
 
 #include "cpu/scan.h"
-#include "cuda/operators.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+#include "token/operators.h"
 
 namespace s0 {
 
-namespace emulated {  // cuda/emulated.cpp
-void delta_token(const Delta&, int64_t index, void*, bool backwards);
-void ssd_token(const Ssd&, int64_t index, void*, bool backwards);
-}  // namespace emulated
-
 int64_t units(const Scan& s) {
   const int64_t of_group = s.heads / s.groups;
-  return s.sequences * s.groups * ((of_group + s.block - 1) / s.block);
+  return s.sequences * s.groups * ((of_group + s.head_block - 1) / s.head_block);
 }
 
 namespace {
@@ -76,7 +61,7 @@ struct Entries {
   Entries{#isa, isa::forward_bytes, isa::backward_bytes, isa::forward, isa::backward, isa::step_bytes, isa::step, \
           isa::delta_token, isa::ssd_token}
 
-// The widest instructions that this machine has, or those that S0KERNELS_CPU names.
+// The most capable instructions that this machine has, or those that S0KERNELS_CPU names.
 Entries choose() {
   const char* wanted = std::getenv("S0KERNELS_CPU");
   auto asked = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
@@ -97,50 +82,35 @@ const Entries& entries() {
   return chosen;
 }
 
-Kind kind_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Kind::kFloat;
-    case ScalarType::Double: return Kind::kDouble;
-    case ScalarType::Half: return Kind::kHalf;
-    case ScalarType::BFloat16: return Kind::kBFloat16;
-    default: STD_TORCH_CHECK(false, "s0kernels: unsupported dtype");
-  }
-}
-
-// Arithmetic in fp64 reads and writes fp64 and nothing else; that in fp32 the other three.
-Kind kind_beside(const Tensor& x, ScalarType arithmetic) {
-  const Kind kind = kind_of(x);
-  STD_TORCH_CHECK((kind == Kind::kDouble) == (arithmetic == ScalarType::Double),
-                  "s0kernels: tensors of fp64 and of other dtypes do not mix");
-  return kind;
-}
-
 Rows rows_of(const Tensor& x, ScalarType arithmetic) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "s0kernels: [B, T, heads, columns] on a CPU expected");
-  return {x.const_data_ptr(), kind_beside(x, arithmetic), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  check_device(x, Device::kCpu);
+  STD_TORCH_CHECK(x.dim() == 4, "s0kernels: [B, T, heads, columns] expected");
+  return {x.const_data_ptr(), kind_of(x, arithmetic), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// [*, heads, K, V], or [*, heads, V, K] where `turned`
-States states_of(const Optional& x, bool turned, ScalarType type, bool writable = false) {
+// [*, heads, K, V], or [*, heads, V, K] where `transposed`
+States states_of(const Optional& x, bool transposed, ScalarType type, bool written = false) {
   if (!x.has_value()) return {nullptr, 0, 0, 0, 0};
-  STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == type, "s0kernels: a state has another dtype");
-  void* data = writable ? x->mutable_data_ptr() : const_cast<void*>(x->const_data_ptr());
+  check_device(*x, Device::kCpu);
+  STD_TORCH_CHECK(x->scalar_type() == type, "s0kernels: a state has another dtype");
+  void* data = written ? x->mutable_data_ptr() : const_cast<void*>(x->const_data_ptr());
   const int64_t shared = x->dim() == 3 ? 0 : 1;
-  const int64_t key = turned ? 2 : 1, value = turned ? 1 : 2;
+  const int64_t key = transposed ? 2 : 1, value = transposed ? 1 : 2;
   return {data, shared ? x->stride(0) : 0, x->stride(shared), x->stride(shared + key), x->stride(shared + value)};
 }
 
-const void* plain(const Optional& x, ScalarType type) {
+const void* contiguous_data(const Optional& x, ScalarType type) {
   if (!x.has_value()) return nullptr;
-  STD_TORCH_CHECK(x->is_cpu() && x->is_contiguous() && x->scalar_type() == type, "s0kernels: contiguous gates expected");
+  check_device(*x, Device::kCpu);
+  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == type, "s0kernels: contiguous gates expected");
   return x->const_data_ptr();
 }
 
-void* target(const Optional& x, ScalarType type) { return const_cast<void*>(plain(x, type)); }
+void* writable_data(const Optional& x, ScalarType type) { return const_cast<void*>(contiguous_data(x, type)); }
 
 Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, const Tensor& decay, const Tensor& weight,
              const Optional& state, const Optional& indices, const Optional& boundaries, bool delta, bool normalise,
-             double scale, int64_t chunk, int64_t block) {
+             double scale, int64_t chunk, int64_t head_block) {
   const ScalarType type = decay.scalar_type();
   Scan s{};
   s.delta = delta;
@@ -151,22 +121,22 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   s.key = q.size(3);
   s.value = value;
   s.chunk = chunk;
-  s.block = block;
+  s.head_block = head_block;
   s.scale = scale;
   constexpr int64_t most = 16384;  // products of two sizes are counted in int
   STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
   s.q = rows_of(q, type);
   s.k = rows_of(k, type);
-  s.decay = plain(decay, type);
-  s.weight = plain(weight, type);
+  s.decay = contiguous_data(decay, type);
+  s.weight = contiguous_data(weight, type);
   s.sequences = q.size(0);
   if (boundaries.has_value()) {
-    s.boundaries = static_cast<const int64_t*>(plain(boundaries, ScalarType::Long));
+    s.boundaries = static_cast<const int64_t*>(contiguous_data(boundaries, ScalarType::Long));
     s.sequences = boundaries->numel() - 1;
   }
   s.initial = states_of(state, !delta, type);
   if (indices.has_value()) {
-    s.indices = static_cast<const int64_t*>(plain(indices, ScalarType::Long));
+    s.indices = static_cast<const int64_t*>(contiguous_data(indices, ScalarType::Long));
     s.bank = state.has_value() ? state->size(0) : 0;
   }
   return s;
@@ -181,49 +151,48 @@ void run(int64_t units, int64_t grain, int64_t bytes, const Work& work) {
 
 // Smaller blocks of heads until every thread has two units. Only where nothing is summed over a block: the result keeps
 // its bits.
-void spread(Scan& s) {
+void split_head_blocks(Scan& s) {
   const int64_t threads = torch::stable::get_num_threads();
-  while (s.block > 1 && units(s) < 2 * threads) s.block /= 2;
+  while (s.head_block > 1 && units(s) < 2 * threads) s.head_block /= 2;
 }
 
 void scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Optional skip, Optional state,
                   Optional indices, Optional boundaries, Tensor output, Optional final, bool delta, bool normalise,
-                  double scale, int64_t chunk, int64_t block) {
+                  double scale, int64_t chunk, int64_t head_block) {
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, state, indices, boundaries, delta, normalise, scale,
-                   chunk, block);
+                   chunk, head_block);
   const ScalarType type = decay.scalar_type();
   s.v = rows_of(v, type);
-  s.skip = plain(skip, type);
-  spread(s);
-  STD_TORCH_CHECK(output.is_contiguous(), "s0kernels: a contiguous output expected");
-  const Forward f{output.mutable_data_ptr(), kind_beside(output, type), states_of(final, !delta, type, true)};
-  const bool wide = type == ScalarType::Double;
-  run(units(s), 1, entries().forward_bytes(s, wide),
-      [&](int64_t unit, void* memory) { entries().forward(s, f, wide, unit, memory); });
+  s.skip = contiguous_data(skip, type);
+  split_head_blocks(s);
+  const Forward f{output_data(output, Device::kCpu), kind_of(output, type), states_of(final, !delta, type, true)};
+  const bool fp64 = type == ScalarType::Double;
+  run(units(s), 1, entries().forward_bytes(s, fp64),
+      [&](int64_t unit, void* memory) { entries().forward(s, f, fp64, unit, memory); });
 }
 
 void scan_backward(Optional doutput, Optional dfinal, Tensor q, Tensor k, Optional v, int64_t value, Tensor decay,
                    Tensor weight, Optional skip, Optional state, Optional indices, Optional boundaries,
                    Optional dinitial, Optional dq, Optional dk, Optional dv, Optional ddecay, Optional dweight,
-                   bool delta, bool normalise, double scale, int64_t chunk, int64_t block) {
+                   bool delta, bool normalise, double scale, int64_t chunk, int64_t head_block) {
   const ScalarType type = decay.scalar_type();
   Scan s = scan_of(q, k, decay.size(2), value, decay, weight, state, indices, boundaries, delta, normalise, scale,
-                   chunk, block);
+                   chunk, head_block);
   if (v.has_value()) s.v = rows_of(*v, type);
-  s.skip = plain(skip, type);
+  s.skip = contiguous_data(skip, type);
   Backward b{};
   if (doutput.has_value()) b.doutput = rows_of(*doutput, type);
   b.dfinal = states_of(dfinal, !delta, type);
   b.dinitial = states_of(dinitial, !delta, type, true);
-  b.dq = target(dq, type);
-  b.dk = target(dk, type);
-  b.dv = target(dv, type);
-  b.ddecay = target(ddecay, type);
-  b.dweight = target(dweight, type);
-  if (b.ddecay == nullptr) spread(s);
-  const bool wide = type == ScalarType::Double;
-  run(units(s), 1, entries().backward_bytes(s, b, wide),
-      [&](int64_t unit, void* memory) { entries().backward(s, b, wide, unit, memory); });
+  b.dq = writable_data(dq, type);
+  b.dk = writable_data(dk, type);
+  b.dv = writable_data(dv, type);
+  b.ddecay = writable_data(ddecay, type);
+  b.dweight = writable_data(dweight, type);
+  if (b.ddecay == nullptr) split_head_blocks(s);
+  const bool fp64 = type == ScalarType::Double;
+  run(units(s), 1, entries().backward_bytes(s, b, fp64),
+      [&](int64_t unit, void* memory) { entries().backward(s, b, fp64, unit, memory); });
 }
 
 void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Optional skip, Tensor state, Optional indices,
@@ -232,30 +201,29 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
   Scan s = scan_of(q, k, v.size(2), v.size(3), decay, weight, std::nullopt, indices, std::nullopt, delta, normalise,
                    scale, 1, 1);
   s.v = rows_of(v, type);
-  s.skip = plain(skip, type);
-  STD_TORCH_CHECK(state.is_contiguous() && output.is_contiguous(), "s0kernels: contiguous states and output expected");
-  const Step step{states_of(state, !delta, type, true), output.mutable_data_ptr(), kind_beside(output, type)};
-  const bool wide = type == ScalarType::Double;
-  run(s.sequences * s.heads, 4, entries().step_bytes(s, wide),
-      [&](int64_t unit, void* memory) { entries().step(s, step, wide, unit, memory); });
+  s.skip = contiguous_data(skip, type);
+  STD_TORCH_CHECK(state.is_contiguous(), "s0kernels: contiguous states expected");
+  const Step step{states_of(state, !delta, type, true), output_data(output, Device::kCpu), kind_of(output, type)};
+  const bool fp64 = type == ScalarType::Double;
+  run(s.sequences * s.heads, 4, entries().step_bytes(s, fp64),
+      [&](int64_t unit, void* memory) { entries().step(s, step, fp64, unit, memory); });
 }
 
-// A mixer's token. Emulated (1, or 2 with the warps last to first), it runs in the blocks that a GPU would run.
-void run_delta(Delta& d, const steps::Site& site, const Tensor&, const Optional& tickets, int64_t emulated) {
-  emulated ? plan(d) : plan_whole(d, d.V, d.V);
-  hand_out(d, site, tickets);
-  run(blocks(d), 4, kSharedBytes, [&](int64_t index, void* memory) {
-    emulated ? emulated::delta_token(d, index, memory, emulated == 2) : entries().delta_token(d, index, memory);
-  });
+// A mixer's token, each head in one thread. `size` is what a GPU would cut into tiles, `columns` are a state's.
+template <class Call, class Entry>
+void run_heads(Call& call, int size, int columns, Entry entry) {
+  call.fast = aligned(call.state, columns, kTokenVectorSize);
+  call.tile = size;
+  call.tiles = call.warps = 1;
+  call.members = call.heads / call.groups;
+  std::vector<unsigned> arrivals(counters(call));
+  call.arrivals = arrivals.empty() ? nullptr : arrivals.data();
+  run(blocks(call), 4, kSharedBytes, [&](int64_t index, void* memory) { entry(call, index, memory); });
 }
 
-void run_ssd(Ssd& s, const steps::Site& site, const Tensor&, const Optional& tickets, int64_t emulated) {
-  emulated ? plan(s) : plan_whole(s, s.P, s.N);
-  hand_out(s, site, tickets);
-  run(blocks(s), 4, kSharedBytes, [&](int64_t index, void* memory) {
-    emulated ? emulated::ssd_token(s, index, memory, emulated == 2) : entries().ssd_token(s, index, memory);
-  });
-}
+void run_delta(Delta& d, const Tensor&) { run_heads(d, d.V, d.V, entries().delta_token); }
+
+void run_ssd(Ssd& s, const Tensor&) { run_heads(s, s.P, s.N, entries().ssd_token); }
 
 int64_t instructions() {
   const char* name = entries().name;
@@ -269,16 +237,16 @@ STABLE_TORCH_LIBRARY(s0kernels_cpu, m) {
   m.def(
       "scan_forward(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? skip, Tensor? state, "
       "Tensor? indices, Tensor? boundaries, Tensor(a!) output, Tensor(b!)? final, bool delta, bool normalise, "
-      "float scale, int chunk, int block) -> ()");
+      "float scale, int chunk, int head_block) -> ()");
   m.def(
       "scan_backward(Tensor? doutput, Tensor? dfinal, Tensor q, Tensor k, Tensor? v, int value, Tensor decay, "
       "Tensor weight, Tensor? skip, Tensor? state, Tensor? indices, Tensor? boundaries, Tensor(a!)? dinitial, "
       "Tensor(b!)? dq, Tensor(c!)? dk, Tensor(d!)? dv, Tensor(e!)? ddecay, Tensor(f!)? dweight, bool delta, "
-      "bool normalise, float scale, int chunk, int block) -> ()");
+      "bool normalise, float scale, int chunk, int head_block) -> ()");
   m.def(
       "scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? skip, Tensor(a!) state, "
       "Tensor? indices, Tensor(b!) output, bool delta, bool normalise, float scale) -> ()");
-  m.def(S0_DELTA_STEP);
+  m.def(S0_GATED_DELTA_RULE_STEP);
   m.def(S0_SSD_STEP);
   m.def("instructions() -> int");
 }
@@ -287,7 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(s0kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("scan_forward", TORCH_BOX(&s0::scan_forward));
   m.impl("scan_backward", TORCH_BOX(&s0::scan_backward));
   m.impl("scan_step", TORCH_BOX(&s0::scan_step));
-  m.impl("delta_step", TORCH_BOX((&s0::steps::delta_step<s0::run_delta, false>)));
-  m.impl("ssd_step", TORCH_BOX((&s0::steps::ssd_step<s0::run_ssd, false>)));
+  m.impl("gated_delta_rule_step", TORCH_BOX((&s0::steps::gated_delta_rule_step<s0::Device::kCpu, s0::run_delta>)));
+  m.impl("ssd_step", TORCH_BOX((&s0::steps::ssd_step<s0::Device::kCpu, s0::run_ssd>)));
   m.impl("instructions", TORCH_BOX(&s0::instructions));
 }

@@ -1,4 +1,4 @@
-// What the one-token kernels are told: plain data, which goes to a GPU by value and to the same code on the host.
+// What the kernels of one token are told: plain data, which goes to a GPU by value and to the same code on the host.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace s0 {
 
-constexpr int kLargest = 256;  // K, V, P and N
-constexpr int kWidest = 8;     // window of the convolution
-constexpr int kMostWarps = 8;
+constexpr int kMaxHeadSize = 256;   // K, V, P and N
+constexpr int kMaxWindow = 8;       // width of the convolution
+constexpr int kMaxWarps = 8;        // of a block
 constexpr int kSharedBytes = 8192;  // at least what a block shares
 
 // [rows, heads, columns] of any strides, in elements. What has fewer dimensions leaves strides 0; data null: not given.
@@ -39,11 +39,11 @@ struct Token {
   int heads, groups;
   Convolution convolution;
   Pool state;
-  const void* indices;  // [rows] of the pool, int64 where `wide`, else int32; null: each row its own
-  bool wide;
-  // [rows, groups], zero before and after: counts the blocks of a group, so that the last one does what has to wait for
-  // all of them. Null where every group is one block's.
-  unsigned* tickets;
+  const void* indices;  // [rows] of the pool, int64 where `int64_indices`, else int32; null: each row its own
+  bool int64_indices;
+  // Arrival counters [rows, groups], zero before and after: they count the blocks of a group, so that the last one does
+  // what has to wait for all of them. Null where nothing waits; see `counters`.
+  unsigned* arrivals;
   Values z, norm;  // the gate, and the weight of the RMS norm
   float eps;
   void* output;  // [rows, heads, V or P], contiguous
@@ -72,5 +72,18 @@ struct Ssd : Token {
   float low, high;
   bool gate_first;  // through the norm, rather than on its result
 };
+
+inline int64_t blocks(const Token& t) { return t.rows * t.heads * t.tiles; }
+
+// Arrival counters that a call needs: none where every group is one block's, or where no window waits to move on.
+inline int64_t counters(const Token& t) {
+  return t.members > 1 && t.convolution.window != nullptr ? t.rows * t.groups : 0;
+}
+
+// Whether states with `columns` can be read in vectors of `size` floats, 16 bytes at a time.
+inline bool aligned(const Pool& s, int columns, int size) {
+  return s.second == 1 && columns % size == 0 && s.first % 4 == 0 && s.head % 4 == 0 && s.row % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
+}
 
 }  // namespace s0

@@ -7,13 +7,13 @@
 #include <functional>
 #include <vector>
 
-#include "cuda/host.h"
+#include "cpu/block.h"
 
 namespace s0::S0_ISA {
 
 class EmulatedBlock : public HostBlock<EmulatedBlock> {
  public:
-  static constexpr int kLanes = 32, kWide = 4, kRows = 16, kMost = kLanes * kMostWarps;
+  static constexpr int kLanes = 32, kVectorSize = 4, kRows = 16, kMost = kLanes * kMaxWarps;
 
   template <class T>
   struct Local {

@@ -5,7 +5,8 @@ import torch
 from cases import STATE_KINDS, delta_problem, error
 from test_steps import options_of, step, token
 
-from s0kernels.backends.triton import launch
+from s0kernels.backends.triton.common.launch import recording
+from s0kernels.backends.triton.common.targets import known_target
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
@@ -227,7 +228,7 @@ def test_a_step_changes_a_pool_where_addressed(unchecked):
 def launched(problem, wanted) -> list[str]:
     """Names of the kernels of forward and backward, and of everything they are given to write to."""
     weights = problem.weights()
-    with launch.recording(launch.known_target("sm_90")) as found:
+    with recording(known_target("sm_90")) as found:
         problem.gradients("triton", weights, wanted)
     return [x.kernel.__name__ for x in found]
 

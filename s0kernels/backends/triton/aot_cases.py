@@ -8,6 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s0kernels.backends.triton.gated_delta_rule import (
+    gated_delta_rule_backward,
+    gated_delta_rule_forward,
+    gated_delta_rule_step,
+)
+from s0kernels.backends.triton.ssd import ssd_backward, ssd_forward, ssd_step
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
 Calls = dict[str, Callable[[], object]]
@@ -109,8 +115,6 @@ def delta_calls(
     B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "state")
 ) -> Calls:
     """Calls of the gated delta rule; the backwards are those of `wanted`."""
-    from s0kernels.backends.triton import delta
-
     rows, length = (1, B * T) if how.packed else (B, T)
     gates = torch.float32 if how.gates == "fp32" else dtype
     q, k, v = (_empty(rows, length, *heads, dtype=dtype) for heads in ((H, K), (H, K), (HV, V)))
@@ -119,16 +123,16 @@ def delta_calls(
     inputs, options = DeltaInputs(q, k, v, g, beta), DeltaOptions(K**-0.5, how.normalise)
 
     def forward():
-        return delta.gated_delta_rule_forward(inputs, start, options, how.final)
+        return gated_delta_rule_forward(inputs, start, options, how.final)
 
     def backward(of: str):
         names = {"all": {"q", "k", "v", "g", "beta"}, "state": set()}[of] | _state_wanted(of, how)
-        delta.gated_delta_rule_backward(_gradients(v, final, how), inputs, start, options, _wanted(names, start))
+        gated_delta_rule_backward(_gradients(v, final, how), inputs, start, options, _wanted(names, start))
 
     def step():
         pool = Pool(_empty(B + 2, HV, K, V, dtype=torch.float32), start.indices)
         first = DeltaInputs(*(_empty(B, *x.shape[2:], dtype=x.dtype) for x in inputs))
-        delta.gated_delta_rule_step(first, pool, options)
+        gated_delta_rule_step(first, pool, options)
 
     calls = {"forward": _scheduled(how, forward), "step": step}
     return calls | {_BACKWARDS[inputs]: functools.partial(backward, inputs) for inputs in wanted if _any(inputs, how)}
@@ -138,8 +142,6 @@ def ssd_calls(
     B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "frozen", "state")
 ) -> Calls:
     """Calls of Mamba-2 SSD; the backwards are those of `wanted`."""
-    from s0kernels.backends.triton import mamba
-
     rows, length = (1, B * T) if how.packed else (B, T)
     x, b, c = (_empty(rows, length, *heads, dtype=dtype) for heads in ((H, P), (G, N), (G, N)))
     dt = _empty(rows, length, H, dtype=torch.float32 if how.gates == "fp32" else dtype)
@@ -149,19 +151,19 @@ def ssd_calls(
     inputs, options = SSDInputs(x, dt, A, b, c, **optional), SSDOptions(how.softplus, 0.0, 1.0)
 
     def forward():
-        return mamba.ssd_forward(inputs, start, options, how.final)
+        return ssd_forward(inputs, start, options, how.final)
 
     def backward(of: str):
         tokens = {"x", "dt", "B", "C", "z"}
         names = {"all": tokens | {"A", "D", "dt_bias"}, "frozen": tokens, "state": set()}[of]
         names = names - {name for name, value in optional.items() if value is None} | _state_wanted(of, how)
-        mamba.ssd_backward(_gradients(x, final, how), inputs, start, options, _wanted(names, start))
+        ssd_backward(_gradients(x, final, how), inputs, start, options, _wanted(names, start))
 
     def step():
         pool = Pool(_empty(B + 2, H, P, N, dtype=torch.float32), start.indices)
         of_tokens = {name: value for name, value in inputs._asdict().items() if value is not None and value.dim() > 1}
         first = {name: _empty(B, *value.shape[2:], dtype=value.dtype) for name, value in of_tokens.items()}
-        mamba.ssd_step(inputs._replace(**first), pool, options)
+        ssd_step(inputs._replace(**first), pool, options)
 
     calls = {"forward": _scheduled(how, forward), "step": step}
     return calls | {_BACKWARDS[name]: functools.partial(backward, name) for name in wanted if _any(name, how)}

@@ -23,15 +23,17 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
+#: the variable of the environment that forces one
+SCHEDULE = "S0KERNELS_TRITON_SCHEDULE"
 #: Set while launches are recorded.
 _recorded: list[Launch] | None = None
 
 
 def forced_schedule() -> str | None:
     """The schedule of forwards that the environment asks for: fused, split, or None for the better one."""
-    forced = os.environ.get("S0KERNELS_TRITON_SCHEDULE")
+    forced = os.environ.get(SCHEDULE)
     if forced not in (None, "fused", "split"):
-        raise ValueError(f"S0KERNELS_TRITON_SCHEDULE must be fused or split, got {forced!r}")
+        raise ValueError(f"{SCHEDULE} must be fused or split, got {forced!r}")
     return forced
 
 

@@ -426,7 +426,8 @@ def ssd_groups_bwd_kernel(
         tl.store(dB + o_out, b_dB.to(dB.dtype.element_ty), mask=mask)
 
 
-def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor, dB, dC) -> None:
+def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor, found: dict[str, Tensor]) -> None:
+    dB, dC = found.get("B"), found.get("C")
     (x, _, _, B, C, _, z, _), chunks, tiles = call.inputs, call.chunks, call.tiles("groups")
     BN = min(tiles.tile, power_of_two(call.N))
     wanted = (dB is not None) + (dC is not None)
@@ -453,5 +454,5 @@ def input_grads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, name
     out = HeadGrads(*map(found.get, ("x", "z", "dt")), dcb, *map(parts.get, SCALARS))
     heads(call, factors, do, scanned, out, bool(names & OF_DECAYS))
     if dcb is not None:
-        groups(call, factors.gates, do, scanned, dcb, found.get("B"), found.get("C"))
+        groups(call, factors.gates, do, scanned, dcb, found)
     return found | sum_over_chunks(call, parts)

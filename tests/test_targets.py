@@ -91,9 +91,9 @@ def test_small_tiles(chip):
     with assuming(known_target(chip)):
         problem = delta_problem(40, B=1, H=1, HV=1, K=256, V=80).to(torch.float16, torch.float32)
         inputs = {name: x for name, x in problem.tensors.items() if name != "initial_state"}
-        assert (
-            gated_delta_rule.Call.of(DeltaInputs(**inputs), 80, Start(), DeltaOptions(1.0, True)).scan_tiles()[1] == 32
-        )
+        assert gated_delta_rule.Call.of(
+            DeltaInputs(**inputs), 80, Start(), DeltaOptions(1.0, True)
+        ).scan_tiles.blocks == {"BV": 32}
         assert_within_budget(problem)
 
 

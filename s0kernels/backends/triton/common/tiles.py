@@ -19,6 +19,15 @@ class Tiles(NamedTuple):
     per_column: int = 0
 
 
+class ScanTiles(NamedTuple):
+    """How an inter-chunk scan runs: its tiles as constants of the kernel, and its programs, one for each tile of each
+    head's state in each sequence."""
+
+    tiles: Tiles
+    blocks: dict
+    programs: int
+
+
 #: By compute capability, and 0 for chips by AMD: tiles in the order in which they are preferred.
 Table = dict[int, tuple[Tiles, ...]]
 

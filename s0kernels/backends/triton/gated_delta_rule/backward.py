@@ -160,7 +160,7 @@ def gated_delta_rule_scan_bwd_kernel(
 def scan(call: Call, factors: Factors, grads: Grads, out: Scanned, dh0: Tensor | None) -> None:
     """Where r is wanted, and so h and dh, the states are recomputed beside it."""
     (q, k, v, _, _), chunks = call.inputs, call.chunks
-    tiles, BV, programs = call.scan_tiles()
+    tiles, blocks, programs = call.scan_tiles
     recompute = out.r is not None
     v, start = (v, chunks.start) if recompute else (None, Start(cu_seqlens=chunks.start.cu_seqlens))
     launch(
@@ -170,7 +170,7 @@ def scan(call: Call, factors: Factors, grads: Grads, out: Scanned, dh0: Tensor |
         *(q.stride(), k.stride(), strides(v, 4), state_strides(start.state)),
         *(strides(grads.output, 4), strides(grads.final_state, 4)),
         V=call.V,
-        BV=BV,
+        **blocks,
         **call.constants,
         tiles=tiles,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
 from s0kernels.backends.triton.common.launch import power_of_two
-from s0kernels.backends.triton.common.tiles import Table, Tiles, choose_tiles
+from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
 #: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. What each takes of a
@@ -35,30 +35,34 @@ TILES: dict[tuple[str, int], Table] = {
 }
 
 
+def _tiles(stage: str, q: Tensor, BK: int) -> Tiles:
+    return choose_tiles(TILES[stage, q.element_size()], q.device, BK)
+
+
 class Call(NamedTuple):
     inputs: DeltaInputs
     options: DeltaOptions
     chunks: Chunks
+    H: int
     HV: int
+    K: int
     V: int
-    constants: dict  # of all kernels: H, HV, K, BK, and those of chunks
+    constants: dict  # of all kernels over chunks: H, HV, K, BK, and those of chunks
+    scan_tiles: ScanTiles
 
     @classmethod
     def of(cls, inputs: DeltaInputs, V: int, start: Start, options: DeltaOptions) -> "Call":
         (_, _, H, K), HV = inputs.q.shape, inputs.g.shape[2]
         chunks = cut(inputs.q, start, options.chunk_size)
-        constants = {"H": H, "HV": HV, "K": K, "BK": power_of_two(K), **chunks.constants}
-        return cls(inputs, options, chunks, HV, V, constants)
+        BK = power_of_two(K)
+        constants = {"H": H, "HV": HV, "K": K, "BK": BK, **chunks.constants}
+        tiles = _tiles("scan", inputs.q, BK)
+        BV = min(tiles.tile, power_of_two(V))
+        scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * triton.cdiv(V, BV))
+        return cls(inputs, options, chunks, H, HV, K, V, constants, scan_tiles)
 
     def tiles(self, stage: str) -> Tiles:
-        q = self.inputs.q
-        return choose_tiles(TILES[stage, q.element_size()], q.device, self.constants["BK"])
-
-    def scan_tiles(self) -> tuple[Tiles, int, int]:
-        """(tiles, BV, programs): an inter-chunk scan has a program for each (tile of V, value head, sequence)."""
-        tiles = self.tiles("scan")
-        BV = min(tiles.tile, power_of_two(self.V))
-        return tiles, BV, self.chunks.sequences * self.HV * triton.cdiv(self.V, BV)
+        return _tiles(stage, self.inputs.q, self.constants["BK"])
 
     def tokens(self) -> Tensor:
         """[B, T, HV, V] in the dtype of q."""
@@ -66,12 +70,12 @@ class Call(NamedTuple):
 
     def chunk_states(self) -> Tensor:
         """S^T of every chunk."""
-        return self.chunks.empty(self.chunks.count, self.HV, self.V, self.constants["K"])
+        return self.chunks.empty(self.chunks.count, self.HV, self.V, self.K)
 
     def final_states(self, wanted: bool = True) -> Tensor:
         """A state for each sequence, or for none."""
         sequences = self.chunks.sequences if wanted else 0
-        return self.chunks.empty(sequences, self.HV, self.constants["K"], self.V, dtype=torch.float32)
+        return self.chunks.empty(sequences, self.HV, self.K, self.V, dtype=torch.float32)
 
     def intra(self) -> Tensor:
         """A matrix between the tokens of every chunk."""

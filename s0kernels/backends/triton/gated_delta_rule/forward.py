@@ -275,7 +275,7 @@ class Scanned(NamedTuple):
 
 def scan(call: Call, factors: Factors, out: Scanned) -> None:
     (q, k, v, _, _), chunks = call.inputs, call.chunks
-    tiles, BV, programs = call.scan_tiles()
+    tiles, blocks, programs = call.scan_tiles
     state = chunks.start.state
     launch(
         gated_delta_rule_scan_fwd_kernel,
@@ -283,7 +283,7 @@ def scan(call: Call, factors: Factors, out: Scanned) -> None:
         *(q, k, v, *factors, *chunks.start, *out, chunks.T, chunks.sequences, bank_size(state)),
         *(q.stride(), k.stride(), v.stride(), state_strides(state)),
         V=call.V,
-        BV=BV,
+        **blocks,
         **call.constants,
         tiles=tiles,
     )
@@ -352,9 +352,9 @@ def is_split(call: Call) -> bool:
     of the chip would watch."""
     if forced := forced_schedule():
         return forced == "split"
-    chunks, programs = call.chunks, call.scan_tiles()[2]
+    chunks = call.chunks
     long = 1024 * chunks.sequences <= chunks.B * chunks.T
-    return long and 4 * programs <= target_of(chunks.like.device).processors
+    return long and 4 * call.scan_tiles.programs <= target_of(chunks.like.device).processors
 
 
 def gated_delta_rule_forward(
@@ -363,8 +363,8 @@ def gated_delta_rule_forward(
     call = Call.of(inputs, inputs.v.shape[3], start, options)
     o, final = call.tokens(), call.final_states(output_final_state)
     ht = final if output_final_state else None
-    factors = prepare(call)
-    if is_split(call):
+    split, factors = is_split(call), prepare(call)
+    if split:
         scanned = Scanned(r=call.tokens(), h=call.chunk_states(), ht=ht)
         scan(call, factors, scanned)
         output(call, factors, scanned, o)

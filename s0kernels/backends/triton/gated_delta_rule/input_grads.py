@@ -259,17 +259,16 @@ def input_grads(call: Call, gates: Tensor, do: Tensor | None, scanned: Scanned, 
     dm, dp, pg, pbeta = intra(call, gates, do, scanned)
     found = empty_grads(call.inputs, names)
     dq, dk, dg, dbeta = map(found.get, ("q", "k", "g", "beta"))
-    H = call.constants["H"]
     launch(
         gated_delta_rule_inputs_bwd_kernel,
-        chunks.count * H,
+        chunks.count * call.H,
         *(q, k, beta, gates, do, *scanned, dm, dp, chunks.start.cu_seqlens, dq, dk, pg, pbeta, dg, dbeta),
-        *(chunks.T, chunks.sequences, call.HV // H, call.V),
+        *(chunks.T, chunks.sequences, call.HV // call.H, call.V),
         *(q.stride(), k.stride(), beta.stride(), strides(do, 4)),
         V=call.V,
         NORMALISE=call.options.use_qk_l2norm,
         BI=tiles.tile,
-        BR=power_of_two(call.HV // H, 1),
+        BR=power_of_two(call.HV // call.H, 1),
         **call.constants,
         tiles=tiles,
     )

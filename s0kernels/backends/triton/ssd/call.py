@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
 from s0kernels.backends.triton.common.launch import power_of_two
-from s0kernels.backends.triton.common.tiles import Table, Tiles, choose_tiles
+from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import SSDInputs, SSDOptions, Start
 
 #: By stage and bytes of the dtype: the tile (of P, or of what a loop sums over), warps, pipeline stages. What each
@@ -41,34 +41,27 @@ class Call(NamedTuple):
     options: SSDOptions
     chunks: Chunks
     H: int
+    G: int
     P: int
-    sizes: dict  # H, G, P, N, which are constants of most kernels
+    N: int
+    sizes: dict  # these four, which are constants of most kernels
 
     @classmethod
     def of(cls, inputs: SSDInputs, P: int, start: Start, options: SSDOptions) -> "Call":
         C, H = inputs.C, inputs.dt.shape[2]
         sizes = {"H": H, "G": C.shape[2], "P": P, "N": C.shape[3]}
-        return cls(inputs, options, cut(C, start, options.chunk_size), H, P, sizes)
-
-    @property
-    def G(self) -> int:
-        return self.sizes["G"]
-
-    @property
-    def N(self) -> int:
-        return self.sizes["N"]
+        return cls(inputs, options, cut(C, start, options.chunk_size), *sizes.values(), sizes)
 
     def tiles(self, stage: str) -> Tiles:
         C = self.inputs.C
         return choose_tiles(TILES[stage, C.element_size()], C.device, power_of_two(self.N))
 
-    def scan_tiles(self, whole: bool) -> tuple[Tiles, dict, int]:
-        """(tiles, BP and BN, programs): an inter-chunk scan has a program for each (tile of N, tile of P, head,
-        sequence), or all of N in a program."""
+    def scan_tiles(self, whole: bool) -> ScanTiles:
+        """Of N and P, or of P alone, with the whole of N in a program."""
         tiles, BN = self.tiles("scan" if whole else "states"), power_of_two(self.N)
         BP, BN = min(tiles.tile, power_of_two(self.P)), BN if whole else min(tiles.tile, BN)
         of_head = triton.cdiv(self.P, BP) * max(1, triton.cdiv(self.N, BN))
-        return tiles, {"BP": BP, "BN": BN}, self.chunks.sequences * self.H * of_head
+        return ScanTiles(tiles, {"BP": BP, "BN": BN}, self.chunks.sequences * self.H * of_head)
 
     def tokens(self) -> Tensor:
         """[B, T, H, P] in the dtype of C."""

@@ -175,8 +175,9 @@ def prepare(call: Call, *, cb: bool = False, p: bool = False) -> Factors:
 
 def _heads_of_a_program(call: Call) -> int:
     """Of those that share C B^T, as many as leave every multiprocessor two programs."""
-    group, programs = call.H // call.G, 2 * target_of(call.chunks.like.device).processors
-    fit = [n for n in range(1, group + 1) if group % n == 0 and call.chunks.count * (call.H // n) >= programs]
+    H, group, chunks = call.H, call.H // call.G, call.chunks.count
+    programs = 2 * target_of(call.chunks.like.device).processors
+    fit = [n for n in range(1, group + 1) if group % n == 0 and chunks * (H // n) >= programs]
     return max(fit, default=1)
 
 
@@ -422,7 +423,7 @@ def is_split(call: Call) -> bool:
         return True
     if forced := forced_schedule():
         return forced == "split"
-    chunks, programs = call.chunks, call.scan_tiles(True)[2]
+    chunks, programs = call.chunks, call.scan_tiles(True).programs
     long = 1024 * chunks.sequences <= chunks.B * chunks.T
     return long and 2 * programs <= target_of(chunks.like.device).processors
 
@@ -433,8 +434,8 @@ def ssd_forward(
     call = Call.of(inputs, inputs.x.shape[3], start, options)
     y, final = call.tokens(), call.final_states(output_final_state)
     ht = final if output_final_state else None
-    factors = prepare(call, p=True)
-    if is_split(call):
+    split, factors = is_split(call), prepare(call, p=True)
+    if split:
         h = call.chunk_states()
         scan(call, factors, Scanned(h=h, ht=ht))
         output(call, factors, h, y)

@@ -264,7 +264,7 @@ def gated_delta_rule_scan_fwd_kernel(
     )
 
 
-class Scanned(NamedTuple):
+class ScanOutputs(NamedTuple):
     """What a scan from the start writes; None where it is not wanted."""
 
     o: Tensor | None = None
@@ -273,7 +273,7 @@ class Scanned(NamedTuple):
     ht: Tensor | None = None
 
 
-def scan(call: Call, factors: Factors, out: Scanned) -> None:
+def scan(call: Call, factors: Factors, out: ScanOutputs) -> None:
     (q, k, v, _, _), chunks = call.inputs, call.chunks
     tiles, blocks, programs = call.scan_tiles
     state = chunks.start.state
@@ -332,7 +332,7 @@ def gated_delta_rule_output_fwd_kernel(
     tl.store(o + at_o + o_t[:, None] * (HV * V) + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
 
 
-def output(call: Call, factors: Factors, scanned: Scanned, o: Tensor) -> None:
+def output(call: Call, factors: Factors, scanned: ScanOutputs, o: Tensor) -> None:
     q, chunks, tiles = call.inputs.q, call.chunks, call.tiles("output")
     BV = min(tiles.tile, power_of_two(call.V))
     launch(
@@ -365,9 +365,9 @@ def gated_delta_rule_forward(
     ht = final if output_final_state else None
     split, factors = is_split(call), prepare(call)
     if split:
-        scanned = Scanned(r=call.tokens(), h=call.chunk_states(), ht=ht)
+        scanned = ScanOutputs(r=call.tokens(), h=call.chunk_states(), ht=ht)
         scan(call, factors, scanned)
         output(call, factors, scanned, o)
     else:
-        scan(call, factors, Scanned(o=o, ht=ht))
+        scan(call, factors, ScanOutputs(o=o, ht=ht))
     return o, final

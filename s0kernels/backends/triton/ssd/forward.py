@@ -325,7 +325,7 @@ def ssd_scan_fwd_kernel(
     )
 
 
-class Scanned(NamedTuple):
+class ScanOutputs(NamedTuple):
     """What a scan from the start writes; None where it is not wanted."""
 
     y: Tensor | None = None
@@ -333,7 +333,7 @@ class Scanned(NamedTuple):
     ht: Tensor | None = None
 
 
-def scan(call: Call, factors: Factors, out: Scanned) -> None:
+def scan(call: Call, factors: Factors, out: ScanOutputs) -> None:
     """With y, a program has all of N, without a tile of it."""
     (x, _, _, B, C, D, z, _), chunks = call.inputs, call.chunks
     tiles, blocks, programs = call.scan_tiles(out.y is not None)
@@ -437,8 +437,8 @@ def ssd_forward(
     split, factors = is_split(call), prepare(call, p=True)
     if split:
         h = call.chunk_states()
-        scan(call, factors, Scanned(h=h, ht=ht))
+        scan(call, factors, ScanOutputs(h=h, ht=ht))
         output(call, factors, h, y)
     else:
-        scan(call, factors, Scanned(y=y, ht=ht))
+        scan(call, factors, ScanOutputs(y=y, ht=ht))
     return y, final

@@ -341,7 +341,7 @@ def group_grad(
     BN: tl.constexpr,
 ):
     """Sum over R heads of diag(gate) v silu(z) states + intra other, [BT, BN]. All pointers are at the first head; z is
-    None or [.., P] like v, and intra are transposed on demand."""
+    None or [.., P] like v, and intra is transposed on demand."""
     o_t, o_p, o_n = tl.arange(0, BT), tl.arange(0, BP), tl.arange(0, BN)
     tiles = tl.cdiv(inner, BP)
     b_sum = tl.zeros([BT, BN], tl.float32)

@@ -9,9 +9,9 @@ and D_ij = exp(g_{j+1} + .. + g_i) inside a chunk of C tokens, S the state at it
     O   = scale diag(rq G) Q S + P R
     S'  = G_C S + K^T diag(rk beta E) R
 
-W, P and the factors of the rows depend on q, k, g and beta alone: `prepare` makes them for all chunks at once. The scan
-carries S^T: every product then has what was just computed on its left, where tensor cores take it from registers, and
-what was loaded on its right, so a step of the chain waits for no shared memory.
+W, P and the factors of the rows depend on q, k, g and beta alone: `prepare` computes them for all chunks at once. The
+scan carries S^T: every product then has what was just computed on its left, where tensor cores take it from registers,
+and what was loaded on its right, so a step of the chain waits for no shared memory.
 """
 
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def gated_delta_rule_prepare_fwd_kernel(
 
 
 class Factors(NamedTuple):
-    """What `prepare` makes for all chunks."""
+    """What `prepare` computes for all chunks."""
 
     w: Tensor
     p: Tensor
@@ -348,8 +348,8 @@ def output(call: Call, factors: Factors, scanned: ScanOutputs, o: Tensor) -> Non
 
 
 def is_split(call: Call) -> bool:
-    """Whether a kernel of its own makes the output, for all chunks at once: where scans are long and so few that most
-    of the chip would watch."""
+    """Whether a kernel of its own computes the output, for all chunks at once: where scans are long and so few that
+    most of the chip would watch."""
     if forced := forced_schedule():
         return forced == "split"
     chunks = call.chunks

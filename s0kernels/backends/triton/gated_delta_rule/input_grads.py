@@ -29,7 +29,7 @@ from s0kernels.backends.triton.common.launch import empty_grads, launch, power_o
 from s0kernels.backends.triton.gated_delta_rule.call import Call
 from s0kernels.backends.triton.gated_delta_rule.forward import A_K, A_Q, LAST, R_K, R_Q, ROWS, TO_END
 
-#: the inputs whose gradients are made here
+#: the inputs whose gradients are computed here
 OF_CHUNKS = {"q", "k", "g", "beta"}
 
 
@@ -43,7 +43,7 @@ class Scanned(NamedTuple):
 
 
 class Intra(NamedTuple):
-    """What `intra` makes, [chunks, HV, BT, BT] and [B, T, HV]."""
+    """What `intra` computes, [chunks, HV, BT, BT] and [B, T, HV]."""
 
     dm: Tensor
     dp: Tensor

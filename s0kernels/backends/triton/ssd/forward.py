@@ -7,10 +7,10 @@ chunk of C tokens, S [P, N] the state at its start and S' at its end:
     Y   = diag(G) C S^T + M diag(dt) X
     S'  = G_C S + X^T diag(dt E) B
 
-M diag(dt) and the factors of the rows depend on dt, A, B and C alone: `prepare` makes them for all chunks at once, and
-C B^T once for the heads of a group. The scan computes Y^T: every product then has what was just computed, or S, on its
-left, where tensor cores take it from registers, and what was loaded on its right. S' needs no sum over N, so that where
-only states are wanted a program may have a tile of N as well.
+M diag(dt) and the factors of the rows depend on dt, A, B and C alone: `prepare` computes them for all chunks at once,
+and C B^T once for the heads of a group. The scan computes Y^T: every product then has what was just computed, or S, on
+its left, where tensor cores take it from registers, and what was loaded on its right. S' needs no sum over N, so that
+where only states are wanted a program may have a tile of N as well.
 """
 
 from typing import NamedTuple
@@ -144,7 +144,7 @@ def ssd_prepare_fwd_kernel(
 
 
 class Factors(NamedTuple):
-    """What `prepare` makes for all chunks; C B^T and M diag(dt) only where they are wanted."""
+    """What `prepare` computes for all chunks; C B^T and M diag(dt) only where they are wanted."""
 
     cb: Tensor | None
     p: Tensor | None
@@ -417,8 +417,8 @@ def output(call: Call, factors: Factors, h: Tensor, y: Tensor) -> None:
 
 
 def is_split(call: Call) -> bool:
-    """Whether a kernel of its own makes the output, for all chunks at once: where a tile of P with all of N has no room
-    in the registers, or scans are long and so few that most of the chip would watch."""
+    """Whether a kernel of its own computes the output, for all chunks at once: where a tile of P with all of N has no
+    room in the registers, or scans are long and so few that most of the chip would watch."""
     if call.N > WIDEST:
         return True
     if forced := forced_schedule():

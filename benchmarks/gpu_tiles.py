@@ -24,18 +24,20 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gpu_scans  # noqa: E402
 
-from s0kernels.backends.triton import delta, launch, mamba  # noqa: E402
-from s0kernels.backends.triton.launch import Tiles  # noqa: E402
+from s0kernels.backends.triton.common import launch  # noqa: E402
+from s0kernels.backends.triton.common.targets import target_of  # noqa: E402
+from s0kernels.backends.triton.common.tiles import Tiles  # noqa: E402
+from s0kernels.backends.triton.gated_delta_rule import call as gated_delta_rule  # noqa: E402
+from s0kernels.backends.triton.ssd import call as ssd  # noqa: E402
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.inputs import Values  # noqa: E402
 from s0kernels.bench.passes import SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 
-TABLES: dict[str, dict] = {"gated_delta_rule": delta.TILES, "ssd": mamba.TILES}
+TABLES: dict[str, dict] = {"gated_delta_rule": gated_delta_rule.TILES, "ssd": ssd.TILES}
 #: of a table, before those that are today's on some chip
 CANDIDATES = [Tiles(*x) for x in itertools.product((32, 64, 128), (4, 2, 8), (2, 1, 3))]
 TINY_CANDIDATES = [Tiles(16, 4, 1), Tiles(32, 4, 2)]
-SCHEDULE = "S0KERNELS_TRITON_SCHEDULE"
 PASSES = ("forward", "backward", "state")
 #: what a kernel may differ in by the order of its sums, relative to the largest number, by dtype
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -44,17 +46,17 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 @contextlib.contextmanager
 def changed(op: Op, table: dict, schedule: str | None = None) -> Iterator[None]:
     """With these tables of tiles in place of today's, and with this schedule."""
-    today, before = dict(TABLES[op.name]), os.environ.get(SCHEDULE)
+    today, before = dict(TABLES[op.name]), os.environ.get(launch.SCHEDULE)
     TABLES[op.name].update(table)
     if schedule is not None:
-        os.environ[SCHEDULE] = schedule
+        os.environ[launch.SCHEDULE] = schedule
     try:
         yield
     finally:
         TABLES[op.name].update(today)
-        os.environ.pop(SCHEDULE, None)
+        os.environ.pop(launch.SCHEDULE, None)
         if before is not None:
-            os.environ[SCHEDULE] = before
+            os.environ[launch.SCHEDULE] = before
 
 
 def keys(op: Op, values: Values) -> list[tuple[str, int]]:
@@ -66,10 +68,10 @@ def stages(op: Op, values: Values, what: str) -> dict[str, str]:
     """The stage of each kernel that a pass launches, by the kernel's name."""
     run = case(op, op.by(gpu_scans.BACKEND), values, what)
     marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # no two alike
-    with launch.recording(launch.target_of(values["initial_state"].device)) as today:
+    with launch.recording(target_of(values["initial_state"].device)) as today:
         run()
     table = {key: {0: (mark,)} for mark, key in marks.items()}
-    with changed(op, table), launch.recording(launch.target_of(values["initial_state"].device)) as marked:
+    with changed(op, table), launch.recording(target_of(values["initial_state"].device)) as marked:
         run()
     found = {one.kernel.__name__: marks[one.tiles][0] for one in marked if one.tiles in marks}
     return {one.kernel.__name__: found[one.kernel.__name__] for one in today if one.kernel.__name__ in found}
@@ -148,7 +150,7 @@ def swept(op: Op, values: Values, candidates: list[Tiles], times: Callable[[Call
 
 def counted(run: Callable) -> dict[str, float]:
     """In place of times, where there is no GPU: how many programs each kernel has."""
-    with launch.recording(launch.target_of(torch.device("cpu"))) as launches:
+    with launch.recording(target_of(torch.device("cpu"))) as launches:
         run()
     return {one.kernel.__name__: float(one.programs) for one in launches}
 

@@ -49,7 +49,7 @@ def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Call
     """(kernel, key of the launch, chip, what it belongs to, how to compile it), each once."""
     from s0kernels.backends.triton import aot
     from s0kernels.backends.triton.aot_cases import CASES, PAIRS
-    from s0kernels.backends.triton.launch import known_target
+    from s0kernels.backends.triton.common.targets import known_target
 
     seen = set()
     for chip, names in cases.items():
@@ -67,14 +67,9 @@ def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Call
 
 def sources() -> dict[str, str]:
     """The hash of every kernel."""
-    from s0kernels.backends.triton import aot, delta, mamba, states
+    from s0kernels.backends.triton import aot
 
-    kernels = {name: value for module in (delta, mamba, states) for name, value in vars(module).items()}
-    return {
-        name.removesuffix("_kernel"): aot.source_hash(kernel)
-        for name, kernel in sorted(kernels.items())
-        if name.endswith("_kernel")
-    }
+    return {name.removesuffix("_kernel"): aot.source_hash(kernel) for name, kernel in sorted(aot.kernels().items())}
 
 
 def load() -> dict:

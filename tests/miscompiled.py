@@ -73,7 +73,9 @@ KERNELS = (
 
 if __name__ == "__main__":
     from s0kernels.backends.triton.aot import compile_launch
-    from s0kernels.backends.triton.launch import Launch, Tiles, known_target
+    from s0kernels.backends.triton.common.launch import Launch
+    from s0kernels.backends.triton.common.targets import known_target
+    from s0kernels.backends.triton.common.tiles import Tiles
 
     hopper, found = known_target("sm_90"), {}
     x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")

@@ -34,7 +34,7 @@ def check(*options: str) -> int:
         assert registers <= (512 if chip.startswith("gfx") else 255), row
         without_products = "state_grad", "gated_delta_rule_step", "ssd_step", "ssd_sums_bwd"
         if what.endswith("state-only backward"):
-            without_products += ("ssd_prepare",)
+            without_products += ("ssd_prepare_fwd",)
         if kernel not in without_products:
             assert products > 0, row
     return len(rows)
@@ -113,13 +113,13 @@ def test_every_case_is_compiled_for_every_chip_that_chooses_by_memory():
 
 
 def test_a_change_of_a_function_that_a_kernel_calls_is_a_change_of_the_kernel(monkeypatch):
-    from s0kernels.backends.triton import mamba_forward
+    from s0kernels.backends.triton.ssd import forward
 
     before = matrix.sources()
-    monkeypatch.setattr(mamba_forward, "softplus", mamba_forward.silu)
-    monkeypatch.setitem(vars(mamba_forward), "DT", type(mamba_forward.DT)(3))
+    monkeypatch.setattr(forward, "softplus", forward.silu)
+    monkeypatch.setitem(vars(forward), "DT", type(forward.DT)(3))
     changed = {kernel for kernel, value in matrix.sources().items() if value != before[kernel]}
-    assert changed == {"ssd_prepare"}
+    assert changed == {"ssd_prepare_fwd"}
 
 
 def test_what_is_not_of_todays_kernels_goes_from_the_file():

@@ -1,17 +1,16 @@
 """The contract on a CUDA device: `pytest -m gpu`."""
 
 import contextlib
-from functools import partial
 
 import pytest
 import torch
-from cases import MAKERS, delta_problem, error
+from cases import MAKERS, Problem, delta_problem, error
 from models import MODELS, random_states, tokens
 from test_steps import options_of, step, token
 
 from s0kernels import swap_modules
 from s0kernels.calls import Call
-from s0kernels.ops import gated_delta_rule, registry
+from s0kernels.ops import registry
 
 pytestmark = pytest.mark.gpu
 OPS = sorted(MAKERS)
@@ -68,15 +67,26 @@ def test_scan_is_within_the_error_budget_and_repeats_its_bits(op, backend, dtype
     assert_within_budget(problem, backend)
 
 
+#: by op and name: heads of models, with fewer of them
+HEADS = {
+    ("gated_delta_rule", "Qwen3.5-4B"): {"H": 2, "HV": 4, "K": 128, "V": 128},
+    ("ssd", "Falcon-H1-7B"): {"H": 4, "P": 128, "G": 1, "N": 256},
+    ("ssd", "Falcon-H1-34B"): {"H": 4, "P": 128, "G": 2, "N": 256},
+    ("ssd", "Falcon-H1-0.5B, Bamba"): {"H": 4, "P": 64, "G": 1, "N": 128},
+    ("ssd", "Nemotron-H"): {"H": 8, "P": 64, "G": 4, "N": 128},
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["fused", "split"])
+@pytest.mark.parametrize(("op", "model"), HEADS)
 @pytest.mark.parametrize("time_major", [False, True], ids=["token-major", "channel-first"])
-def test_flagship_heads(dtype, schedule, time_major, monkeypatch, poisoned):
-    """Qwen3.5-4B's, in the layouts that projections and transformers' convolution leave."""
+def test_heads_of_models(dtype, schedule, op, model, time_major, monkeypatch, poisoned):
+    """In the layouts that projections and transformers' convolution leave."""
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", schedule)
-    problem = delta_problem(150, B=2, H=2, HV=4, K=128, V=128, state="bank").to(dtype, torch.float32)
+    problem = MAKERS[op](150, B=2, **HEADS[op, model], state="bank").to(dtype, torch.float32)
     if time_major:
-        for name in "qkv":
+        for name in {"gated_delta_rule": "qkv", "ssd": "xBC"}[op]:
             problem.tensors[name] = problem.tensors[name].movedim(1, -1).contiguous().movedim(-1, 1)
     assert_within_budget(problem, "triton")
 
@@ -104,17 +114,30 @@ def test_the_cases_of_flash_linear_attention(B, T, H, HV, D, poisoned):
         assert error(found[name].cpu(), truth[name]) < tolerances.get(name, 0.008), name
 
 
-def test_more_than_two_to_the_31_elements():
+def delta_inputs(T: int, H: int = 4, D: int = 128) -> dict:
+    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "g": torch.full((1, T, H), -0.5, device="cuda"), "beta": torch.rand(1, T, H).cuda()}
+
+
+def ssd_inputs(T: int, H: int = 8, P: int = 128, N: int = 64) -> dict:
+    x = torch.randn(1, T, H, P, device="cuda", dtype=torch.bfloat16)
+    B, C = (torch.randn(1, T, 1, N, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dt, A = torch.full((1, T, H), 0.5, device="cuda"), torch.full((H,), -1.0, device="cuda")
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+
+
+@pytest.mark.parametrize(
+    ("op", "make", "width", "options"),
+    [("gated_delta_rule", delta_inputs, 4 * 128, {"use_qk_l2norm": True}), ("ssd", ssd_inputs, 8 * 128, {})],
+)
+def test_more_than_two_to_the_31_elements(op, make, width, options, poisoned):
     """The end of a long sequence whose decay forgets the rest, alone and after the rest."""
-    T, H, D = 2**31 // (4 * 128) + 1000, 4, 128
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of memory")
-    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    g, beta = torch.full((1, T, H), -0.5, device="cuda"), torch.rand(1, T, H, device="cuda")
-    run = partial(gated_delta_rule, use_qk_l2norm=True, backend="triton")
-    end = [x[:, -640:] for x in (q, k, v, g, beta)]
-    whole, alone = run(q, k, v, g, beta).output[:, -100:], run(*end).output[:, -100:]
-    assert error(whole, alone) < 0.01
+    whole = make(2**31 // width + 1000)
+    end = {name: x[:, -640:] if x.dim() > 1 else x for name, x in whole.items()}
+    found, alone = (Problem(op, x, options).run("triton").output[:, -100:] for x in (whole, end))
+    assert error(found, alone) < 0.01
 
 
 @pytest.mark.parametrize("graph", ["CUDA graph", "torch.compile"])

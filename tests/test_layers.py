@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,28 @@ def test_nothing_private_is_imported_from_another_package():
         if room(here) != room(there):
             private = [name for name in (*there.split("."), *names) if name.startswith("_") and not name.endswith("__")]
             assert not private, f"{here} imports {', '.join(private)} of {there}"
+
+
+def test_the_recurrences_of_the_triton_backend_meet_in_what_they_share():
+    """`common` imports neither, they do not import each other, and none takes a private name from another."""
+    home = "s0kernels.backends.triton."
+    packages = {file.parent.name for file in (PACKAGE / "backends" / "triton").glob("*/__init__.py")}
+    assert packages == {"common", "gated_delta_rule", "ssd"}
+    for here, there, names in imports():
+        if not here.startswith(home):
+            continue
+        mine = here.removeprefix(home).split(".")[0]
+        for path in (f"{there}.{name}" for name in names or [""]):
+            theirs, _, rest = path.removeprefix(home).partition(".")
+            if path.startswith(home) and theirs != mine:
+                assert mine not in packages or theirs == "common", f"{here} imports {path}"
+                assert not any(part.startswith("_") for part in (theirs, *rest.split("."))), f"{here} imports {path}"
+
+
+def test_every_package_is_installed():
+    told = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("__init__.py")]
+    assert sorted(told) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_the_package_knows_nothing_of_examples_and_benchmarks():

@@ -131,7 +131,7 @@ def test_machine_as_json(tmp_path):
 def test_kernel_hashes_follow_the_sources(tmp_path, monkeypatch):
     """Those of the backend alone, whether its sources lie there or the library that was built from them."""
     backends, csrc = tmp_path / "package" / "backends", tmp_path / "csrc"
-    for file in (backends / "cpu.py", backends / "torch_chunked.py", backends / "triton" / "delta.py"):
+    for file in (backends / "cpu.py", backends / "torch_chunked.py", backends / "triton" / "ssd" / "forward.py"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(file.name)
     monkeypatch.setattr(measure, "_PACKAGE", backends.parent)
@@ -144,7 +144,8 @@ def test_kernel_hashes_follow_the_sources(tmp_path, monkeypatch):
         return {name for name in seen[-1] if seen[-1][name] != seen[-2][name]}
 
     assert changed(backends / "cpu.py", "new") == {"cpu"}
-    assert changed(backends / "triton" / "delta.py", "new") == {"triton"}
+    assert changed(backends / "triton" / "aot.py", "new") == {"triton"}
+    assert changed(backends / "triton" / "ssd" / "forward.py", "new") == {"triton"}
     assert changed(backends.parent / "_cpu.so", "library") == {"cpu"}
     assert changed(csrc / "cpu" / "scan.h", "source") == {"cpu"}
     assert changed(backends.parent / "_cpu.so", "built again") == set()

@@ -12,7 +12,11 @@ from test_triton import pytestmark as of_triton
 from s0kernels import hardware
 from s0kernels.backends import cuda
 from s0kernels.backends import triton as backend
-from s0kernels.backends.triton import delta, launch, mamba
+from s0kernels.backends.triton.common import targets
+from s0kernels.backends.triton.common.targets import assuming, dot_precision, known_target
+from s0kernels.backends.triton.common.tiles import choose_tiles
+from s0kernels.backends.triton.gated_delta_rule import call as gated_delta_rule
+from s0kernels.backends.triton.ssd import call as ssd
 from s0kernels.calls import Call, DeltaInputs, DeltaOptions, Start
 from s0kernels.hardware import CHIPS
 
@@ -21,8 +25,8 @@ CUDA = torch.device("cuda")
 
 
 def chosen(table, chip: str, width: int) -> tuple[int, int, int]:
-    with launch.assuming(launch.known_target(chip)):
-        return launch.choose_tiles(table, CUDA, width)[:3]
+    with assuming(known_target(chip)):
+        return choose_tiles(table, CUDA, width)[:3]
 
 
 def test_tiles_where_memory_is_large():
@@ -31,15 +35,17 @@ def test_tiles_where_memory_is_large():
         "prepare": (0, 4, 1),
         "scan": (64, 4, 2),
         "output": (64, 4, 2),
-        "pairs": (32, 4, 1),
+        "intra": (32, 4, 1),
         "inputs": (32, 8, 1),
     }
-    on_a100 = by_stage | {"prepare": (0, 8, 1), "scan": (64, 8, 2), "pairs": (32, 8, 2), "inputs": (32, 8, 2)}
+    on_a100 = by_stage | {"prepare": (0, 8, 1), "scan": (64, 8, 2), "intra": (32, 8, 2), "inputs": (32, 8, 2)}
     for stage, tiles in by_stage.items():
         for width in (64, 128, 256):
-            assert chosen(delta.TILES[stage, 2], "sm_90", width) == tiles
-            assert chosen(delta.TILES[stage, 2], "sm_100", width) == ((64, 8, 2) if stage == "scan" else tiles)
-            assert chosen(delta.TILES[stage, 2], "sm_80", width) == on_a100[stage]
+            assert chosen(gated_delta_rule.TILES[stage, 2], "sm_90", width) == tiles
+            assert chosen(gated_delta_rule.TILES[stage, 2], "sm_100", width) == (
+                (64, 8, 2) if stage == "scan" else tiles
+            )
+            assert chosen(gated_delta_rule.TILES[stage, 2], "sm_80", width) == on_a100[stage]
     for chip in ("sm_80", "sm_90", "sm_100"):
         for stage, tiles in {
             "prepare": (64, 8, 2),
@@ -47,14 +53,14 @@ def test_tiles_where_memory_is_large():
             "heads": (64, 8, 2),
             "groups": (64, 8, 2),
         }.items():
-            assert chosen(mamba.TILES[stage, 2], chip, 256) == tiles
+            assert chosen(ssd.TILES[stage, 2], chip, 256) == tiles
 
 
 @pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
 def test_tiles_where_memory_is_small(chip):
-    scan = delta.TILES["scan", 2]
+    scan = gated_delta_rule.TILES["scan", 2]
     assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 1)]
-    scan = mamba.TILES["scan", 2]
+    scan = ssd.TILES["scan", 2]
     assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 2)]
 
 
@@ -76,29 +82,31 @@ def test_tiles_where_memory_is_small(chip):
 )
 def test_every_choice_of_tiles(chip, make, dtype):
     """In fp32 all chips have tiles of the same sizes."""
-    with launch.assuming(launch.known_target(chip)):
+    with assuming(known_target(chip)):
         assert_within_budget(make().to(dtype, torch.float32))
 
 
 @pytest.mark.parametrize("chip", ["sm_86", "gfx950"])
 def test_small_tiles(chip):
-    with launch.assuming(launch.known_target(chip)):
+    with assuming(known_target(chip)):
         problem = delta_problem(40, B=1, H=1, HV=1, K=256, V=80).to(torch.float16, torch.float32)
         inputs = {name: x for name, x in problem.tensors.items() if name != "initial_state"}
-        assert delta._Call(DeltaInputs(**inputs), 80, Start(), DeltaOptions(1.0, True)).tile == 32
+        assert gated_delta_rule.Call.of(
+            DeltaInputs(**inputs), 80, Start(), DeltaOptions(1.0, True)
+        ).scan_tiles.blocks == {"BV": 32}
         assert_within_budget(problem)
 
 
 def test_amd_is_not_asked_for_tf32():
     for chip in CHIPS:
-        with launch.assuming(launch.known_target(chip)):
-            assert launch.dot_precision(4, CUDA) == "ieee"
-            assert launch.dot_precision(2, CUDA) == ("ieee" if chip.startswith("gfx") else "tf32")
+        with assuming(known_target(chip)):
+            assert dot_precision(4, CUDA) == "ieee"
+            assert dot_precision(2, CUDA) == ("ieee" if chip.startswith("gfx") else "tf32")
 
 
 def reason(op: str, **target) -> str | None:
-    found = launch.known_target("sm_90")._replace(**target)
-    with launch.assuming(found):
+    found = known_target("sm_90")._replace(**target)
+    with assuming(found):
         return backend.supports(Call(op, CUDA, torch.bfloat16))
 
 
@@ -127,24 +135,24 @@ def test_a_chip_that_was_never_tried_is_refused(monkeypatch):
     assert reason("ssd", name="gfx942") == "was compiled for AMD's gfx950, not for gfx942"
 
 
-def found(monkeypatch, properties, hip=None) -> launch.Target:
+def found(monkeypatch, properties, hip=None) -> targets.Target:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    launch._properties.cache_clear()
+    targets._properties.cache_clear()
     try:
-        return launch.target_of(torch.device("cuda", 0))
+        return targets.target_of(torch.device("cuda", 0))
     finally:
-        launch._properties.cache_clear()
+        targets._properties.cache_clear()
 
 
 def test_what_a_device_says(monkeypatch):
     l4 = SimpleNamespace(major=8, minor=9, multi_processor_count=58, warp_size=32, shared_memory_per_block=49152)
     l4.shared_memory_per_block_optin = 101376
-    assert found(monkeypatch, l4) == launch.known_target("sm_89")
+    assert found(monkeypatch, l4) == known_target("sm_89")
     mi300 = SimpleNamespace(
         major=9, minor=4, multi_processor_count=304, warp_size=64, gcnArchName="gfx942:sramecc+:xnack-"
     )
-    assert found(monkeypatch, mi300, "7.1") == launch.known_target("gfx942")
+    assert found(monkeypatch, mi300, "7.1") == known_target("gfx942")
     mi300.shared_memory_per_block = 32768
     assert found(monkeypatch, mi300, "7.1").shared == 32768
     mi200 = SimpleNamespace(**vars(mi300) | {"gcnArchName": "gfx90a:sramecc+:xnack-"})

@@ -108,7 +108,7 @@ def kernel_hashes() -> dict[str, str]:
     shared = set(backends.glob("*.py")) - {home.with_suffix(".py") for home in homes.values()}
     hashes = {}
     for name, home in homes.items():
-        files = [*home.glob("*.py"), home.with_suffix(".py"), *shared]
+        files = [*home.rglob("*.py"), home.with_suffix(".py"), *shared]
         shared_by_libraries = [*csrc.glob("*.*"), *(csrc / "token").glob("*.*")]
         compiled = [*shared_by_libraries, *(csrc / name).rglob("*.*")] if (csrc / name).is_dir() else []
         files += compiled or [_PACKAGE / f"_{name}.so"]

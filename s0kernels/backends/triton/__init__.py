@@ -3,10 +3,14 @@
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from s0kernels.backends.triton.delta import gated_delta_rule_backward, gated_delta_rule_forward, gated_delta_rule_step
-from s0kernels.backends.triton.delta_step import gated_delta_rule_step_kernel
-from s0kernels.backends.triton.launch import Target, target_of
-from s0kernels.backends.triton.mamba import ssd_backward, ssd_forward, ssd_step
+from s0kernels.backends.triton.common.states import state_grad_kernel
+from s0kernels.backends.triton.common.targets import Target, target_of
+from s0kernels.backends.triton.gated_delta_rule import (
+    gated_delta_rule_backward,
+    gated_delta_rule_forward,
+    gated_delta_rule_step,
+)
+from s0kernels.backends.triton.ssd import ssd_backward, ssd_forward, ssd_step
 from s0kernels.calls import Call
 from s0kernels.hardware import CHIPS
 
@@ -27,7 +31,7 @@ def supports(call: Call) -> str | None:
         return "computes in fp32, not in fp64"
     if device.type == "cuda":
         return _unusable(call.op, target_of(device))
-    if device.type == "cpu" and isinstance(gated_delta_rule_step_kernel, InterpretedFunction):
+    if device.type == "cpu" and isinstance(state_grad_kernel, InterpretedFunction):
         return None
     return f"for tensors on a GPU, not on {device.type} (except in the interpreter, with TRITON_INTERPRET=1)"
 

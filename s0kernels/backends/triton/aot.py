@@ -2,7 +2,9 @@
 
 import ast
 import hashlib
+import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -18,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s0kernels.backends.triton.aot_cases import CASES
-from s0kernels.backends.triton.hopper import miscompiled
-from s0kernels.backends.triton.launch import Launch, Target, known_target, power_of_two, recording
+from s0kernels.backends.triton.common.hopper import miscompiled
+from s0kernels.backends.triton.common.launch import Launch, power_of_two, recording
+from s0kernels.backends.triton.common.targets import Target, known_target
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -147,6 +150,14 @@ def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
         done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
     return int(found[1]), int(found[2]), len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
+
+
+def kernels() -> dict[str, triton.runtime.JITFunction]:
+    """All that are launched, by name."""
+    package = importlib.import_module(__package__)
+    found = pkgutil.walk_packages(package.__path__, f"{__package__}.")
+    modules = [importlib.import_module(module.name) for module in found]
+    return {name: x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")}
 
 
 def source_hash(kernel) -> str:

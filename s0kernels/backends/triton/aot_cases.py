@@ -1,13 +1,16 @@
 """The calls that are compiled ahead of time: tensors of the device "meta", which have no memory."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from s0kernels.backends import triton as backend
+from s0kernels.backends.triton.common.launch import SCHEDULE
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
 Calls = dict[str, Callable[[], object]]
@@ -28,6 +31,9 @@ class Given(NamedTuple):
     z: bool = True
     dt_bias: bool = True
     softplus: bool = True
+
+    def dtype_of_gates(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.gates == "fp32" else dtype
 
 
 EVERYTHING = Given()
@@ -73,106 +79,113 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _start(B: int, shape: tuple[int, ...], how: Given) -> tuple[Start, Tensor]:
-    """Where sequences start, of B rows of T tokens (those of a packed batch are of one row), and their final states."""
+class DeltaSizes(NamedTuple):
+    """Of a call of the gated delta rule."""
+
+    B: int = 8
+    T: int = 1024
+    H: int = 16
+    HV: int = 32
+    K: int = 128
+    V: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    op = "gated_delta_rule"
+    output = "v"  # has the shape of
+    backwards = ("all", "state")
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        return self.HV, self.K, self.V
+
+    def arguments(self, rows: int, length: int, how: Given) -> tuple[DeltaInputs, DeltaOptions]:
+        q, k, v = (_empty(rows, length, *x, dtype=self.dtype) for x in ((self.H, self.K),) * 2 + ((self.HV, self.V),))
+        g, beta = (_empty(rows, length, self.HV, dtype=how.dtype_of_gates(self.dtype)) for _ in range(2))
+        return DeltaInputs(q, k, v, g, beta), DeltaOptions(self.K**-0.5, how.normalise)
+
+
+class SSDSizes(NamedTuple):
+    """Of a call of Mamba-2 SSD."""
+
+    B: int = 8
+    T: int = 1024
+    H: int = 24
+    P: int = 128
+    N: int = 256
+    G: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    op = "ssd"
+    output = "x"
+    backwards = ("all", "frozen", "state")
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        return self.H, self.P, self.N
+
+    def arguments(self, rows: int, length: int, how: Given) -> tuple[SSDInputs, SSDOptions]:
+        x, B, C = (
+            _empty(rows, length, *x, dtype=self.dtype) for x in ((self.H, self.P), (self.G, self.N), (self.G, self.N))
+        )
+        dt = _empty(rows, length, self.H, dtype=how.dtype_of_gates(self.dtype))
+        A = _empty(self.H, dtype=torch.float32)
+        optional = (A if how.D else None, x if how.z else None, A if how.dt_bias else None)
+        return SSDInputs(x, dt, A, B, C, *optional), SSDOptions(how.softplus, 0.0, 1.0)
+
+
+def _start(B: int, shape: tuple[int, ...], how: Given) -> Start:
+    """Where sequences start, of B rows of T tokens; those of a packed batch are of one row."""
     leading = {None: None, "shared": (), "each": (B,), "bank": (B + 2,)}[how.state]
-    start = Start(
+    return Start(
         None if leading is None else _empty(*leading, *shape, dtype=torch.float32),
         _empty(B, dtype=torch.int32) if how.state == "bank" else None,
         _empty(B + 1, dtype=torch.int32) if how.packed else None,
     )
-    return start, _empty(B, *shape, dtype=torch.float32)
 
 
-def _wanted(names: set[str], start: Start) -> Wanted:
-    return Wanted(frozenset(names), () if start.state is None else tuple(start.state.shape))
+@contextlib.contextmanager
+def _scheduled(schedule: str | None) -> Iterator[None]:
+    before = os.environ.pop(SCHEDULE, None)
+    try:
+        if schedule is not None:
+            os.environ[SCHEDULE] = schedule
+        yield
+    finally:
+        os.environ.pop(SCHEDULE, None)
+        if before is not None:
+            os.environ[SCHEDULE] = before
 
 
-def _scheduled(how: Given, run: Callable[[], object]) -> Callable[[], object]:
-    """The call under the schedule that is asked for."""
-
-    def call():
-        before = os.environ.pop("S0KERNELS_TRITON_SCHEDULE", None)
-        try:
-            if how.schedule is not None:
-                os.environ["S0KERNELS_TRITON_SCHEDULE"] = how.schedule
-            run()
-        finally:
-            os.environ.pop("S0KERNELS_TRITON_SCHEDULE", None)
-            if before is not None:
-                os.environ["S0KERNELS_TRITON_SCHEDULE"] = before
-
-    return call
-
-
-def delta_calls(
-    B=1, T=8192, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "state")
-) -> Calls:
-    """Calls of the gated delta rule; the backwards are those of `wanted`."""
-    from s0kernels.backends.triton import delta
-
-    rows, length = (1, B * T) if how.packed else (B, T)
-    gates = torch.float32 if how.gates == "fp32" else dtype
-    q, k, v = (_empty(rows, length, *heads, dtype=dtype) for heads in ((H, K), (H, K), (HV, V)))
-    g, beta = (_empty(rows, length, HV, dtype=gates) for _ in range(2))
-    start, final = _start(B, (HV, K, V), how)
-    inputs, options = DeltaInputs(q, k, v, g, beta), DeltaOptions(K**-0.5, how.normalise)
+def calls_of(sizes: DeltaSizes | SSDSizes, how: Given = EVERYTHING, backwards: tuple[str, ...] = ()) -> Calls:
+    """The calls of an op; without `backwards` with all that are told apart."""
+    run_forward, run_backward, run_step = (getattr(backend, f"{sizes.op}_{x}") for x in ("forward", "backward", "step"))
+    rows, length = (1, sizes.B * sizes.T) if how.packed else (sizes.B, sizes.T)
+    inputs, options = sizes.arguments(rows, length, how)
+    start, given = _start(sizes.B, sizes.state, how), {n: x for n, x in inputs._asdict().items() if x is not None}
+    of_tokens = {name: x for name, x in given.items() if x.dim() > 1}
 
     def forward():
-        return delta.gated_delta_rule_forward(inputs, start, options, how.final)
+        with _scheduled(how.schedule):
+            return run_forward(inputs, start, options, how.final)
 
     def backward(of: str):
-        names = {"all": {"q", "k", "v", "g", "beta"}, "state": set()}[of] | _state_wanted(of, how)
-        delta.gated_delta_rule_backward(_gradients(v, final, how), inputs, start, options, _wanted(names, start))
+        output, final = getattr(inputs, sizes.output), _empty(sizes.B, *sizes.state, dtype=torch.float32)
+        grads = Grads(None if how.gradients == "final state" else output, None if how.gradients == "output" else final)
+        names = {"all": set(given), "frozen": set(of_tokens), "state": set()}[of] | _state_wanted(of, how)
+        shape = () if start.state is None else tuple(start.state.shape)
+        run_backward(grads, inputs, start, options, Wanted(frozenset(names), shape))
 
     def step():
-        pool = Pool(_empty(B + 2, HV, K, V, dtype=torch.float32), start.indices)
-        first = DeltaInputs(*(_empty(B, *x.shape[2:], dtype=x.dtype) for x in inputs))
-        delta.gated_delta_rule_step(first, pool, options)
+        pool = Pool(_empty(sizes.B + 2, *sizes.state, dtype=torch.float32), start.indices)
+        first = {name: _empty(sizes.B, *x.shape[2:], dtype=x.dtype) for name, x in of_tokens.items()}
+        run_step(inputs._replace(**first), pool, options)
 
-    calls = {"forward": _scheduled(how, forward), "step": step}
-    return calls | {_BACKWARDS[inputs]: functools.partial(backward, inputs) for inputs in wanted if _any(inputs, how)}
-
-
-def ssd_calls(
-    B=1, T=8192, H=24, P=128, N=256, G=1, dtype=torch.bfloat16, how=EVERYTHING, wanted=("all", "frozen", "state")
-) -> Calls:
-    """Calls of Mamba-2 SSD; the backwards are those of `wanted`."""
-    from s0kernels.backends.triton import mamba
-
-    rows, length = (1, B * T) if how.packed else (B, T)
-    x, b, c = (_empty(rows, length, *heads, dtype=dtype) for heads in ((H, P), (G, N), (G, N)))
-    dt = _empty(rows, length, H, dtype=torch.float32 if how.gates == "fp32" else dtype)
-    A = _empty(H, dtype=torch.float32)
-    optional = {"D": A if how.D else None, "z": x if how.z else None, "dt_bias": A if how.dt_bias else None}
-    start, final = _start(B, (H, P, N), how)
-    inputs, options = SSDInputs(x, dt, A, b, c, **optional), SSDOptions(how.softplus, 0.0, 1.0)
-
-    def forward():
-        return mamba.ssd_forward(inputs, start, options, how.final)
-
-    def backward(of: str):
-        tokens = {"x", "dt", "B", "C", "z"}
-        names = {"all": tokens | {"A", "D", "dt_bias"}, "frozen": tokens, "state": set()}[of]
-        names = names - {name for name, value in optional.items() if value is None} | _state_wanted(of, how)
-        mamba.ssd_backward(_gradients(x, final, how), inputs, start, options, _wanted(names, start))
-
-    def step():
-        pool = Pool(_empty(B + 2, H, P, N, dtype=torch.float32), start.indices)
-        of_tokens = {name: value for name, value in inputs._asdict().items() if value is not None and value.dim() > 1}
-        first = {name: _empty(B, *value.shape[2:], dtype=value.dtype) for name, value in of_tokens.items()}
-        mamba.ssd_step(inputs._replace(**first), pool, options)
-
-    calls = {"forward": _scheduled(how, forward), "step": step}
-    return calls | {_BACKWARDS[name]: functools.partial(backward, name) for name in wanted if _any(name, how)}
+    calls = {"forward": forward, "step": step}
+    wanted = [of for of in backwards or sizes.backwards if of != "state" or how.state is not None]
+    return calls | {_BACKWARDS[of]: functools.partial(backward, of) for of in wanted}
 
 
 _BACKWARDS = {"all": "backward", "frozen": "frozen backward", "state": "state-only backward"}
-
-
-def _any(inputs: str, how: Given) -> bool:
-    """Whether anything wants a gradient."""
-    return inputs != "state" or how.state is not None
 
 
 def _state_wanted(inputs: str, how: Given) -> set[str]:
@@ -180,37 +193,34 @@ def _state_wanted(inputs: str, how: Given) -> set[str]:
     return set() if how.state is None or (how.state == "each" and inputs != "state") else {"initial_state"}
 
 
-def _gradients(output: Tensor, final: Tensor, how: Given) -> Grads:
-    return Grads(None if how.gradients == "final state" else output, None if how.gradients == "output" else final)
-
-
-#: What is compiled, by name: the heads of every family of models, in bf16 where nothing else is said.
-CASES: dict[str, Callable[[], Calls]] = {
-    "delta rule 128/128": functools.partial(delta_calls, B=8, T=1024),
-    "delta rule 128/128, few heads": functools.partial(delta_calls, H=4, HV=8),
-    "delta rule 64/64 fp16": functools.partial(delta_calls, B=8, T=1024, K=64, V=64, dtype=torch.float16),
-    "delta rule 256/256": functools.partial(delta_calls, B=8, T=1024, K=256, V=256),
-    "delta rule 128/128 fp32": functools.partial(delta_calls, B=8, T=1024, dtype=torch.float32),
-    "Qwen3.5, fewer heads": functools.partial(delta_calls, B=8, T=1024, HV=16),
-    "Lara-mini": functools.partial(delta_calls, B=8, T=1024, H=8, HV=16),
-    "OLMo-Hybrid": functools.partial(delta_calls, B=8, T=1024, H=30, HV=30, K=96, V=192),
-    "Falcon-H1-7B": functools.partial(ssd_calls, B=8, T=1024),
-    "Falcon-H1-7B, one sequence": ssd_calls,
-    "Falcon-H1-0.5B": functools.partial(ssd_calls, B=8, T=1024, P=64, N=128),
-    "Falcon-H1-1.5B": functools.partial(ssd_calls, B=8, T=1024, H=48, P=64),
-    "Falcon-H1-3B": functools.partial(ssd_calls, B=8, T=1024, H=32),
-    "Falcon-H1-34B": functools.partial(ssd_calls, B=8, T=1024, H=32, G=2),
-    "Bamba, Granite": functools.partial(ssd_calls, B=8, T=1024, H=128, P=64, N=128),
-    "Granite, N 256": functools.partial(ssd_calls, B=8, T=1024, H=128, P=64),
-    "Nemotron-H": functools.partial(ssd_calls, B=8, T=1024, H=128, P=64, N=128, G=8),
-    "Zamba2, 80 heads": functools.partial(ssd_calls, B=8, T=1024, H=80, P=64, N=64),
-    "Zamba2, 112 heads": functools.partial(ssd_calls, B=8, T=1024, H=112, P=64, N=64, G=2),
-    "Mamba-2 2.7B fp16": functools.partial(ssd_calls, B=8, T=1024, H=80, P=64, N=128, dtype=torch.float16),
-    "Falcon-H1-7B, no optional input": functools.partial(
-        ssd_calls, B=8, T=1024, how=Given(D=False, z=False, dt_bias=False)
-    ),
-    "Falcon-H1-7B fp32": functools.partial(ssd_calls, B=8, T=1024, dtype=torch.float32),
+#: The heads of every family of models, in bf16 where nothing else is said.
+_FAMILIES = {
+    "delta rule 128/128": DeltaSizes(),
+    "delta rule 128/128, few heads": DeltaSizes(B=1, T=8192, H=4, HV=8),
+    "delta rule 64/64 fp16": DeltaSizes(K=64, V=64, dtype=torch.float16),
+    "delta rule 256/256": DeltaSizes(K=256, V=256),
+    "delta rule 128/128 fp32": DeltaSizes(dtype=torch.float32),
+    "Qwen3.5, fewer heads": DeltaSizes(HV=16),
+    "Lara-mini": DeltaSizes(H=8, HV=16),
+    "OLMo-Hybrid": DeltaSizes(H=30, HV=30, K=96, V=192),
+    "Falcon-H1-7B": SSDSizes(),
+    "Falcon-H1-7B, one sequence": SSDSizes(B=1, T=8192),
+    "Falcon-H1-0.5B": SSDSizes(P=64, N=128),
+    "Falcon-H1-1.5B": SSDSizes(H=48, P=64),
+    "Falcon-H1-3B": SSDSizes(H=32),
+    "Falcon-H1-34B": SSDSizes(H=32, G=2),
+    "Bamba, Granite": SSDSizes(H=128, P=64, N=128),
+    "Granite, N 256": SSDSizes(H=128, P=64),
+    "Nemotron-H": SSDSizes(H=128, P=64, N=128, G=8),
+    "Zamba2, 80 heads": SSDSizes(H=80, P=64, N=64),
+    "Zamba2, 112 heads": SSDSizes(H=112, P=64, N=64, G=2),
+    "Mamba-2 2.7B fp16": SSDSizes(H=80, P=64, N=128, dtype=torch.float16),
+    "Falcon-H1-7B fp32": SSDSizes(dtype=torch.float32),
 }
+#: What is compiled, by name.
+CASES: dict[str, Callable[[], Calls]] = {
+    name: functools.partial(calls_of, sizes) for name, sizes in _FAMILIES.items()
+} | {"Falcon-H1-7B, no optional input": functools.partial(calls_of, SSDSizes(), Given(D=False, z=False, dt_bias=False))}
 #: the heads of Qwen3.5-4B and those of Falcon-H1-7B
 FLAGSHIPS = ("delta rule 128/128", "Falcon-H1-7B")
 #: cases that are more than other numbers of heads
@@ -229,18 +239,14 @@ SIZES = (
 )
 
 
-def _row(maker: Callable[..., Calls], row: dict, **sizes) -> Callable[[], Calls]:
-    options = dict(row)
-    wanted = (options.pop("inputs"),)
-    return functools.partial(maker, B=8, T=1024, how=Given(**options), wanted=wanted, **sizes)
+def _row(sizes: DeltaSizes | SSDSizes, row: dict) -> Callable[[], Calls]:
+    how = Given(**{name: value for name, value in row.items() if name != "inputs"})
+    return functools.partial(calls_of, sizes, how, (row["inputs"],))
 
 
 #: Small heads, their optional arguments in pairs.
 PAIRS: dict[str, Callable[[], Calls]] = {
-    f"{op}, options {i}": _row(maker, row, **sizes)
-    for op, maker, sizes in (
-        ("gated_delta_rule", delta_calls, {"K": 64, "V": 64}),
-        ("ssd", ssd_calls, {"H": 80, "P": 64, "N": 64}),
-    )
-    for i, row in enumerate(pairwise(LEVELS[op]))
+    f"{sizes.op}, options {i}": _row(sizes, row)
+    for sizes in (DeltaSizes(K=64, V=64), SSDSizes(H=80, P=64, N=64))
+    for i, row in enumerate(pairwise(LEVELS[sizes.op]))
 }

@@ -1,13 +1,6 @@
-"""Kernels of the gated delta rule, backward, in the symbols of `delta_forward`.
+"""Gradients of q, k, g and beta, for all chunks at once, from what the scans of `backward` left.
 
-From dO and the gradient dS' of the state at the end of a chunk, in a scan that looks at neither V nor S:
-
-    dR = P^T dO + diag(rk beta E) K dS'
-    dV = W^T dR
-    dS = G_C dS' + Q^T diag(scale rq G) dO - K^T diag(rk G) dV
-
-and with dM = strict_lower(-dV R^T) and dP = lower(dO R^T), the gradients of what W inverts and of P, in `inputs`, where
-everything is known for all chunks at once:
+With dM = strict_lower(-dV R^T) and dP = lower(dO R^T), the gradients of what W inverts and of P, in `intra`, and then
 
     dQ = scale diag(G) dO S^T + (scale dP * D) diag(beta) K
     dK = -diag(G) dV S^T + diag(beta E) R dS'^T + diag(beta) (scale dP * D)^T Q
@@ -17,158 +10,49 @@ of the normalised q and k. A log decay g_l takes part in every G_i with i >= l, 
 j < l <= i and in G_C.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from s0kernels.backends.triton.delta_forward import A_K, A_Q, E_K, LAST, R_K, R_Q, ROWS, TO_END, walk_forward
-from s0kernels.backends.triton.tiles import (
-    chunk_of_slot,
+from s0kernels.backends.triton.common.chunks import (
     decay_matrix,
     decay_matrix_grad,
     load_tile,
     load_tokens,
+    locate_chunk,
     product,
-    sequence,
 )
+from s0kernels.backends.triton.common.launch import empty_grads, launch, power_of_two, strides
+from s0kernels.backends.triton.gated_delta_rule.call import Call
+from s0kernels.backends.triton.gated_delta_rule.forward import A_K, A_Q, LAST, R_K, R_Q, ROWS, TO_END
+
+#: the inputs whose gradients are computed here
+OF_CHUNKS = {"q", "k", "g", "beta"}
+
+
+class Scanned(NamedTuple):
+    """What the scans of the backward write; None where it is not wanted."""
+
+    r: Tensor | None = None  # [B, T, HV, V], the residuals, as dv
+    dv: Tensor | None = None
+    h: Tensor | None = None  # [chunks, HV, V, K]: S^T of every chunk, as dh: dS'^T
+    dh: Tensor | None = None
+
+
+class Intra(NamedTuple):
+    """What `intra` computes, [chunks, HV, BT, BT] and [B, T, HV]."""
+
+    dm: Tensor
+    dp: Tensor
+    pg: Tensor
+    pbeta: Tensor
 
 
 @triton.jit
-def walk_backward(
-    pid,
-    q,
-    k,
-    w,
-    p,
-    gates,
-    do,
-    dht,
-    cu_seqlens,
-    dv,
-    dh,
-    dh0,
-    T,
-    N,
-    sq,
-    sk,
-    so,
-    sh,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The chunks of one (tile of V, value head, sequence), from the last to the first."""
-    tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_nh = pid % tiles, pid // tiles
-    i_n, i_hv = i_nh // HV, i_nh % HV
-    i_h = i_hv // (HV // H)
-    i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_n, N, T, BT, BN)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
-    dtype = q.dtype.element_ty
-    b_dh = tl.zeros([BV, BK], tl.float32)
-    if dht is not None:
-        p_dht = dht + tl.cast(i_n, tl.int64) * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
-        b_dh = tl.load(p_dht, mask=m_h, other=0.0)
-    b_dh = tl.where(wrong, float("nan"), b_dh)
-
-    i_b, bos, i_s = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64)
-    p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
-    p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
-    at_v = ((i_b * T + bos) * HV + i_hv) * V
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    chunks = tl.cdiv(length, BT)
-    for i in range(chunks):
-        i_c = chunks - 1 - i
-        rows = length - i_c * BT
-        i_t = tl.cast(i_c, tl.int64) * BT
-        at = (i_s + i_c) * HV + i_hv
-        if dh is not None:
-            tl.store(dh + at * K * V + o_v[:, None] * K + o_k[None, :], b_dh.to(dtype), mask=m_h)
-        b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
-        b_w = tl.load(w + at * BT * BT + o_tile)
-        p_gates = gates + at * ROWS * BT + o_t
-        b_dr = tl.dot(b_dh.to(dtype), tl.trans(b_k), input_precision=PRECISION)
-        b_dr *= tl.load(p_gates + E_K * BT)[None, :]
-        b_dh *= tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
-        if do is not None:
-            b_q = load_tile(p_q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
-            b_p = tl.load(p + at * BT * BT + o_tile)
-            p_do = do + i_b * so[0] + (bos + i_t) * so[1] + i_hv * so[2]
-            b_do = tl.trans(load_tile(p_do, o_t, o_v, so[1], so[3], rows, V))
-            b_dr = tl.dot(b_do, b_p, b_dr, input_precision=PRECISION)
-            b_read = (b_do.to(tl.float32) * tl.load(p_gates + A_Q * BT)[None, :]).to(dtype)
-            b_dh = tl.dot(b_read, b_q, b_dh, input_precision=PRECISION)
-        b_dv = tl.dot(b_dr.to(dtype), b_w, input_precision=PRECISION)
-        if dv is not None:
-            m_v = (o_t < rows)[None, :] & (o_v < V)[:, None]
-            p_dv = dv + at_v + i_t * (HV * V) + o_t[None, :] * (HV * V) + o_v[:, None]
-            tl.store(p_dv, b_dv.to(dtype), mask=m_v)
-        b_dv = (b_dv * -tl.load(p_gates + A_K * BT)[None, :]).to(dtype)
-        b_dh = tl.dot(b_dv, b_k, b_dh, input_precision=PRECISION)
-    if dh0 is not None:
-        tl.store(dh0 + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_dh, mask=m_h)
-
-
-@triton.jit
-def gated_delta_rule_scan_bwd_kernel(
-    q,  # [B, T, H, K], any strides sq, as k
-    k,
-    v,  # None, or [B, T, HV, V], any strides sv; then the states are made again, too
-    w,
-    p,
-    gates,
-    h0,  # as in the forward
-    indices,
-    cu_seqlens,
-    do,  # None, or [B, T, HV, V], any strides so
-    dht,  # None, or [N, HV, K, V] in fp32, any strides st
-    r,  # None, or [B, T, HV, V], as dv
-    dv,
-    h,  # None, or [slots, HV, V, K]: S^T, as dh: dS'^T of every chunk
-    dh,
-    dh0,  # None, or [N, HV, K, V] in fp32
-    T,
-    N,
-    S,
-    programs,
-    sq,
-    sk,
-    sv,
-    sh,
-    so,
-    st,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """`programs` walks from the end, a program per (tile of V, value head, sequence). Where other gradients than that
-    of the state are wanted, as many more walk from the start beside them."""
-    if tl.program_id(0) < programs:
-        walk_backward(
-            *(tl.program_id(0), q, k, w, p, gates, do, dht, cu_seqlens, dv, dh, dh0, T, N, sq, sk, so, st),
-            *(H, HV, K, V, PRECISION, BT, BK, BV, BN),
-        )
-    elif v is not None:
-        walk_forward(
-            *(tl.program_id(0) - programs, q, k, v, w, p, gates, h0, indices, cu_seqlens, None, r, h, None),
-            *(T, N, S, sq, sk, sv, sh, H, HV, K, V, PRECISION, BT, BK, BV, BN),
-        )
-
-
-@triton.jit
-def gated_delta_rule_pairs_bwd_kernel(
+def gated_delta_rule_intra_bwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k
     k,
     g,  # [B, T, HV], any strides sg, as beta
@@ -177,16 +61,16 @@ def gated_delta_rule_pairs_bwd_kernel(
     do,  # None, or [B, T, HV, V], any strides
     r,  # [B, T, HV, V], as dv
     dv,
-    h,  # [slots, HV, V, K], as dh
+    h,  # [chunks, HV, V, K], as dh
     dh,
     cu_seqlens,
-    dm,  # [slots, HV, BT, BT]: diag(rk) (dM * D) diag(rk beta)
-    dp,  # [slots, HV, BT, BT]: diag(scale rq) (dP * D) diag(rk beta)
+    dm,  # [chunks, HV, BT, BT]: diag(rk) (dM * D) diag(rk beta)
+    dp,  # [chunks, HV, BT, BT]: diag(scale rq) (dP * D) diag(rk beta)
     pg,  # [B, T, HV] in fp32: what dg has through dM, dP and the last decay; as pbeta, without that
     pbeta,
     scale,
     T,
-    N,
+    NSEQ,
     inner,  # V, where loops over it are not to be unrolled
     sq,
     sk,
@@ -201,11 +85,11 @@ def gated_delta_rule_pairs_bwd_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BI: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """The gradients of what W inverts and of P: a program per (slot, value head)."""
-    i_s, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    """The gradients of what W inverts and of P: a program per (chunk, value head)."""
+    i_c, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     if rows <= 0:
         return
     o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
@@ -221,7 +105,7 @@ def gated_delta_rule_pairs_bwd_kernel(
 
     b_d = product(dv + at_v, r + at_v, HV * V, 1, 1, HV * V, rows, inner, rows, BT, BI, BT, PRECISION)
     b_d = tl.where(o_t[:, None] > o_t[None, :], b_d * b_decay * -b_rk[:, None], 0.0)
-    b_pairs = b_d * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_intra = b_d * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     tl.store(dm + o_tile, (b_d * b_beta[None, :]).to(dtype))
     if do is not None:
         p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
@@ -229,13 +113,31 @@ def gated_delta_rule_pairs_bwd_kernel(
         b_d = product(p_do, r + at_v, so[1], so[3], 1, HV * V, rows, inner, rows, BT, BI, BT, PRECISION)
         b_d *= b_decay * b_rq[:, None]
         b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_hv // (HV // H) * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
-        b_pairs += b_d * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_intra += b_d * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         tl.store(dp + o_tile, (b_d * b_beta[None, :]).to(dtype))
     at_g = (i_b * T + i_t + o_t) * HV + i_hv
-    tl.store(pbeta + at_g, tl.sum(b_pairs, axis=0), mask=o_t < rows)
+    tl.store(pbeta + at_g, tl.sum(b_intra, axis=0), mask=o_t < rows)
     b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
     b_pg = b_last * inner_product(h + at * K * V, dh + at * K * V, K, inner, BK)
-    tl.store(pg + at_g, b_pg + decay_matrix_grad(b_pairs * b_beta[None, :], BT), mask=o_t < rows)
+    tl.store(pg + at_g, b_pg + decay_matrix_grad(b_intra * b_beta[None, :], BT), mask=o_t < rows)
+
+
+def intra(call: Call, gates: Tensor, do: Tensor | None, scanned: Scanned) -> Intra:
+    (q, k, _, g, beta), chunks, tiles = call.inputs, call.chunks, call.tiles("intra")
+    pg, pbeta = (chunks.empty(*g.shape, dtype=torch.float32) for _ in range(2))
+    out = Intra(call.intra(), call.intra(), pg, pbeta)
+    launch(
+        gated_delta_rule_intra_bwd_kernel,
+        chunks.count * call.HV,
+        *(q, k, g, beta, gates, do, *scanned, chunks.start.cu_seqlens, *out),
+        *(call.options.scale, chunks.T, chunks.sequences, call.V),
+        *(q.stride(), k.stride(), g.stride(), beta.stride(), strides(do, 4)),
+        V=call.V,
+        BI=tiles.tile,
+        **call.constants,
+        tiles=tiles,
+    )
+    return out
 
 
 @triton.jit
@@ -247,9 +149,9 @@ def gated_delta_rule_inputs_bwd_kernel(
     do,  # None, or [B, T, HV, V], any strides
     r,  # [B, T, HV, V], as dv
     dv,
-    h,  # [slots, HV, V, K], as dh
+    h,  # [chunks, HV, V, K], as dh
     dh,
-    dm,  # [slots, HV, BT, BT], as dp
+    dm,  # [chunks, HV, BT, BT], as dp
     dp,
     cu_seqlens,
     dq,  # None, or [B, T, H, K], as dk
@@ -259,7 +161,7 @@ def gated_delta_rule_inputs_bwd_kernel(
     dg,  # None, or [B, T, HV], as dbeta
     dbeta,
     T,
-    N,
+    NSEQ,
     R,  # HV // H, where loops over it are not to be unrolled
     inner,  # V, for the same reason
     sq,
@@ -276,16 +178,16 @@ def gated_delta_rule_inputs_bwd_kernel(
     BK: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """A program per (slot, key head): its value heads in turn, their sums in registers; dq first and then dk, so that
+    """A program per (chunk, key head): its value heads in turn, their sums in registers; dq first and then dk, so that
     one of the two is there at a time."""
-    i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     if rows <= 0:
         return
     o_t, o_k, o_r = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BR)
-    i_b, i_t, i_s = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_s.to(tl.int64)
+    i_b, i_t, i_c = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_c.to(tl.int64)
     p_q = q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2]
     p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
     o_tile = o_t[:, None] * BT + o_t[None, :]
@@ -294,7 +196,7 @@ def gated_delta_rule_inputs_bwd_kernel(
         b_dq = tl.zeros([BT, BK], tl.float32)
         for i_r in tl.range(R, disable_licm=True):
             i_hv = i_h * R + i_r
-            at = i_s * HV + i_hv
+            at = i_c * HV + i_hv
             b_dp = tl.load(dp + at * BT * BT + o_tile)
             b_dq = tl.dot(b_dp, load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K), b_dq, input_precision=PRECISION)
             p_do = do + i_b * so[0] + i_t * so[1] + i_hv * so[2]
@@ -305,7 +207,7 @@ def gated_delta_rule_inputs_bwd_kernel(
             b_dq += b_part
         if dq is not None:
             p_dq = dq + ((i_b * T + i_t) * H + i_h) * K
-            b_rq = tl.load(gates + (i_s * HV + i_h * R) * ROWS * BT + R_Q * BT + o_t)
+            b_rq = tl.load(gates + (i_c * HV + i_h * R) * ROWS * BT + R_Q * BT + o_t)
             store_input_grad(p_dq, b_dq, p_q, sq[1], sq[3], b_rq, rows, H, K, NORMALISE, BT, BK)
     elif dq is not None:
         p_dq = dq + ((i_b * T + i_t) * H + i_h) * K
@@ -314,7 +216,7 @@ def gated_delta_rule_inputs_bwd_kernel(
     b_dk = tl.zeros([BT, BK], tl.float32)
     for i_r in tl.range(R, disable_licm=True):
         i_hv = i_h * R + i_r
-        at = i_s * HV + i_hv
+        at = i_c * HV + i_hv
         at_v = ((i_b * T + i_t) * HV + i_hv) * V
         p_gates = gates + at * ROWS * BT + o_t
         b_k = load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K)
@@ -347,8 +249,30 @@ def gated_delta_rule_inputs_bwd_kernel(
             tl.store(dg + at_g, b_dg.to(dg.dtype.element_ty), mask=o_t < rows)
     if dk is not None:
         p_dk = dk + ((i_b * T + i_t) * H + i_h) * K
-        b_rk = tl.load(gates + (i_s * HV + i_h * R) * ROWS * BT + R_K * BT + o_t)
+        b_rk = tl.load(gates + (i_c * HV + i_h * R) * ROWS * BT + R_K * BT + o_t)
         store_input_grad(p_dk, b_dk, p_k, sk[1], sk[3], b_rk, rows, H, K, NORMALISE, BT, BK)
+
+
+def input_grads(call: Call, gates: Tensor, do: Tensor | None, scanned: Scanned, names: set[str]) -> dict[str, Tensor]:
+    """Those of `names`, which are of OF_CHUNKS."""
+    (q, k, _, _, beta), chunks, tiles = call.inputs, call.chunks, call.tiles("inputs")
+    dm, dp, pg, pbeta = intra(call, gates, do, scanned)
+    found = empty_grads(call.inputs, names)
+    dq, dk, dg, dbeta = map(found.get, ("q", "k", "g", "beta"))
+    launch(
+        gated_delta_rule_inputs_bwd_kernel,
+        chunks.count * call.H,
+        *(q, k, beta, gates, do, *scanned, dm, dp, chunks.start.cu_seqlens, dq, dk, pg, pbeta, dg, dbeta),
+        *(chunks.T, chunks.sequences, call.HV // call.H, call.V),
+        *(q.stride(), k.stride(), beta.stride(), strides(do, 4)),
+        V=call.V,
+        NORMALISE=call.options.use_qk_l2norm,
+        BI=tiles.tile,
+        BR=power_of_two(call.HV // call.H, 1),
+        **call.constants,
+        tiles=tiles,
+    )
+    return found
 
 
 @triton.jit

@@ -1,9 +1,15 @@
-"""The kernel of one token of the gated delta rule."""
+"""One token of the gated delta rule."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from s0kernels.backends.triton.states import state_row
+from s0kernels.backends.triton.common.launch import launch, power_of_two
+from s0kernels.backends.triton.common.states import state_row
+from s0kernels.backends.triton.common.tiles import choose_tiles
+from s0kernels.backends.triton.gated_delta_rule.call import TILES
+from s0kernels.calls import DeltaInputs, DeltaOptions, Pool
 
 
 @triton.jit
@@ -58,3 +64,26 @@ def gated_delta_rule_step_kernel(
     b_o = tl.where(none, float("nan"), b_o)
     tl.store(o + (i_b * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
     tl.store(p_h, b_h, mask=m_h)
+
+
+def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
+    q, k, v, g, beta = inputs
+    (B, HV, V), (_, H, K) = v.shape, q.shape
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tiles = choose_tiles(TILES["step", v.element_size()], v.device)
+    tile = min(tiles.tile, power_of_two(V))
+    launch(
+        gated_delta_rule_step_kernel,
+        B * HV * triton.cdiv(V, tile),
+        *(*inputs, *pool, o, options.scale, pool.state.shape[0]),
+        *(q.stride(), k.stride(), v.stride(), g.stride(), beta.stride(), pool.state.stride()),
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        NORMALISE=options.use_qk_l2norm,
+        BK=power_of_two(K),
+        BV=tile,
+        tiles=tiles,
+    )
+    return o

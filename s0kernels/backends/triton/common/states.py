@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.launch import Tiles, launch
+from s0kernels.backends.triton.common.launch import launch
+from s0kernels.backends.triton.common.tiles import Tiles
 
 
 def state_strides(state: Tensor | None) -> tuple[int, ...]:
@@ -19,22 +20,22 @@ def bank_size(state: Tensor | None) -> int:
 
 
 @triton.jit
-def state_row(indices, i_n, S):
+def state_row(indices, i_q, S):
     """(row, whether the state is zero, whether there is none): without indices the row of a sequence is its number."""
     if indices is None:
-        return i_n.to(tl.int64), False, False
+        return i_q.to(tl.int64), False, False
     else:
-        row = tl.load(indices + i_n).to(tl.int64)
+        row = tl.load(indices + i_q).to(tl.int64)
         inside = (row >= 0) & (row < S)
         return tl.where(inside, row, 0), row == -1, (row < -1) | (row >= S)
 
 
 @triton.jit
 def state_grad_kernel(
-    dh,  # [N, D] in fp32, the gradient of every sequence's initial state
+    dh,  # [NSEQ, D] in fp32, the gradient of every sequence's initial state
     indices,  # None, or the row of each sequence
     dh0,  # [rows, D]
-    N,
+    NSEQ,
     D,
     tiles,
     BD: tl.constexpr,
@@ -43,16 +44,16 @@ def state_grad_kernel(
     i_d, i_row = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     o_d = i_d.to(tl.int64) * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
-    for i_n in range(N):
+    for i_q in range(NSEQ):
         mine = True
         if indices is not None:
-            mine = tl.load(indices + i_n) == i_row
-        b_sum += tl.load(dh + tl.cast(i_n, tl.int64) * D + o_d, mask=(o_d < D) & mine, other=0.0)
+            mine = tl.load(indices + i_q) == i_row
+        b_sum += tl.load(dh + tl.cast(i_q, tl.int64) * D + o_d, mask=(o_d < D) & mine, other=0.0)
     tl.store(dh0 + i_row.to(tl.int64) * D + o_d, b_sum, mask=o_d < D)
 
 
 def reduce_state_grad(dh: Tensor, shape: tuple[int, ...], indices: Tensor | None) -> Tensor:
-    """[N, ...] to the shape the state was given in."""
+    """[NSEQ, ...] to the shape the state was given in."""
     if indices is None and dh.shape[0] == (shape[0] if len(shape) == dh.dim() else 1):
         return dh.view(shape)
     dh0 = dh.new_empty(shape)

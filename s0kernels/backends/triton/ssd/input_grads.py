@@ -1,10 +1,6 @@
-"""Kernels of Mamba-2 SSD, backward, in the symbols of `mamba_forward`.
+"""Gradients of the inputs of Mamba-2 SSD, for all chunks at once, from what the scans of `backward` left.
 
-With dY = dO silu(z) and the gradient dS' of the state at the end of a chunk, from the last chunk to the first:
-
-    dS = G_C dS' + dY^T diag(G) C
-
-which needs neither x, B nor S. Where everything is known for all chunks at once, with K = lower(dY X^T):
+With K = lower(dY X^T):
 
     dX  = diag(dt) (M^T dY + diag(E) B dS'^T) + D dY
     ddt = A da + column sums of M * K + rows of E X * (B dS'^T)
@@ -14,23 +10,53 @@ which needs neither x, B nor S. Where everything is known for all chunks at once
 A log decay a_l takes part in every G_i with i >= l, every E_j with j < l, every D_ij with j < l <= i and in G_C.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from s0kernels.backends.triton.mamba_forward import (
+from s0kernels.backends.triton.common.chunks import decay_matrix, decay_matrix_grad, load_tile, locate_chunk
+from s0kernels.backends.triton.common.launch import empty_grads, launch, power_of_two, strides
+from s0kernels.backends.triton.common.tiles import Tiles
+from s0kernels.backends.triton.ssd.call import Call
+from s0kernels.backends.triton.ssd.forward import (
     DT,
     END,
     ROWS,
     START,
     WRITE,
+    Factors,
     clamp,
     load_raw_dt,
     silu,
     softplus,
-    split_index,
-    walk_forward,
 )
-from s0kernels.backends.triton.tiles import chunk_of_slot, decay_matrix, decay_matrix_grad, load_tile, sequence
+
+#: inputs whose gradients come through that of the log decays
+OF_DECAYS = {"dt", "A", "dt_bias"}
+#: inputs without tokens, whose gradients are sums over all chunks
+SCALARS = ("A", "D", "dt_bias")
+
+
+class Scanned(NamedTuple):
+    """What the scans of the backward write, [chunks, H, P, N]; None where it is not wanted."""
+
+    h: Tensor | None
+    dh: Tensor | None
+
+
+class HeadGrads(NamedTuple):
+    """What the kernel of the heads writes, in its order; None where it is not wanted."""
+
+    dx: Tensor | None
+    dz: Tensor | None
+    ddt: Tensor | None
+    dcb: Tensor | None
+    dA: Tensor | None  # [chunks, H] each: what every chunk adds
+    dD: Tensor | None
+    dbias: Tensor | None
 
 
 @triton.jit
@@ -52,114 +78,6 @@ def load_dy(do, z, o_t, o_p, so_t, so_p, sz_t, sz_p, rows, P):
 def at_token(x, stride, i_b, i_t, i_h):
     """Where the row of a head at a token begins. Not for None: in Triton 3.6 no function returns it."""
     return x + i_b * stride[0] + i_t * stride[1] + i_h * stride[2]
-
-
-@triton.jit
-def walk_backward(
-    pid,
-    C,
-    z,
-    gates,
-    do,
-    dht,
-    cu_seqlens,
-    dh,
-    dh0,
-    T,
-    NSEQ,
-    sC,
-    sz,
-    so,
-    sh,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-    BQ: tl.constexpr,
-):
-    """The chunks of one (tile of N, tile of P, head, sequence), from the last to the first."""
-    i_n, i_p, i_h, i_q = split_index(pid, H, P, N, BP, BN)
-    i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
-    o_t, o_p, o_n = tl.arange(0, BT), i_p * BP + tl.arange(0, BP), i_n * BN + tl.arange(0, BN)
-    m_h = (o_p < P)[:, None] & (o_n < N)[None, :]
-    i_b, bos, i_s, i_q = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64), i_q.to(tl.int64)
-    b_dh = tl.zeros([BP, BN], tl.float32)
-    if dht is not None:
-        p_dht = dht + i_q * sh[0] + i_h * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
-        b_dh = tl.load(p_dht, mask=m_h, other=0.0)
-    b_dh = tl.where(wrong, float("nan"), b_dh)
-
-    o_h = o_p[:, None] * N + o_n[None, :]
-    chunks = tl.cdiv(length, BT)
-    for i in range(chunks):
-        i_c = chunks - 1 - i
-        rows = length - i_c * BT
-        i_t = bos + tl.cast(i_c, tl.int64) * BT
-        at = (i_s + i_c) * H + i_h
-        p_gates = gates + at * ROWS * BT + START * BT
-        if dh is not None:
-            tl.store(dh + at * P * N + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
-        p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
-        b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
-        b_C = load_tile(at_token(C, sC, i_b, i_t, i_h // (H // G)), o_t, o_n, sC[1], sC[3], rows, N)
-        b_read = (tl.trans(b_dy) * tl.load(p_gates + o_t)[None, :]).to(do.dtype.element_ty)
-        b_dh = tl.dot(b_read, b_C, b_dh * tl.load(p_gates + BT - 1), input_precision=PRECISION)
-    if dh0 is not None:
-        tl.store(dh0 + (i_q * H + i_h) * P * N + o_h, b_dh, mask=m_h)
-
-
-@triton.jit
-def ssd_scan_bwd_kernel(
-    x,  # None, or [B, T, H, P], any strides; then the states are made again, too
-    B,  # None, or [B, T, G, N], any strides, as C
-    C,
-    z,  # None, or [B, T, H, P], any strides
-    gates,
-    h0,  # as in the forward
-    indices,
-    cu_seqlens,
-    do,  # [B, T, H, P], any strides so
-    dht,  # None, or [NSEQ, H, P, N] in fp32, any strides st
-    h,  # None, or [slots, H, P, N]: S of every chunk
-    dh,  # None, or [slots, H, P, N]: dS' of every chunk
-    dh0,  # None, or [NSEQ, H, P, N] in fp32
-    T,
-    NSEQ,
-    S,
-    programs,
-    sx,
-    sB,
-    sC,
-    sz,
-    sh,
-    so,
-    st,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-    BQ: tl.constexpr,
-):
-    """`programs` walk from the end, one per (tile of N, tile of P, head, sequence). Where S is wanted, as many walk
-    from the start beside them."""
-    if tl.program_id(0) < programs:
-        walk_backward(
-            *(tl.program_id(0), C, z, gates, do, dht, cu_seqlens, dh, dh0, T, NSEQ, sC, sz, so, st),
-            *(H, G, P, N, PRECISION, BT, BP, BN, BQ),
-        )
-    elif h is not None:
-        walk_forward(
-            *(tl.program_id(0) - programs, x, B, C, None, None, None, gates, h0, indices, cu_seqlens, None, h, None),
-            *(T, NSEQ, S, sx, sB, sC, sz, sh, 0, H, G, P, N, PRECISION, BT, BP, BN, BQ),
-        )
 
 
 @triton.jit
@@ -207,17 +125,17 @@ def ssd_heads_bwd_kernel(
     D,  # or None
     z,  # None, or [B, T, H, P], any strides
     dt_bias,  # or None
-    cb,  # [slots, G, BT, BT]: C B^T
+    cb,  # [chunks, G, BT, BT]: C B^T
     gates,
     do,  # [B, T, H, P], any strides
-    h,  # [slots, H, P, N], or None where none of dt, A and z is wanted
-    dh,  # [slots, H, P, N], or None where none of dt, A and x is wanted
+    h,  # [chunks, H, P, N], or None where none of dt, A and z is wanted
+    dh,  # [chunks, H, P, N], or None where none of dt, A and x is wanted
     cu_seqlens,
     dx,  # None, or [B, T, H, P], as dz
     dz,
     ddt,  # None, or [B, T, H]
-    dcb,  # None, or [slots, H, BT, BT]: K diag(dt) * D
-    dA,  # None, or [slots, H] in fp32, as dD and dbias: what each chunk adds
+    dcb,  # None, or [chunks, H, BT, BT]: K diag(dt) * D
+    dA,  # None, or [chunks, H] in fp32, as dD and dbias: what each chunk adds
     dD,
     dbias,
     low,
@@ -247,9 +165,9 @@ def ssd_heads_bwd_kernel(
     BI: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """A program per (slot, head): its tiles of P in turn, then what sums over P."""
-    i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, NSEQ, T, BT, BQ)
+    """A program per (chunk, head): its tiles of P in turn, then what sums over P."""
+    i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     i_b, i_t, at, i_g = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64), i_h // (H // G)
     o_t = tl.arange(0, BT)
     dtype = x.dtype.element_ty
@@ -261,7 +179,7 @@ def ssd_heads_bwd_kernel(
     b_dt = tl.load(p_gates + DT * BT)
     b_a = tl.load(A + i_h * sA).to(tl.float32)
     b_decay = decay_matrix(b_dt * b_a, BT)
-    p_cb = cb + (i_s.to(tl.int64) * G + i_g) * BT * BT + o_tile
+    p_cb = cb + (i_c.to(tl.int64) * G + i_g) * BT * BT + o_tile
     b_p = (tl.load(p_cb).to(tl.float32) * b_decay * b_dt[None, :]).to(dtype)
     b_k = tl.zeros([BT, BT], tl.float32)
     b_starts, b_ends = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
@@ -316,10 +234,30 @@ def ssd_heads_bwd_kernel(
     store_sums(dA, dD, dbias, at, b_rates, b_skips, b_biases)
 
 
+def heads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, out: HeadGrads, decays: bool) -> None:
+    (x, dt, A, B, C, D, z, dt_bias), chunks, tiles = call.inputs, call.chunks, call.tiles("heads")
+    BP = min(32, power_of_two(call.P))
+    launch(
+        ssd_heads_bwd_kernel,
+        chunks.count * call.H,
+        *(*call.inputs, factors.cb, factors.gates, do, *scanned, chunks.start.cu_seqlens, *out),
+        *(*call.options.dt_limit, chunks.T, chunks.sequences, call.N, triton.cdiv(call.P, BP)),
+        *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 4), do.stride()),
+        *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),
+        **call.sizes,
+        DECAYS=decays,
+        SOFTPLUS=call.options.dt_softplus,
+        BP=BP,
+        BI=tiles.tile,
+        **chunks.constants,
+        tiles=tiles,
+    )
+
+
 @triton.jit
-def decay_grad(b_pairs, b_starts, b_ends, BT: tl.constexpr):
+def decay_grad(b_intra, b_starts, b_ends, BT: tl.constexpr):
     """da from the gradients of the sums of a: of those in D [BT, BT], in G and in E [BT]."""
-    b_da = decay_matrix_grad(b_pairs, BT) + tl.cumsum(b_starts, axis=0, reverse=True)
+    b_da = decay_matrix_grad(b_intra, BT) + tl.cumsum(b_starts, axis=0, reverse=True)
     return b_da + tl.cumsum(b_ends, axis=0) - b_ends
 
 
@@ -343,29 +281,38 @@ def store_sums(dA, dD, dbias, at, b_rates, b_skips, b_biases):
 
 @triton.jit
 def ssd_sums_bwd_kernel(
-    dA,  # None, or [slots, H], as dD and dbias
+    dA,  # None, or [chunks, H], as dD and dbias
     dD,
     dbias,
     dA_sum,  # None, or [H], as dD_sum and dbias_sum
     dD_sum,
     dbias_sum,
-    slots,
+    chunks,
     H,
-    BS: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """Sums over the slots, in their order: a program per head."""
-    sum_slots(dA, dA_sum, slots, H, BS)
-    sum_slots(dD, dD_sum, slots, H, BS)
-    sum_slots(dbias, dbias_sum, slots, H, BS)
+    """Sums over the chunks, in their order: a program per head."""
+    sum_chunks(dA, dA_sum, chunks, H, BC)
+    sum_chunks(dD, dD_sum, chunks, H, BC)
+    sum_chunks(dbias, dbias_sum, chunks, H, BC)
+
+
+def sum_over_chunks(call: Call, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[chunks, H] to [H], each."""
+    sums = {name: call.chunks.empty(call.H, dtype=torch.float32) for name in parts}
+    if sums:
+        rows = [found.get(name) for found in (parts, sums) for name in SCALARS]
+        launch(ssd_sums_bwd_kernel, call.H, *rows, call.chunks.count, call.H, BC=256, tiles=Tiles(256, 4, 1))
+    return sums
 
 
 @triton.jit
-def sum_slots(x, out, slots, H, BS: tl.constexpr):
+def sum_chunks(x, out, chunks, H, BC: tl.constexpr):
     if out is not None:
-        b_sum = tl.zeros([BS], tl.float32)
-        for i in range(0, slots, BS):
-            o_s = i + tl.arange(0, BS)
-            b_sum += tl.load(x + o_s.to(tl.int64) * H + tl.program_id(0), mask=o_s < slots, other=0.0)
+        b_sum = tl.zeros([BC], tl.float32)
+        for i in range(0, chunks, BC):
+            o_c = i + tl.arange(0, BC)
+            b_sum += tl.load(x + o_c.to(tl.int64) * H + tl.program_id(0), mask=o_c < chunks, other=0.0)
         tl.store(out + tl.program_id(0), tl.sum(b_sum))
 
 
@@ -375,7 +322,7 @@ def group_grad(
     z,
     gates,
     states,
-    pairs,
+    intra,
     other,
     sv,
     sz,
@@ -393,8 +340,8 @@ def group_grad(
     BP: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sum over R heads of diag(gate) v silu(z) states + pairs other, [BT, BN]. All pointers are at the first head; z is
-    None or [.., P] like v, and pairs are transposed on demand."""
+    """Sum over R heads of diag(gate) v silu(z) states + intra other, [BT, BN]. All pointers are at the first head; z is
+    None or [.., P] like v, and intra is transposed on demand."""
     o_t, o_p, o_n = tl.arange(0, BT), tl.arange(0, BP), tl.arange(0, BN)
     tiles = tl.cdiv(inner, BP)
     b_sum = tl.zeros([BT, BN], tl.float32)
@@ -407,12 +354,12 @@ def group_grad(
         b_states = load_tile(states + (i_r * P + i_p) * N, o_p, o_n, N, 1, inner - i_p, cols)
         b_v = (b_v * b_gate[:, None]).to(v.dtype.element_ty)
         b_sum = tl.dot(b_v, b_states, b_sum, input_precision=PRECISION)
-    b_pairs = tl.zeros([BT, BT], tl.float32)
+    b_intra = tl.zeros([BT, BT], tl.float32)
     for i_r in tl.range(R, disable_licm=True):
-        b_pairs += tl.load(pairs + i_r * BT * BT + o_t[:, None] * BT + o_t[None, :]).to(tl.float32)
-    b_pairs = (tl.trans(b_pairs) if TRANSPOSE else b_pairs).to(other.dtype.element_ty)
+        b_intra += tl.load(intra + i_r * BT * BT + o_t[:, None] * BT + o_t[None, :]).to(tl.float32)
+    b_intra = (tl.trans(b_intra) if TRANSPOSE else b_intra).to(other.dtype.element_ty)
     b_other = load_tile(other, o_t, o_n, so[1], so[3], rows, cols)
-    return tl.dot(b_pairs, b_other, b_sum, input_precision=PRECISION)
+    return tl.dot(b_intra, b_other, b_sum, input_precision=PRECISION)
 
 
 @triton.jit
@@ -423,9 +370,9 @@ def ssd_groups_bwd_kernel(
     z,  # None, or [B, T, H, P], any strides
     gates,
     do,  # [B, T, H, P], any strides
-    h,  # [slots, H, P, N], None without dC
-    dh,  # [slots, H, P, N], None without dB
-    dcb,  # [slots, H, BT, BT]
+    h,  # [chunks, H, P, N], None without dC
+    dh,  # [chunks, H, P, N], None without dB
+    dcb,  # [chunks, H, BT, BT]
     cu_seqlens,
     dB,  # None, or [B, T, G, N], as dC
     dC,
@@ -448,17 +395,17 @@ def ssd_groups_bwd_kernel(
     BN: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """A program per (tile of N, one of dC and dB, group, slot), the heads of the group in turn."""
+    """A program per (tile of N, one of dC and dB, group, chunk), the heads of the group in turn."""
     wanted: tl.constexpr = 2 if dB is not None and dC is not None else 1
     tiles: tl.constexpr = (N + BN - 1) // BN
     i_n, i_wgs = tl.program_id(0) % tiles * BN, tl.program_id(0) // tiles
-    i_w, i_g, i_s = i_wgs % wanted, i_wgs // wanted % G, i_wgs // wanted // G
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, NSEQ, T, BT, BQ)
+    i_w, i_g, i_c = i_wgs % wanted, i_wgs // wanted % G, i_wgs // wanted // G
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     if rows <= 0:
         return
     i_b, i_t, i_h = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_g * (H // G)
-    at = i_s.to(tl.int64) * H + i_h
-    p_gates, p_pairs = gates + at * ROWS * BT, dcb + at * BT * BT
+    at = i_c.to(tl.int64) * H + i_h
+    p_gates, p_intra = gates + at * ROWS * BT, dcb + at * BT * BT
     o_t, o_n = tl.arange(0, BT), i_n + tl.arange(0, BN)
     o_out = ((i_b * T + i_t + o_t)[:, None] * G + i_g) * N + o_n[None, :]
     mask = (o_t < rows)[:, None] & (o_n < N)[None, :]
@@ -466,14 +413,46 @@ def ssd_groups_bwd_kernel(
         p_B = at_token(B, sB, i_b, i_t, i_g) + i_n * sB[3]
         b_dC = group_grad(
             *(at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))),
-            *(p_gates, h + at * P * N + i_n, p_pairs),
+            *(p_gates, h + at * P * N + i_n, p_intra),
             *(p_B, so, sz, sB, rows, R, inner, N - i_n, START, False, P, N, PRECISION, BT, BP, BN),
         )
         tl.store(dC + o_out, b_dC.to(dC.dtype.element_ty), mask=mask)
     if dB is not None and i_w == wanted - 1:
         p_C = at_token(C, sC, i_b, i_t, i_g) + i_n * sC[3]
         b_dB = group_grad(
-            *(at_token(x, sx, i_b, i_t, i_h), None, p_gates, dh + at * P * N + i_n, p_pairs),
+            *(at_token(x, sx, i_b, i_t, i_h), None, p_gates, dh + at * P * N + i_n, p_intra),
             *(p_C, sx, sz, sC, rows, R, inner, N - i_n, WRITE, True, P, N, PRECISION, BT, BP, BN),
         )
         tl.store(dB + o_out, b_dB.to(dB.dtype.element_ty), mask=mask)
+
+
+def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor, found: dict[str, Tensor]) -> None:
+    dB, dC = found.get("B"), found.get("C")
+    (x, _, _, B, C, _, z, _), chunks, tiles = call.inputs, call.chunks, call.tiles("groups")
+    BN = min(tiles.tile, power_of_two(call.N))
+    wanted = (dB is not None) + (dC is not None)
+    launch(
+        ssd_groups_bwd_kernel,
+        chunks.count * call.G * wanted * triton.cdiv(call.N, BN),
+        *(x, B, C, z, gates, do, *scanned, dcb, chunks.start.cu_seqlens, dB, dC),
+        *(chunks.T, chunks.sequences, call.H // call.G, call.P),
+        *(x.stride(), B.stride(), C.stride(), strides(z, 4), do.stride()),
+        **call.sizes,
+        BP=min(tiles.tile, power_of_two(call.P)),
+        BN=BN,
+        **chunks.constants,
+        tiles=tiles,
+    )
+
+
+def input_grads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, names: set[str]) -> dict[str, Tensor]:
+    """Those of `names`, which are names of inputs."""
+    found = empty_grads(call.inputs, names - {*SCALARS})
+    size = (call.chunks.count, call.H)
+    parts = {name: call.chunks.empty(*size, dtype=torch.float32) for name in SCALARS if name in names}
+    dcb = call.intra(call.H) if names & {"B", "C"} else None
+    out = HeadGrads(*map(found.get, ("x", "z", "dt")), dcb, *map(parts.get, SCALARS))
+    heads(call, factors, do, scanned, out, bool(names & OF_DECAYS))
+    if dcb is not None:
+        groups(call, factors.gates, do, scanned, dcb, found)
+    return found | sum_over_chunks(call, parts)

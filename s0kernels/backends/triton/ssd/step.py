@@ -1,10 +1,16 @@
-"""The kernel of one token of Mamba-2 SSD."""
+"""One token of Mamba-2 SSD."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from s0kernels.backends.triton.mamba_forward import clamp, finish_output, softplus, split_index
-from s0kernels.backends.triton.states import state_row
+from s0kernels.backends.triton.common.launch import launch, power_of_two, strides
+from s0kernels.backends.triton.common.states import state_row
+from s0kernels.backends.triton.common.tiles import choose_tiles
+from s0kernels.backends.triton.ssd.call import TILES
+from s0kernels.backends.triton.ssd.forward import clamp, finish_output, softplus, split_index
+from s0kernels.calls import Pool, SSDInputs, SSDOptions
 
 
 @triton.jit
@@ -66,3 +72,27 @@ def ssd_step_kernel(
     b_y = tl.where(none, float("nan"), b_y)
     tl.store(y + (i_b * H + i_h) * P + o_p, b_y.to(y.dtype.element_ty), mask=m_p)
     tl.store(p_h, b_h, mask=m_h)
+
+
+def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    (rows, H, P), (_, G, N) = x.shape, B.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tiles = choose_tiles(TILES["step", x.element_size()], x.device)
+    BP = min(tiles.tile, power_of_two(P))
+    launch(
+        ssd_step_kernel,
+        rows * H * triton.cdiv(P, BP),
+        *(*inputs, *pool, y, *options.dt_limit, pool.state.shape[0]),
+        *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 3), pool.state.stride()),
+        *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),
+        H=H,
+        G=G,
+        P=P,
+        N=N,
+        SOFTPLUS=options.dt_softplus,
+        BP=BP,
+        BN=power_of_two(N),
+        tiles=tiles,
+    )
+    return y

@@ -1,33 +1,41 @@
-"""Kernels of the gated delta rule, forward.
+"""The forward of the gated delta rule.
 
 With rq and rk the factors that normalise q and k (1 without), G_i = exp(g_1 + .. + g_i), E_i = exp(g_{i+1} + .. + g_C)
 and D_ij = exp(g_{j+1} + .. + g_i) inside a chunk of C tokens, S the state at its start and S' at its end:
 
     W   = (I + strict_lower(diag(rk) K K^T diag(rk beta) * D))^-1
     P   = lower(scale diag(rq) Q K^T diag(rk beta) * D)
-    R   = W (V - diag(rk G) K S)                     what each token finds wrong; it writes beta R
+    R   = W (V - diag(rk G) K S)                     the residual; a token writes beta R
     O   = scale diag(rq G) Q S + P R
     S'  = G_C S + K^T diag(rk beta E) R
 
-W, P and the factors of the rows depend on q, k, g and beta alone: `prepare` makes them for all chunks at once. The scan
-carries S^T: every product then has what was just computed on its left, where tensor cores take it from registers, and
-what was loaded on its right, so a step of the chain waits for no shared memory.
+W, P and the factors of the rows depend on q, k, g and beta alone: `prepare` computes them for all chunks at once. The
+scan carries S^T: every product then has what was just computed on its left, where tensor cores take it from registers,
+and what was loaded on its right, so a step of the chain waits for no shared memory.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from s0kernels.backends.triton.states import state_row
-from s0kernels.backends.triton.tiles import (
-    chunk_of_slot,
+from s0kernels.backends.triton.common.chunks import (
     decay_matrix,
     invert_unit_lower,
     load_tile,
     load_tokens,
+    locate_chunk,
     sequence,
 )
+from s0kernels.backends.triton.common.launch import forced_schedule, launch, power_of_two
+from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
+from s0kernels.backends.triton.common.targets import target_of
+from s0kernels.backends.triton.gated_delta_rule.call import Call
+from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
-# The rows of `gates`, [slots, HV, ROWS, BT] in fp32.
+# The rows of `gates`, [chunks, HV, ROWS, BT] in fp32.
 A_Q = tl.constexpr(0)  # scale rq G
 A_K = tl.constexpr(1)  # rk G
 E_K = tl.constexpr(2)  # rk beta E
@@ -53,12 +61,12 @@ def gated_delta_rule_prepare_fwd_kernel(
     g,  # [B, T, HV], any strides sg, as beta
     beta,
     cu_seqlens,
-    w,  # [slots, HV, BT, BT], dtype of q, as p
+    w,  # [chunks, HV, BT, BT], dtype of q, as p
     p,
-    gates,  # [slots, HV, ROWS, BT]
+    gates,  # [chunks, HV, ROWS, BT]
     scale,
     T,
-    N,
+    NSEQ,
     sq,
     sk,
     sg,
@@ -70,11 +78,11 @@ def gated_delta_rule_prepare_fwd_kernel(
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """A program per (slot, value head)."""
-    i_s, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    """A program per (chunk, value head)."""
+    i_c, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     if rows <= 0:
         return
     i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
@@ -106,8 +114,32 @@ def gated_delta_rule_prepare_fwd_kernel(
     tl.store(w + o_tile, b_w.to(w.dtype.element_ty))
 
 
+class Factors(NamedTuple):
+    """What `prepare` computes for all chunks."""
+
+    w: Tensor
+    p: Tensor
+    gates: Tensor
+
+
+def prepare(call: Call) -> Factors:
+    (q, k, _, g, beta), chunks = call.inputs, call.chunks
+    gates = chunks.empty(chunks.count, call.HV, ROWS.value, chunks.size, dtype=torch.float32)
+    factors = Factors(call.intra(), call.intra(), gates)
+    launch(
+        gated_delta_rule_prepare_fwd_kernel,
+        chunks.count * call.HV,
+        *(q, k, g, beta, chunks.start.cu_seqlens, *factors, call.options.scale, chunks.T, chunks.sequences),
+        *(q.stride(), k.stride(), g.stride(), beta.stride()),
+        NORMALISE=call.options.use_qk_l2norm,
+        **call.constants,
+        tiles=call.tiles("prepare"),
+    )
+    return factors
+
+
 @triton.jit
-def walk_forward(
+def scan_forward(
     pid,
     q,
     k,
@@ -123,7 +155,7 @@ def walk_forward(
     h,
     ht,
     T,
-    N,
+    NSEQ,
     S,
     sq,
     sk,
@@ -137,26 +169,26 @@ def walk_forward(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
     """The chunks of one (tile of V, value head, sequence), in turn."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_nh = pid % tiles, pid // tiles
-    i_n, i_hv = i_nh // HV, i_nh % HV
+    i_v, i_qh = pid % tiles, pid // tiles
+    i_q, i_hv = i_qh // HV, i_qh % HV
     i_h = i_hv // (HV // H)
-    i_b, bos, length, i_s, wrong = sequence(cu_seqlens, i_n, N, T, BT, BN)
+    i_b, bos, length, i_c0, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
     dtype = q.dtype.element_ty
     b_h = tl.zeros([BV, BK], tl.float32)
     if h0 is not None:
-        row, zero, none = state_row(indices, i_n, S)
+        row, zero, none = state_row(indices, i_q, S)
         p_h0 = h0 + row * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
         b_h = tl.load(p_h0, mask=m_h & ((zero | none) == 0), other=0.0)
         b_h = tl.where(none, float("nan"), b_h)
     b_h = tl.where(wrong, float("nan"), b_h)
 
-    i_b, bos, i_s = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_s, tl.int64)
+    i_b, bos, i_c0 = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_c0, tl.int64)
     p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
     p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
     p_v = v + i_b * sv[0] + bos * sv[1] + i_hv * sv[2]
@@ -166,7 +198,7 @@ def walk_forward(
     for i_c in range(tl.cdiv(length, BT)):
         rows = length - i_c * BT
         i_t = tl.cast(i_c, tl.int64) * BT
-        at = (i_s + i_c) * HV + i_hv
+        at = (i_c0 + i_c) * HV + i_hv
         if h is not None:
             tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
         b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
@@ -190,7 +222,7 @@ def walk_forward(
         b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
         b_h = tl.dot(b_write, b_k, b_h * b_last, input_precision=PRECISION)
     if ht is not None:
-        tl.store(ht + i_nh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
+        tl.store(ht + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
 
 
 @triton.jit
@@ -206,10 +238,10 @@ def gated_delta_rule_scan_fwd_kernel(
     cu_seqlens,
     o,  # None, or [B, T, HV, V]
     r,  # None, or [B, T, HV, V]
-    h,  # None, or [slots, HV, V, K]: S^T of every chunk
-    ht,  # None, or [N, HV, K, V] in fp32
+    h,  # None, or [chunks, HV, V, K]: S^T of every chunk
+    ht,  # None, or [NSEQ, HV, K, V] in fp32
     T,
-    N,
+    NSEQ,
     S,
     sq,
     sk,
@@ -223,12 +255,37 @@ def gated_delta_rule_scan_fwd_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
     """A program per (tile of V, value head, sequence)."""
-    walk_forward(
-        *(tl.program_id(0), q, k, v, w, p, gates, h0, indices, cu_seqlens, o, r, h, ht, T, N, S, sq, sk, sv, sh),
-        *(H, HV, K, V, PRECISION, BT, BK, BV, BN),
+    scan_forward(
+        *(tl.program_id(0), q, k, v, w, p, gates, h0, indices, cu_seqlens, o, r, h, ht, T, NSEQ, S, sq, sk, sv, sh),
+        *(H, HV, K, V, PRECISION, BT, BK, BV, BQ),
+    )
+
+
+class ScanOutputs(NamedTuple):
+    """What a scan from the start writes; None where it is not wanted."""
+
+    o: Tensor | None = None
+    r: Tensor | None = None
+    h: Tensor | None = None
+    ht: Tensor | None = None
+
+
+def scan(call: Call, factors: Factors, out: ScanOutputs) -> None:
+    (q, k, v, _, _), chunks = call.inputs, call.chunks
+    tiles, blocks, programs = call.scan_tiles
+    state = chunks.start.state
+    launch(
+        gated_delta_rule_scan_fwd_kernel,
+        programs,
+        *(q, k, v, *factors, *chunks.start, *out, chunks.T, chunks.sequences, bank_size(state)),
+        *(q.stride(), k.stride(), v.stride(), state_strides(state)),
+        V=call.V,
+        **blocks,
+        **call.constants,
+        tiles=tiles,
     )
 
 
@@ -238,11 +295,11 @@ def gated_delta_rule_output_fwd_kernel(
     p,
     gates,
     r,  # [B, T, HV, V]
-    h,  # [slots, HV, V, K]
+    h,  # [chunks, HV, V, K]
     cu_seqlens,
     o,  # [B, T, HV, V]
     T,
-    N,
+    NSEQ,
     sq,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -252,13 +309,13 @@ def gated_delta_rule_output_fwd_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """O from the states and what was found wrong: a program per (tile of V, value head, slot)."""
+    """O from the states and residuals: a program per (tile of V, value head, chunk)."""
     tiles: tl.constexpr = (V + BV - 1) // BV
     i_v, i_sh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    i_s, i_hv = i_sh // HV, i_sh % HV
-    i_b, i_t, rows = chunk_of_slot(cu_seqlens, i_s, N, T, BT, BN)
+    i_c, i_hv = i_sh // HV, i_sh % HV
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
     if rows <= 0:
         return
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -273,3 +330,44 @@ def gated_delta_rule_output_fwd_kernel(
     b_o = tl.dot(b_p, b_r, b_o, input_precision=PRECISION)
     m_o = (o_t < rows)[:, None] & (o_v < V)[None, :]
     tl.store(o + at_o + o_t[:, None] * (HV * V) + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
+
+
+def output(call: Call, factors: Factors, scanned: ScanOutputs, o: Tensor) -> None:
+    q, chunks, tiles = call.inputs.q, call.chunks, call.tiles("output")
+    BV = min(tiles.tile, power_of_two(call.V))
+    launch(
+        gated_delta_rule_output_fwd_kernel,
+        chunks.count * call.HV * triton.cdiv(call.V, BV),
+        *(q, factors.p, factors.gates, scanned.r, scanned.h, chunks.start.cu_seqlens, o),
+        *(chunks.T, chunks.sequences, q.stride()),
+        V=call.V,
+        BV=BV,
+        **call.constants,
+        tiles=tiles,
+    )
+
+
+def is_split(call: Call) -> bool:
+    """Whether a kernel of its own computes the output, for all chunks at once: where scans are long and so few that
+    most of the chip would watch."""
+    if forced := forced_schedule():
+        return forced == "split"
+    chunks = call.chunks
+    long = 1024 * chunks.sequences <= chunks.B * chunks.T
+    return long and 4 * call.scan_tiles.programs <= target_of(chunks.like.device).processors
+
+
+def gated_delta_rule_forward(
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    call = Call.of(inputs, inputs.v.shape[3], start, options)
+    o, final = call.tokens(), call.final_states(output_final_state)
+    ht = final if output_final_state else None
+    split, factors = is_split(call), prepare(call)
+    if split:
+        scanned = ScanOutputs(r=call.tokens(), h=call.chunk_states(), ht=ht)
+        scan(call, factors, scanned)
+        output(call, factors, scanned, o)
+    else:
+        scan(call, factors, ScanOutputs(o=o, ht=ht))
+    return o, final

@@ -1,0 +1,1 @@
+"""What both recurrences share; it imports neither of them."""

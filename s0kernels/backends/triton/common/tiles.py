@@ -1,0 +1,40 @@
+"""Tables of tiles, and which entry a device gets."""
+
+from typing import NamedTuple
+
+import torch
+
+from s0kernels.backends.triton.common.targets import target_of
+
+
+class Tiles(NamedTuple):
+    """Size of a kernel's tile (of what, the table says), warps and pipeline stages. Where there is another choice for a
+    chip with less shared memory, `base` and `per_column` tell what this one takes: at most base + per_column * width
+    bytes, width being that of the states (K, or N), a power of two. Compiling ahead of time holds them to it."""
+
+    tile: int
+    warps: int
+    stages: int
+    base: int = 0
+    per_column: int = 0
+
+
+class ScanTiles(NamedTuple):
+    """How an inter-chunk scan runs: its tiles as constants of the kernel, and its programs, one for each tile of each
+    head's state in each sequence."""
+
+    tiles: Tiles
+    blocks: dict
+    programs: int
+
+
+#: By compute capability, and 0 for chips by AMD: tiles in the order in which they are preferred.
+Table = dict[int, tuple[Tiles, ...]]
+
+
+def choose_tiles(table: Table, device: torch.device, width: int = 0) -> Tiles:
+    """Of the entry of the highest capability that the device has, the first that its shared memory has room for; the
+    last where none has."""
+    target = target_of(device)
+    choices = table[max(least for least in table if least <= target.capability)]
+    return next((x for x in choices if x.base + x.per_column * width <= target.shared), choices[-1])

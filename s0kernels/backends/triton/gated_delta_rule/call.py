@@ -1,0 +1,82 @@
+"""What every stage of the gated delta rule is told of a call."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from s0kernels.backends.triton.common.chunks import Chunks, cut
+from s0kernels.backends.triton.common.launch import power_of_two
+from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
+from s0kernels.calls import DeltaInputs, DeltaOptions, Start
+
+#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. What each takes of a
+#: chip: `python -m s0kernels aot`.
+TILES: dict[tuple[str, int], Table] = {
+    ("prepare", 2): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),), 90: (Tiles(0, 4, 1),)},
+    ("scan", 2): {
+        0: (Tiles(32, 4, 1),),
+        80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+        90: (Tiles(64, 4, 2),),
+        100: (Tiles(64, 8, 2),),
+        120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+    },
+    ("output", 2): {0: (Tiles(64, 4, 2),)},
+    ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 1),)},
+    ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 8, 1),)},
+    ("step", 2): {0: (Tiles(32, 4, 1),)},
+    ("prepare", 4): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),)},
+    ("scan", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("output", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
+    ("intra", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("inputs", 4): {0: (Tiles(16, 4, 1),), 80: (Tiles(16, 8, 1),)},
+    ("step", 4): {0: (Tiles(32, 4, 1),)},
+}
+
+
+def _tiles(stage: str, q: Tensor, BK: int) -> Tiles:
+    return choose_tiles(TILES[stage, q.element_size()], q.device, BK)
+
+
+class Call(NamedTuple):
+    inputs: DeltaInputs
+    options: DeltaOptions
+    chunks: Chunks
+    H: int
+    HV: int
+    K: int
+    V: int
+    constants: dict  # of all kernels over chunks: H, HV, K, BK, and those of chunks
+    scan_tiles: ScanTiles
+
+    @classmethod
+    def of(cls, inputs: DeltaInputs, V: int, start: Start, options: DeltaOptions) -> "Call":
+        (_, _, H, K), HV = inputs.q.shape, inputs.g.shape[2]
+        chunks = cut(inputs.q, start, options.chunk_size)
+        BK = power_of_two(K)
+        constants = {"H": H, "HV": HV, "K": K, "BK": BK, **chunks.constants}
+        tiles = _tiles("scan", inputs.q, BK)
+        BV = min(tiles.tile, power_of_two(V))
+        scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * triton.cdiv(V, BV))
+        return cls(inputs, options, chunks, H, HV, K, V, constants, scan_tiles)
+
+    def tiles(self, stage: str) -> Tiles:
+        return _tiles(stage, self.inputs.q, self.constants["BK"])
+
+    def tokens(self) -> Tensor:
+        """[B, T, HV, V] in the dtype of q."""
+        return self.chunks.empty(self.chunks.B, self.chunks.T, self.HV, self.V)
+
+    def chunk_states(self) -> Tensor:
+        """S^T of every chunk."""
+        return self.chunks.empty(self.chunks.count, self.HV, self.V, self.K)
+
+    def final_states(self, wanted: bool = True) -> Tensor:
+        """A state for each sequence, or for none."""
+        sequences = self.chunks.sequences if wanted else 0
+        return self.chunks.empty(sequences, self.HV, self.K, self.V, dtype=torch.float32)
+
+    def intra(self) -> Tensor:
+        """A matrix between the tokens of every chunk."""
+        return self.chunks.empty(self.chunks.count, self.HV, self.chunks.size, self.chunks.size)

@@ -28,8 +28,8 @@ test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.in
 	done
 	$(VENV)/bin/python tests/newest.py
 
-OF_TRANSFORMERS := $(addprefix tests/test_,$(addsuffix .py,modules self_check injection attaching gradients lifetimes states \
-	trainer training checkpoints processes data files head memory against_transformers fused_steps))
+OF_TRANSFORMERS := tests/modules tests/states $(addprefix tests/tuning/test_,$(addsuffix .py,trainer training checkpoints \
+	processes data head memory))
 
 # Every Triton kernel for every chip with every tested Triton, as far as the file of results is behind; from nothing at
 # most 40 minutes on two idle cores.
@@ -57,7 +57,7 @@ gpu-kernels:
 sanitize-gpu: gpu-kernels
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-regex kns=s0_ \
-			$(PYTHON) -m pytest -m gpu -W default -p no:xdist -k "not captured and not elements" tests/test_gpu_steps.py \
+			$(PYTHON) -m pytest -m gpu -W default -p no:xdist -k "not captured and not elements" tests/backends/test_gpu_steps.py \
 			|| exit 1; \
 	done
 
@@ -72,8 +72,8 @@ sanitize: $(VENV)/.installed
 	for instructions in avx512 avx2 portable; do \
 		export S0KERNELS_CPU=$$instructions; \
 		if $(VENV)/bin/python -c "import sys; from s0kernels.backends import cpu; sys.exit(cpu.missing())"; then \
-			$(SANITIZERS) $(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py \
-				tests/test_steps.py tests/test_cpu.py tests/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
+			$(SANITIZERS) $(SANITIZED) -m pytest -q --numprocesses auto --maxprocesses 8 tests/ops/test_scans.py \
+				tests/ops/test_steps.py tests/backends/test_cpu.py tests/csrc/test_tokens.py -k "(cpu or test_tokens) and not compile" || exit 1; \
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
 
@@ -82,7 +82,7 @@ sanitize: $(VENV)/.installed
 .PHONY: matrix matrix-csrc
 matrix: matrix-csrc
 matrix-csrc: $(VENV)/.installed $(ZIG)/.installed
-	$(VENV)/bin/python tests/compilers.py
+	$(VENV)/bin/python tests/csrc/compilers.py
 
 # What is published, a wheel and a source package, each installed into an environment that borrows the dependencies from
 # $(VENV) and knows nothing of this folder, and tested from another one.
@@ -95,8 +95,8 @@ package: $(VENV)/.installed
 		venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall $$file && \
 		venv/bin/python -c "import s0kernels; print(s0kernels.__file__)" | grep build/package/venv && \
 		venv/bin/python -m s0kernels env | grep " cpu  *usable, the default here" && \
-		venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 tests/test_scans.py tests/test_steps.py \
-			tests/test_cpu.py -k "cpu and not compile" || exit 1; \
+		venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 tests/ops/test_scans.py tests/ops/test_steps.py \
+			tests/backends/test_cpu.py -k "cpu and not compile" || exit 1; \
 	done
 
 lint: $(VENV)/.installed

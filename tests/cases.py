@@ -9,7 +9,7 @@ from torch import Tensor
 from s0kernels.bench.check import gradients
 from s0kernels.bench.inputs import scan_inputs
 from s0kernels.calls import Call
-from s0kernels.ops import gated_delta_rule, registry, ssd
+from s0kernels.ops import gated_delta_rule, gated_delta_rule_step, registry, ssd, ssd_step
 
 #: why the compiled kernels cannot be tested, or None
 NO_CPU_KERNELS = registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
@@ -133,3 +133,19 @@ def error(found: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
     found, truth = found.detach(), truth.detach().double()
     return float((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30))
+
+
+def step(op, tensors, state, **options):
+    """Token `t` of a problem's tensors is [:, t]; tensors without a time axis stay."""
+    if op == "gated_delta_rule":
+        return gated_delta_rule_step(*(tensors[n] for n in ("q", "k", "v", "g", "beta")), state, **options)
+    extras = {n: tensors[n] for n in ("D", "z", "dt_bias") if n in tensors}
+    return ssd_step(*(tensors[n] for n in ("x", "dt", "A", "B", "C")), state, **extras, **options)
+
+
+def token(problem, t):
+    return {n: x[:, t] if x.dim() > 2 else x for n, x in problem.tensors.items() if n != "initial_state"}
+
+
+def options_of(problem):
+    return {n: v for n, v in problem.options.items() if n in ("use_qk_l2norm", "dt_softplus", "dt_limit", "scale")}

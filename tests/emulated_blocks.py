@@ -1,7 +1,7 @@
 """One token in the blocks that a GPU would run, thread by thread on the host.
 
-`emulated/library.cpp` is built when a test first asks for it, and again where it, the kernels, the compiler or flags
-have changed.
+`csrc/emulated/library.cpp` is built when a test first asks for it, and again where it, the kernels, the compiler or
+flags have changed.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "tests" / "emulated"
+HERE = ROOT / "tests" / "csrc" / "emulated"
 #: by which operators a test runs: those of the `cpu` backend, or blocks whose warps run first to last or last to first
 WAYS = {"whole heads": "s0kernels_cpu", "warps up": "s0kernels_warps_up", "warps down": "s0kernels_warps_down"}
 _installed = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the tests run on an installed package")

@@ -268,3 +268,7 @@ def gradients(model, states, ids, mask=None, **options):
         logits = logits[mask.bool()]
     logits.float().log_softmax(-1)[..., 7].sum().backward()
     return [states[layer].grad.clone() for layer in states]
+
+
+def mixers(model):
+    return [module for module in model.modules() if hasattr(module, "A_log")]

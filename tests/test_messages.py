@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BACKENDS, MAKERS
 from models import EOS, MODELS, every_family, random_states, tokenizer, tokens
-from test_surroundings import ROOT, python
+from surroundings import ROOT, python
 from torch import nn
 
 from s0kernels import S0Config, S0States, S0Trainer, swap_modules

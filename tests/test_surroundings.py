@@ -3,9 +3,6 @@
 import importlib
 import io
 import json
-import os
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +11,11 @@ import pytest
 import torch
 from cases import NO_CPU_KERNELS
 from models import MODELS, random_states, tokenizer
+from surroundings import FLA, ROOT, python
 
 import s0kernels
 from s0kernels import S0Config, hardware, swap_modules, versions
 from s0kernels.cli import main
-
-ROOT = Path(s0kernels.__file__).resolve().parents[1]
-TESTS = Path(__file__).resolve().parent
-FLA = ROOT / ".deps" / "fla"
-
-
-def environment(*first: Path) -> dict[str, str]:
-    """For a process that imports what this one does, from `first` before all else; without Triton's interpreter."""
-    folders = [*first, *filter(None, [os.environ.get("PYTHONPATH")]), ROOT, TESTS]
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-
-
-def python(*arguments: str, path: Path | None = None, **options) -> subprocess.CompletedProcess:
-    options["env"] = environment(path) if path else environment()
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
 def test_ops_need_torch_alone():

@@ -1,0 +1,388 @@
+"""The Triton kernels in its interpreter: against the recurrence in fp64, with NaN in all memory they did not write."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import MAKERS, STATE_KINDS, error, options_of, step, token
+
+from s0kernels.backends.triton.common.launch import recording
+from s0kernels.backends.triton.common.targets import known_target
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
+    pytest.mark.usefixtures("poisoned"),
+]
+PACKED = [5, 0, 70, 1, 0]
+
+
+class Op(NamedTuple):
+    """What the tests ask of an op: heads of a small problem, the inputs with tokens, the first of which is what is
+    written, and changes that leave the decays as they are given."""
+
+    small: dict
+    tokens: tuple[str, ...]
+    decay: str
+    plain: dict
+    lengths: dict
+    sizes: tuple[dict, ...]
+
+
+ALL = {
+    "gated_delta_rule": Op(
+        small={"H": 1, "HV": 2, "K": 16, "V": 24},
+        tokens=("v", "q", "k", "g", "beta"),
+        decay="g",
+        plain={},
+        lengths={},
+        sizes=({"K": 16, "V": 80}, {"K": 40, "V": 5}, {"H": 2, "HV": 6}, {"H": 2, "HV": 2}),
+    ),
+    "ssd": Op(
+        small={"H": 2, "P": 24, "G": 1, "N": 16},
+        tokens=("x", "dt", "B", "C", "z"),
+        decay="A",
+        plain={"extras": False},
+        lengths={"H": 4, "G": 2},
+        sizes=({"P": 80, "N": 5}, {"P": 5, "N": 72}, {"H": 6, "G": 2}, {"H": 3, "G": 3}, {"H": 4}),
+    ),
+}
+
+
+def of(op: str, *values):
+    """A case of an op; the interpreter takes its time, so that those of one op alone stay in `make test`."""
+    return pytest.param(op, *values, marks=pytest.mark.slow if op == "ssd" else ())
+
+
+each_op = pytest.mark.parametrize("op", [of(op) for op in ALL])
+
+
+def small(op: str, *T: int, **changes):
+    return MAKERS[op](*T, **ALL[op].small | changes)
+
+
+@pytest.fixture(params=["fused", "split"])
+def schedule(request, monkeypatch):
+    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Values are not looked at in advance, as on a GPU."""
+    monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
+
+
+def run(problem, leaves: dict, backend: str = "triton"):
+    return type(problem)(problem.op, leaves, problem.options).run(backend)
+
+
+def leaves_of(problem) -> dict:
+    return {name: x.clone().requires_grad_() for name, x in problem.tensors.items()}
+
+
+def assert_within_budget(problem, wanted=None, part=1.0) -> None:
+    """Against fp64: twice the error of plain PyTorch in the same dtype, token by token or in chunks, and the rounding
+    of the inputs' dtype, in which the operands of matrix products are; or `part` of that."""
+    weights = problem.weights()
+    truth = problem.to(torch.float64).gradients("reference", weights, wanted)
+    plain, chunked = (problem.gradients(backend, weights, wanted) for backend in ("reference", "torch"))
+    found = problem.gradients("triton", weights, wanted)
+    rounding = torch.finfo(next(iter(problem.tensors.values())).dtype).eps
+    for name in truth:
+        assert found[name].dtype == plain[name].dtype, name
+        assert found[name].shape == plain[name].shape, name
+        theirs = max(error(plain[name], truth[name]), error(chunked[name], truth[name]))
+        assert error(found[name], truth[name]) <= part * (2 * theirs + rounding), name
+
+
+@each_op
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_lengths(op, T, dtype):
+    assert_within_budget(small(op, T, B=1, **ALL[op].lengths).to(dtype, torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("op", "names"), [("gated_delta_rule", ["g"]), ("ssd", ["A", "D", "dt_bias"])])
+def test_gradients_that_cancel_have_room_for_what_a_gpu_rounds_besides(op, names, seed):
+    """That is tf32 in the inverses of the delta rule, which the interpreter computes in fp32; and in sums to one number
+    a head what is rounded twice on the way shows."""
+    problem = MAKERS[op](130, state="shared", seed=seed).to(torch.float16, torch.float32)
+    assert_within_budget(problem, names, part=0.7)
+
+
+@each_op
+@pytest.mark.parametrize("kind", [None, *STATE_KINDS])
+@pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
+def test_every_form_of_state(op, kind, lengths, schedule):
+    assert_within_budget(small(op, 30, B=3, state=kind, lengths=lengths).to(torch.float32))
+
+
+@pytest.mark.parametrize(("op", "sizes"), [of(op, sizes) for op in ALL for sizes in ALL[op].sizes], ids=str)
+def test_sizes(op, sizes, schedule):
+    problem = small(op, 40, B=1, **sizes)
+    assert_within_budget(problem.to(torch.float16, torch.float32))
+    problem = problem.to(torch.float32)
+    for found, exact in zip(problem.run("triton"), problem.to(torch.float64).run("reference"), strict=True):
+        assert error(found, exact) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_state_too_wide_for_the_fused_scan():
+    assert_within_budget(small("ssd", 20, B=1, P=5, N=260).to(torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "dtype"),
+    [
+        of("gated_delta_rule", {"use_qk_l2norm": False, "scale": 0.3}, torch.float32),
+        of("ssd", {"extras": False}, torch.float32),
+        of("ssd", {"extras": False}, torch.float16),
+    ],
+    ids=str,
+)
+def test_without_what_is_optional_and_with_short_chunks(op, changes, dtype):
+    problem = small(op, 40, B=1, chunk_size=16, **changes)
+    if op == "gated_delta_rule":
+        problem.tensors["k"] *= 0.2  # as nothing normalises it
+    assert_within_budget(problem.to(dtype, torch.float32))
+
+
+@pytest.mark.slow
+def test_softplus_does_not_round_to_zero():
+    """As log(1 + exp(x)) would for x = -17, and for x = -90 where exp(x) is no normal number any more."""
+    problem = small("ssd", 8, B=1, dt_limit=(0.0, float("inf"))).to(torch.float32)
+    problem.tensors["dt"] = torch.linspace(-85.0, 85.0, 16).view(1, 8, 2)
+    problem.tensors["dt_bias"] = torch.zeros(2)
+    problem.tensors["A"] *= 1e-2
+    for t in range(8):
+        one = {n: x[:, t : t + 1] if n in ALL["ssd"].tokens else x for n, x in problem.tensors.items()}
+        one.pop("initial_state")
+        found, truth = (run(problem, one, backend).final_state for backend in ("triton", "reference"))
+        assert truth.abs().amin((0, 2, 3)).min() > 0
+        for head in range(2):
+            assert error(found[:, head], truth[:, head]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "changes"), [("gated_delta_rule", {"T": 70, "B": 2}), ("ssd", {"lengths": [40, 6], "H": 1})], ids=str
+)
+def test_only_asked_gradients_and_the_state_only_backward(op, changes):
+    problem = small(op, state="bank", **changes).to(torch.float32)
+    weights = problem.weights()
+    together = problem.gradients("triton", weights)
+    for name in problem.tensors:
+        alone = problem.gradients("triton", weights, [name])
+        assert set(alone) == {"output", "final_state", f"d{name}"}
+        assert torch.equal(alone[f"d{name}"], together[f"d{name}"]), name
+
+
+@each_op
+@pytest.mark.parametrize("part", ["output", "final_state"])
+def test_only_one_of_the_outputs_has_a_gradient(op, part):
+    problem = small(op, 40, B=1).to(torch.float32)
+    weights = problem.weights()
+    grads = []
+    for backend in ("triton", "reference"):
+        leaves = leaves_of(problem)
+        result = getattr(run(problem, leaves, backend), part)
+        loss = (result * weights[part == "final_state"].float()).sum()
+        grads.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+    for name, ours, theirs in zip(problem.tensors, *grads, strict=True):
+        if theirs is None:
+            assert ours.abs().max() == 0, name
+        else:
+            assert error(ours, theirs) < 1e-5, name
+
+
+@each_op
+def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op):
+    decay = ALL[op].decay
+    problem = small(op, 100, B=1, **ALL[op].plain).to(torch.float32)
+    if op == "gated_delta_rule":
+        problem.tensors["g"][:, ::7] = -300.0
+        problem.tensors["g"][:, 50] = -torch.inf
+    else:
+        problem.tensors["A"] *= 300
+    weights = problem.weights()
+    wanted = [name for name in problem.tensors if name != decay]
+    truth = problem.to(torch.float64).gradients("reference", weights, wanted)
+    for name, value in problem.gradients("triton", weights, wanted).items():
+        assert error(value, truth[name]) < 2e-6, name
+
+
+@each_op
+def test_any_strides(op):
+    """Time-contiguous inputs, as a convolution leaves them, a transposed state and an expanded gradient."""
+    problem = small(op, 40, state="each").to(torch.float32)
+    results = []
+    for strided in (False, True):
+        leaves = {}
+        for name, x in problem.tensors.items():
+            if strided and name == "initial_state":
+                x = x.mT.contiguous().mT
+            elif strided and name in ALL[op].tokens:
+                x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+            elif strided:
+                x = torch.stack([x, x], dim=-1)[..., 0]
+            leaves[name] = x.detach().requires_grad_()
+        output, final = run(problem, leaves)
+        loss = output.sum() + (final * final.detach()).mT.contiguous().sum()
+        results.append([output, final, *torch.autograd.grad(loss, list(leaves.values()))])
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < 1e-6
+
+
+@each_op
+@pytest.mark.parametrize("kind", [None, *STATE_KINDS])
+def test_no_tokens(op, kind):
+    for changes in ({"T": 0, "B": 3}, {"lengths": [0, 0, 0]}):
+        problem = small(op, state=kind, **changes).to(torch.float32)
+        leaves = leaves_of(problem)
+        result, truth = run(problem, leaves), problem.run("reference")
+        assert result.output.shape == truth.output.shape
+        assert torch.equal(result.final_state, truth.final_state)
+        result.final_state.sum().backward()
+        if op == "ssd":
+            assert leaves["A"].grad.abs().max() == 0
+        if kind == "shared":
+            assert torch.equal(leaves["initial_state"].grad, torch.full_like(leaves["initial_state"], 3.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "changes"), [("gated_delta_rule", {}), ("ssd", {"H": 1})])
+def test_sequences_do_not_meet(op, changes):
+    def rows(x):
+        return x.reshape(3, 10, *x.shape[2:])
+
+    written = ALL[op].tokens[0]
+    for lengths in (None, [10, 10, 10]):
+        problem = small(op, 10, B=3, lengths=lengths, **changes).to(torch.float32)
+        weights = problem.weights()
+        clean = problem.gradients("triton", weights)
+        problem.tensors[written].view(3, 10, *problem.tensors[written].shape[2:])[1] = float("nan")
+        found = problem.gradients("triton", weights)
+        for name in ("output", *(f"d{name}" for name in ALL[op].tokens)):
+            assert torch.equal(rows(clean[name])[[0, 2]], rows(found[name])[[0, 2]]), name
+        assert rows(found["output"])[1].isnan().any()
+        assert torch.equal(clean["dinitial_state"], found["dinitial_state"])
+
+
+@each_op
+def test_pads_that_neither_decay_nor_write_change_nothing(op):
+    problem = small(op, 40, B=1, **ALL[op].plain).to(torch.float32)
+    truth = problem.run("triton")
+    padded = {n: torch.cat([x[:, :9], x], 1) if n in ALL[op].tokens else x for n, x in problem.tensors.items()}
+    for name in ("g", "beta") if op == "gated_delta_rule" else ("dt",):
+        padded[name][:, :9] = 0.0
+    found = run(problem, padded)
+    assert error(found.output[:, 9:], truth.output) < 1e-6
+    assert error(found.final_state, truth.final_state) < 1e-6
+
+
+@each_op
+def test_a_bad_index_gives_nan_for_its_sequence(op, unchecked):
+    problem = small(op, 6, B=3, state="bank").to(torch.float32)
+    problem.options["state_indices"] = torch.tensor([1, 5, -2])
+    leaves = leaves_of(problem)
+    result = run(problem, leaves)
+    for x in (result.output, result.final_state):
+        assert x[0].isfinite().all()
+        assert x[1:].isnan().all()
+    result.output[0].sum().backward()
+    assert leaves["initial_state"].grad[1].abs().max() > 0
+    assert leaves["initial_state"].grad[2:].abs().max() == 0
+
+
+@each_op
+@pytest.mark.parametrize(
+    "ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3], [-4, 10], [0, 2**31 - 1, 10]], ids=str
+)
+def test_bad_boundaries_give_nan_and_nothing_else(op, ends, unchecked, monkeypatch):
+    problem = small(op, 10, B=1).to(torch.float32)
+    leaves = leaves_of(problem)
+    problem.options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
+    for form in ("split", "fused"):
+        monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", form)
+        output, final = run(problem, leaves)
+        assert output.isnan().all()
+        assert final.isnan().all()
+        assert final.shape[0] == len(ends) - 1
+    (output.sum() + final.sum()).backward()
+    for name in ("q", "k", "v", "initial_state") if op == "gated_delta_rule" else ("x", "B", "C", "initial_state"):
+        assert leaves[name].grad.isnan().all(), name
+
+
+@each_op
+def test_steps_equal_the_scan(op):
+    problem = small(op, 3, B=2, state="each").to(torch.float16, torch.float32)
+    truth = problem.run("reference")
+    state = problem.tensors["initial_state"].clone()
+    outputs = [step(op, token(problem, t), state, backend="triton", **options_of(problem)) for t in range(3)]
+    assert error(torch.stack(outputs, dim=1), truth.output) < 1e-3
+    assert error(state, truth.final_state) < 1e-6
+
+
+@each_op
+def test_a_step_changes_a_pool_where_addressed(op, unchecked):
+    problem = small(op, 1, B=4, state=None).to(torch.float32)
+    heads, rows, columns = problem.run("torch").final_state.shape[1:]
+    pool = torch.randn(5, heads, columns, rows).mT  # not contiguous
+    before, indices = pool.clone(), [4, -1, 2, 7]
+    expected = torch.stack([pool[i] if i in (2, 4) else torch.zeros_like(pool[0]) for i in indices])
+    options = options_of(problem)
+    truth = step(op, token(problem, 0), expected, backend="reference", **options)
+    options |= {"state_indices": torch.tensor(indices), "backend": "triton"}
+    found = step(op, token(problem, 0), pool, **options)
+    assert error(found[:3], truth[:3]) < 1e-6
+    assert found[3].isnan().all()
+    assert error(pool[[4, 2]], expected[[0, 2]]) < 1e-6
+    assert torch.equal(pool[[0, 1, 3]], before[[0, 1, 3]])
+
+
+def launched(problem, wanted) -> list[str]:
+    """Names of the kernels of forward and backward, and of everything they are given to write to."""
+    weights = problem.weights()
+    with recording(known_target("sm_90")) as found:
+        problem.gradients("triton", weights, wanted)
+    return [x.kernel.__name__ for x in found]
+
+
+@each_op
+@pytest.mark.parametrize("kind", STATE_KINDS)
+def test_a_state_adds_no_launch(op, kind, schedule):
+    def kernels(state, wanted):
+        return launched(small(op, 40, state=state).to(torch.float32), wanted)
+
+    frozen = {"gated_delta_rule": ["q", "k", "v", "g", "beta"], "ssd": ["x", "dt", "B", "C"]}[op]
+    without, with_state = kernels(None, frozen), kernels(kind, frozen)
+    assert with_state == without
+    forward = without.index(f"{op}_scan_bwd_kernel") - 1
+    assert forward <= 3
+    assert len(without) - forward <= 4
+    tuned = kernels(kind, [*frozen, "initial_state"])
+    assert len(tuned) - forward <= 5
+    assert tuned[: len(without)] == without
+    assert len(kernels(kind, ["initial_state"])) - forward <= 3
+    if op == "ssd":
+        trained = kernels(kind, [*frozen, "z", "A", "D", "dt_bias", "initial_state"])
+        assert len(trained) - forward <= 6
+
+
+@each_op
+def test_a_state_of_one_sequence_is_not_summed(op):
+    for lengths in (None, [40]):
+        problem = small(op, 40, B=1, lengths=lengths).to(torch.float32)
+        assert "state_grad_kernel" not in launched(problem, ["initial_state"])
+        assert_within_budget(problem, ["initial_state"])
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_a_schedule_that_does_not_exist_is_refused_before_anything_runs(op, monkeypatch):
+    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", "fusd")
+    problem = small(op, 4).to(torch.float32)
+    with recording(known_target("sm_90")) as found:
+        with pytest.raises(ValueError, match="S0KERNELS_TRITON_SCHEDULE must be fused or split, got 'fusd'"):
+            problem.run("triton")
+        assert not found

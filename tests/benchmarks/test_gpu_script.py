@@ -1,0 +1,138 @@
+"""`make gpu`: the whole script where there is no GPU, and its parts where something goes wrong."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from surroundings import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu
+import gpu_compile
+import gpu_scans
+import gpu_tiles
+
+from s0kernels.bench.passes import SCANS, Op
+
+
+def make_gpu(out, *options):
+    command = [
+        "make",
+        "gpu",
+        f"PYTHON={sys.executable}",
+        f"OUT={out}",
+        f"OPTIONS=--dry-run --processes 2 {' '.join(options)}",
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path):
+    done = make_gpu(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("no problems\n")
+    found = {part: json.loads(next(tmp_path.glob(f"*-{part}.json")).read_text()) for part in gpu.PARTS}
+    assert len(list(tmp_path.glob("*.json"))) == len(gpu.PARTS)
+    assert all(part["machine"]["kernels"] for part in found.values())
+    assert found["tests"]["skipped"] > 300
+    assert not any(found[part]["left out"] for part in ("scans", "decode", "tiles"))
+    for part, module in gpu.SCRIPTS.items():
+        assert module.table(found[part]) in done.stdout
+    passes = {(row["op"], name.rpartition(", ")[2]) for row in found["scans"]["rows"] for name in row["ms"]}
+    assert passes >= {(op, what) for op in SCANS for what in ("forward", "zero", "S0 again", "backward", "state")}
+    assert ("ssd", "frozen") in passes
+    for row in found["tiles"]["rows"]:
+        assert not row["wrong"]
+        assert not row["refused"]
+        for kernels in row["us"].values():
+            assert all(len(us) == 1 + len(gpu_tiles.TINY_CANDIDATES) for us in kernels.values())
+    assert {row["kind"] for row in found["decode"]["rows"]} == {"steps", "mixers", "models"}
+
+
+def test_what_has_no_time_left_is_said(tmp_path):
+    done = make_gpu(tmp_path, "--minutes", "0.02")
+    assert done.returncode != 0
+    for problem in (
+        "compile-0: not ready after",
+        "the tests did not end in",
+        "scans: did not end",
+        "tiles: did not end",
+    ):
+        assert problem in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "0"], "--minutes and --processes must be positive"),
+        (["--baselines", "nowhere", "--dry-run"], "--baselines must be a folder, and nowhere is none"),
+    ],
+)
+def test_errors_name_the_argument(options, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_results_of_tests_are_read_from_both_kinds_of_log():
+    log = """[gw1] [ 33%] PASSED tests/test_gpu.py::test_a[x-y z]
+tests/test_gpu.py::test_b FAILED                  [ 66%]
+[gw0] [ 99%] SKIPPED tests/test_gpu.py::test_c"""
+    found = {}
+    for line in log.splitlines():
+        for before, test, other, after in gpu.TEST.findall(line):
+            found[test or other] = before or after
+    assert list(found.values()) == ["PASSED", "FAILED", "SKIPPED"]
+
+
+@pytest.fixture
+def dry(monkeypatch):
+    op, _, make = next(gpu_tiles.cases(True))
+    return op, make()
+
+
+def test_a_candidate_that_changes_results_is_found(dry, monkeypatch):
+    op, values = dry
+    outcomes = [[torch.ones(3)], [torch.ones(3) + 0.001], [torch.full((3,), float("nan"))]]
+    monkeypatch.setattr(gpu_tiles, "outcome", lambda *_: outcomes.pop(0))
+    row = gpu_tiles.swept(op, values, gpu_tiles.TINY_CANDIDATES, lambda run: {})
+    assert list(row["wrong"]) == ["(32, 4, 2)"]
+    before = {name: dict(table) for name, table in gpu_tiles.TABLES.items()}
+    with gpu_tiles.using(op, values, gpu_tiles.TINY_CANDIDATES[0]):
+        assert gpu_tiles.TABLES[op.name] != before[op.name]
+    assert before == gpu_tiles.TABLES
+
+
+def test_wrong_results_of_ours_end_the_script(monkeypatch):
+    scan = Op.scan
+
+    def half(op, values, state, backend):
+        found = scan(op, values, state, "torch" if backend == gpu_scans.BACKEND else backend)
+        return found if backend == "reference" else tuple(x / 2 for x in found)
+
+    monkeypatch.setattr(Op, "scan", half)
+    with pytest.raises(RuntimeError, match="our own results are wrong: error of output"):
+        gpu_scans.usable(SCANS["ssd"], True, False, [])
+
+
+def test_configurations_are_shared(monkeypatch):
+    """Each is compiled by one process."""
+    from triton.runtime.autotuner import Autotuner
+
+    looked = []
+    for number in range(3):
+        monkeypatch.setattr(Autotuner, "_bench", lambda self, *arguments, config, **options: looked.append(config))
+        gpu_compile.share_configurations(number, 3)
+        found = [Autotuner._bench(SimpleNamespace(), config=config) for config in range(10)]
+        assert found.count([float("inf")] * 3) == 10 - len(range(number, 10, 3))
+    assert sorted(looked) == list(range(10))

@@ -1,0 +1,129 @@
+"""Training in more than one process."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from models import MODELS, tokenizer
+from surroundings import python
+
+on_cpu_cores = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="two processes on CPU cores; there is a GPU for them to take"
+)
+
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+TWO = """
+import json, sys, torch
+torch.set_num_threads(1)
+from torch.nn.parallel import DistributedDataParallel
+from models import MODELS, gradients, random_states, tokens
+from s0kernels import swap_modules
+from s0kernels.tuning.loop import processes
+from trainers import OTHERS, PAIRS, trainer
+place = processes()
+for name in ("qwen", "falcon"):
+    tuned, calls = trainer(name), []
+    tuned.model.register_forward_hook(lambda *_: calls.append(1))
+    tuned.train(PAIRS, progress=False)
+    assert len(calls) >= 2 + 4, "two forwards show that S0 has an effect; then a share of the batches in every step"
+    tuned.train(PAIRS, tokens_per_batch=30)
+    tuned.save(f"{sys.argv[1]}/{name}")
+    tasks = trainer(name)
+    stop = lambda entry, _: place.is_main_process and entry["step"] == 2  # one process alone wants to stop
+    options = {"tokens_per_batch": 30, "progress": False, "callbacks": [stop]}
+    tasks.train({"a": PAIRS, "b": OTHERS}, checkpoint=f"{sys.argv[1]}/{name}.run", **options)
+    assert len(tasks.history) == 3
+    tasks.save(f"{sys.argv[1]}/{name}-tasks")
+
+    class Both(torch.nn.Module):
+        def __init__(self, model, states):
+            super().__init__()
+            self.model, self.states = model, states
+
+        def forward(self, ids):
+            with self.states.attached(self.model):
+                return self.model(ids, use_cache=False).logits
+
+    model = swap_modules(MODELS[name]()).requires_grad_(False)
+    states, ids = random_states(model), tokens(4, 12)
+    truth = gradients(model, states, ids)
+    states.zero_grad()
+    both, share = Both(model, states), ids
+    if place.num_processes > 1:
+        group = torch.distributed.new_group()  # its own, which it does not let go of
+        both, share = DistributedDataParallel(both, process_group=group), ids.chunk(2)[place.process_index]
+    (place.num_processes * both(share).log_softmax(-1)[..., 7].sum()).backward()
+    for layer, grad in zip(states, truth, strict=True):
+        assert (states[layer].grad - grad).abs().max() <= 1e-5 * grad.abs().max()
+index = place.process_index
+for data, options, settings in (
+    (PAIRS[: 2 + index], {}, {}),
+    (PAIRS, {"tokens_per_batch": 30 - 9 * index}, {}),
+    (PAIRS, {}, {"n_steps": 2 + index}),
+):
+    try:
+        trainer("qwen", **settings).train(data, progress=False, **options)
+        assert place.num_processes == 1
+    except ValueError as error:
+        assert "not given the same data" in str(error)
+print(f"processes: {place.num_processes}\\n", end="", flush=True)  # in one write
+"""
+
+
+@pytest.mark.slow
+@on_cpu_cores
+def test_two_processes_end_with_the_states_of_one(tmp_path):
+    """The same bits in the same files, written once; a stop in all when one wants it; errors in every process; and the
+    same gradient under DistributedDataParallel."""
+    (tmp_path / "run.py").write_text(TWO)
+    ways = {"one": [], "two": TWO_PROCESSES}
+    for way, launcher in ways.items():
+        done = python(*launcher, str(tmp_path / "run.py"), str(tmp_path / way))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count(f"processes: {1 if way == 'one' else 2}") == (1 if way == "one" else 2)
+        assert done.stderr.count("0/4 [") == 2, "one progress bar a run"
+    files = sorted(str(file.relative_to(tmp_path / "one")) for file in (tmp_path / "one").rglob("*") if file.is_file())
+    assert len(files) == 2 * (3 + 2 * 3 + 1 + 1)
+    for file in files:
+        a, b = tmp_path / "one" / file, tmp_path / "two" / file
+        assert a.read_bytes() == b.read_bytes(), file
+
+
+TUNE = """
+import atexit, contextlib, glob, sys
+from pathlib import Path
+from s0kernels.cli import main
+
+def report():
+    names = []
+    for file in glob.glob("/proc/self/task/*/comm"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            names.append(Path(file).read_text().strip())
+    print(f"left: {[name for name in names if 'gloo' in name]}\\n", end="")  # in one write
+
+atexit.register(report)  # runs after what is registered later
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@on_cpu_cores
+def test_the_command_line_ends_the_process_group_that_it_makes(tmp_path):
+    """A thread of gloo's that is alive when Python shuts down may abort it, and does so under load."""
+    MODELS["falcon"]().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    lines = [{"prompt": "Q: 1+1\nA:", "completion": " 2"}, {"prompt": "Q: 2+2\nA:", "completion": " 4"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "tune.py").write_text(TUNE)
+    arguments = ["tune", str(tmp_path / "model"), str(tmp_path / "data.jsonl"), str(tmp_path / "out"), "--steps", "2"]
+    done = python(*TWO_PROCESSES, str(tmp_path / "tune.py"), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left: []") == 2, done.stdout
+    assert done.stdout.count("loss ") == 1, "one process reports"
+    assert (tmp_path / "out" / "states.safetensors").exists()
+
+
+def test_processes_of_the_tests_run_what_is_tested():
+    """Which of two versions of transformers, for one."""
+    done = python("-c", "import transformers; print(transformers.__version__)", cwd="/")
+    assert done.stdout.strip() == transformers.__version__, done.stderr

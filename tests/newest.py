@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from s0kernels.versions import TESTED  # noqa: E402
 
-FILES = ("self_check", "modules", "injection", "attaching")
+FILES = ("modules/test_self_check", "modules/test_modules", "modules/test_injection", "states/test_attaching")
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         if subprocess.run(install).returncode:
             print(f"newest transformers: {newest} cannot be installed")
             return
-        files = [str(ROOT / "tests" / f"test_{name}.py") for name in FILES]
+        files = [str(ROOT / "tests" / f"{name}.py") for name in FILES]
         options = ["-q", "-W", "default", "--no-header", "--tb=line", "--numprocesses", "auto", "--maxprocesses", "8"]
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
         done = subprocess.run(

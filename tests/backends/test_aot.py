@@ -149,7 +149,7 @@ def test_the_cli_compiles_a_case():
 
 
 def test_what_triton_compiles_wrongly_is_found():
-    done = python(str(TESTS / "miscompiled.py"))
+    done = python(str(TESTS / "backends" / "miscompiled.py"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     refused = found.pop("refused")

@@ -126,7 +126,7 @@ def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -
                 f"it has {sorted(map(str, keys))}"
             )
     elif isinstance(record, (tuple, list)) and len(record) == 2:
-        ids, length = _pair(*record, where, tokenizer)
+        ids, length = _pair(record[0], record[1], where, tokenizer)
     else:
         size = f" of {len(record)}" if isinstance(record, (tuple, list)) else ""
         raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}{size}")

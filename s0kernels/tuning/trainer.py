@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States, files
 from s0kernels.tuning.batches import Batch, make_batches
 from s0kernels.tuning.checkpoint import Checkpoint, describe_run
-from s0kernels.tuning.data import Example, check_names, encode, read_tasks
+from s0kernels.tuning.data import Example, Examples, check_names, encode, read_tasks
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.loading import find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
 from s0kernels.tuning.memory import Make, Sizes, for_each, halved, most_tokens
 from s0kernels.tuning.processes import processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class S0Trainer:
@@ -40,7 +43,7 @@ class S0Trainer:
     each trains on a share of the batches and all end with the same states.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: S0Config | None = None):
+    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: S0Config | None = None):
         self.model = swap_modules(model)
         self.tokenizer = tokenizer
         if config is not None and not isinstance(config, S0Config):
@@ -109,7 +112,7 @@ class S0Trainer:
 
     def train(
         self,
-        data: Any,
+        data: Examples | Mapping[str, Examples],
         *,
         tokens_per_batch: int | None = None,
         max_memory: int | None = None,
@@ -217,7 +220,11 @@ class S0Trainer:
             raise RuntimeError(f"S0Trainer.{method} cannot be called while training, from a callback or another thread")
 
     def evaluate(
-        self, data: Any, *, tokens_per_batch: int | None = None, packed: bool | None = None
+        self,
+        data: Examples | Mapping[str, Examples],
+        *,
+        tokens_per_batch: int | None = None,
+        packed: bool | None = None,
     ) -> float | dict[str, float]:
         """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
 

@@ -14,7 +14,9 @@ from s0kernels.hardware import CHIPS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m s0kernels", description=s0kernels.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m s0kernels", description=(s0kernels.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--version", action="version", version=s0kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     env = commands.add_parser("env", help="versions, devices, and which backends can be used or why not")

@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from s0kernels.files import replace_file
 
@@ -52,11 +53,11 @@ class S0Config:
         if not isinstance(self.normalize, bool):
             raise TypeError(f"S0Config: normalize must be True or False, got {self.normalize!r}")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "S0Config":
+    def from_dict(cls, values: dict[str, Any]) -> "S0Config":
         """Raises ValueError if a key is not a field."""
         if not isinstance(values, dict):
             raise TypeError(f"S0Config.from_dict: values must be a dict, got {type(values).__name__}")
@@ -66,9 +67,9 @@ class S0Config:
             raise ValueError(f"S0Config: unknown keys {unknown}; the fields are {known}")
         return cls(**values)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         replace_file(Path(path), json.dumps(self.to_dict(), indent=2).encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "S0Config":
+    def load(cls, path: str | os.PathLike[str]) -> "S0Config":
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

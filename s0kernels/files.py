@@ -82,7 +82,7 @@ def _naming(file: Path, error: OSError) -> OSError:
     return OSError(error.errno, error.strerror, str(file)) if error.errno else OSError(f"{file}: {error}")
 
 
-def check_output(folder: str | os.PathLike, size: int) -> None:
+def check_output(folder: str | os.PathLike[str], size: int) -> None:
     """Make the directory and know, before the work and not after it, that `size` bytes can be written to it.
 
     Raises:

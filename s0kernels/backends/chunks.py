@@ -37,16 +37,15 @@ class Chunks:
             self.size = max(1, min(size, max(lengths, default=0)))
             per_sequence = [-(-length // self.size) for length in lengths]
             alive = [sum(n > step for n in per_sequence) for step in range(max(per_sequence, default=0))]
+            self.slots = self._slots(ends, order, alive)
         starts = list(itertools.accumulate(alive, initial=0))
         #: per step of the scan: the slice of chunks it works on; it uses as many states, from the first on
         self.steps = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.count = starts[-1]
-        if cu_seqlens is not None:
-            self.slots = self._slots(ends, order, starts)
 
-    def _slots(self, ends: list[int], order: list[int], starts: list[int]) -> Tensor:
-        """Where token t of the packed row lies in [NC * C]."""
-        first_chunks = torch.tensor(starts[:-1] or [0], dtype=torch.int64, device="cpu")
+    def _slots(self, ends: list[int], order: list[int], alive: list[int]) -> Tensor:
+        """Where token t of the packed row lies in [NC * C]; step c of the scan works on `alive[c]` chunks."""
+        first_chunks = torch.tensor(list(itertools.accumulate(alive, initial=0)), dtype=torch.int64, device="cpu")
         slots = torch.empty(self.length, dtype=torch.int64, device="cpu")
         for place, i in enumerate(order):
             t = torch.arange(ends[i + 1] - ends[i], device="cpu")

@@ -5,6 +5,8 @@ keeps only the inputs, recomputes the states at chunk boundaries, and does what 
 stand beside the code; C is the chunk, S the state at its start, S' at its end.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,7 @@ def gated_delta_rule_backward(
     parts = _DeltaChunks(chunks, inputs, options)
     doutput = grads.output
     if doutput is None:
+        assert grads.final_state is not None
         doutput = inputs.q.new_zeros(*inputs.g.shape, grads.final_state.shape[-1])
     dout = chunks.split(doutput, chunks.dtype)
     shape = (chunks.sequences, inputs.g.shape[2], inputs.q.shape[3], dout.shape[3])
@@ -302,32 +305,34 @@ def ssd_backward(
     parts, names = _SSDChunks(chunks, inputs, options), wanted.names
     doutput = grads.output
     if doutput is None:
+        assert grads.final_state is not None
         doutput = C.new_zeros(*inputs.dt.shape, grads.final_state.shape[2])
     doutput = doutput.to(chunks.dtype)
     dy = doutput if z is None else doutput * torch.nn.functional.silu(z.to(chunks.dtype))
     found, scanned = {}, names - {"initial_state", "D"}
-    if names - {"D"}:
-        dout = parts.split_heads(chunks, dy)
-        shape = (chunks.sequences, inputs.dt.shape[2], dout.shape[-1], C.shape[3])
-        dstate = dout.new_zeros(shape) if grads.final_state is None else chunks.sort(grads.final_state)
-        dstates = dstate.new_empty(chunks.count if scanned else 0, *shape[1:])  # dS' of every chunk
-        for at in reversed(chunks.steps):
-            grad = dstate[: at.stop - at.start]
-            if scanned:
-                dstates[at] = grad
-            read = _side_by_side(parts.from_start[at] * dout[at]).mT @ parts.C[at]
-            grad.mul_(parts.last[at]).add_(read.view_as(grad))
+    if "D" in names:
+        found["D"] = (dy * x).sum((0, 1, 3))
+    if names == {"D"}:
+        return found
+    dout = parts.split_heads(chunks, dy)
+    shape = (chunks.sequences, inputs.dt.shape[2], dout.shape[-1], C.shape[3])
+    dstate = dout.new_zeros(shape) if grads.final_state is None else chunks.sort(grads.final_state)
+    dstates = dstate.new_empty(chunks.count if scanned else 0, *shape[1:])  # dS' of every chunk
+    for at in reversed(chunks.steps):
+        grad = dstate[: at.stop - at.start]
+        if scanned:
+            dstates[at] = grad
+        read = _side_by_side(parts.from_start[at] * dout[at]).mT @ parts.C[at]
+        grad.mul_(parts.last[at]).add_(read.view_as(grad))
     if scanned:
         parts.add_pairs(chunks, x, inputs.B)
         states = _ssd_states(chunks, inputs, start)
-        found = _ssd_input_grads(chunks, parts, dout, dstates, states, names)
+        found |= _SSDGrads(parts, dout, dstates, states, chunks.steps).wanted(chunks, names)
     skip = 0.0 if D is None else D.to(chunks.dtype)[:, None]
     if "x" in names:
         found["x"] = found["x"] + skip * dy
-    if "z" in names:
+    if z is not None and "z" in names:
         found["z"] = doutput * (found.pop("y") + skip * x) * silu_slope(z.to(chunks.dtype))
-    if "D" in names:
-        found["D"] = (dy * x).sum((0, 1, 3))
     if "dt" in found:
         found["dt"] = dt_grad(found["dt"], inputs, options)
     if "dt_bias" in names:
@@ -337,47 +342,71 @@ def ssd_backward(
     return found
 
 
-def _ssd_input_grads(chunks, inputs, dout, dstates, states, wanted) -> dict[str, Tensor]:
-    """Those wanted of dx, ddt (of the processed dt), dA, dB, dC, and y (for dz). The states are recomputed first."""
-    groups, heads = inputs.x.shape[1:3]
-    at_start = torch.empty_like(dstates)
-    for at in chunks.steps:
-        state = states[: at.stop - at.start]
-        at_start[at] = state
-        inputs.advance(at, state)
+class _SSDGrads:
+    """The gradients of what is read by chunk. What several of them share is computed when the first asks for it, the
+    states at once. `dstates` is dS' of every chunk."""
 
-    found = {}
-    through_decay = wanted & {"dt", "dt_bias", "A"}
-    everything = slice(None)
-    if "z" in wanted or through_decay:
-        read = inputs.read(everything, at_start)
-    if "z" in wanted:
-        found["y"] = chunks.join((read + lower_product(inputs.mixing, inputs.scaled)).flatten(1, 2), chunks.dtype)
-    if wanted & {"B", "C"} or through_decay:
-        dmixing = (dout @ inputs.scaled.mT).tril_()
-    if wanted & {"B", "C"}:
-        dproduct = (dmixing * inputs.decay).sum(2)  # d(C B^T), summed over the heads of the group
-    if "C" in wanted:
-        dread = _side_by_side(inputs.from_start * dout) @ _as_matrix(at_start, groups)
-        found["C"] = chunks.join(lower_product(dproduct, inputs.B) + dread, chunks.dtype)
-    if "B" in wanted:
-        dwrite = _side_by_side(inputs.to_end * inputs.scaled) @ _as_matrix(dstates, groups)
-        found["B"] = chunks.join(upper_product(dproduct.mT, inputs.C) + dwrite, chunks.dtype)
-    if "x" in wanted or through_decay:
-        from_end = inputs.to_end * _head_major(inputs.B @ _as_matrix(dstates, groups).mT, heads)
-        dscaled = upper_product(inputs.mixing.mT, dout) + from_end
-    if "x" in wanted:
-        found["x"] = chunks.join((inputs.dt * dscaled).flatten(1, 2), chunks.dtype)
-    if through_decay:
-        carried = inputs.last[..., 0, 0] * (at_start * dstates).sum((-1, -2))
-        dlog = decay_matrix_grad(dmixing * inputs.mixing) + carried.unflatten(1, (groups, heads))[..., None]
-        dlog = dlog + reverse_cumsum((dout * read).sum(-1)) + _before((inputs.scaled * from_end).sum(-1))
-    if wanted & {"dt", "dt_bias"}:
-        ddt = inputs.rate * dlog + (inputs.x * dscaled).sum(-1)
-        found["dt"] = chunks.join(ddt.flatten(1, 2), chunks.dtype)
-    if "A" in wanted:
-        found["A"] = (inputs.dt[..., 0] * dlog).sum((0, 3)).flatten()
-    return found
+    def __init__(self, inputs: _SSDChunks, dout: Tensor, dstates: Tensor, states: Tensor, steps: list[slice]):
+        self.inputs, self.dout, self.dstates = inputs, dout, dstates
+        self.groups, self.heads = inputs.x.shape[1:3]
+        self.at_start = torch.empty_like(dstates)
+        for at in steps:
+            state = states[: at.stop - at.start]
+            self.at_start[at] = state
+            inputs.advance(at, state)
+
+    def wanted(self, chunks: Chunks, names: frozenset[str]) -> dict[str, Tensor]:
+        """Those in `names` of dx, ddt (of the processed dt), dA, dB, dC, and y (for dz)."""
+        inputs, found = self.inputs, {}
+        if "z" in names:
+            y = self.read + lower_product(inputs.mixing, inputs.scaled)
+            found["y"] = chunks.join(y.flatten(1, 2), chunks.dtype)
+        if "C" in names:
+            dread = _side_by_side(inputs.from_start * self.dout) @ _as_matrix(self.at_start, self.groups)
+            found["C"] = chunks.join(lower_product(self.dproduct, inputs.B) + dread, chunks.dtype)
+        if "B" in names:
+            dwrite = _side_by_side(inputs.to_end * inputs.scaled) @ _as_matrix(self.dstates, self.groups)
+            found["B"] = chunks.join(upper_product(self.dproduct.mT, inputs.C) + dwrite, chunks.dtype)
+        if "x" in names:
+            found["x"] = chunks.join((inputs.dt * self.dscaled).flatten(1, 2), chunks.dtype)
+        if names & {"dt", "dt_bias"}:
+            ddt = inputs.rate * self.dlog + (inputs.x * self.dscaled).sum(-1)
+            found["dt"] = chunks.join(ddt.flatten(1, 2), chunks.dtype)
+        if "A" in names:
+            found["A"] = (inputs.dt[..., 0] * self.dlog).sum((0, 3)).flatten()
+        return found
+
+    @functools.cached_property
+    def read(self) -> Tensor:
+        return self.inputs.read(slice(None), self.at_start)
+
+    @functools.cached_property
+    def dmixing(self) -> Tensor:
+        return (self.dout @ self.inputs.scaled.mT).tril_()
+
+    @functools.cached_property
+    def dproduct(self) -> Tensor:
+        """d(C B^T), summed over the heads of the group."""
+        return (self.dmixing * self.inputs.decay).sum(2)
+
+    @functools.cached_property
+    def from_end(self) -> Tensor:
+        write = self.inputs.B @ _as_matrix(self.dstates, self.groups).mT
+        return self.inputs.to_end * _head_major(write, self.heads)
+
+    @functools.cached_property
+    def dscaled(self) -> Tensor:
+        return upper_product(self.inputs.mixing.mT, self.dout) + self.from_end
+
+    @functools.cached_property
+    def dlog(self) -> Tensor:
+        """d(dt A)."""
+        inputs = self.inputs
+        carried = inputs.last[..., 0, 0] * (self.at_start * self.dstates).sum((-1, -2))
+        dlog = decay_matrix_grad(self.dmixing * inputs.mixing)
+        dlog = dlog + carried.unflatten(1, (self.groups, self.heads))[..., None]
+        through_start, through_end = (self.dout * self.read).sum(-1), (inputs.scaled * self.from_end).sum(-1)
+        return dlog + reverse_cumsum(through_start) + _before(through_end)
 
 
 def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:

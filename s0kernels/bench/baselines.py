@@ -15,7 +15,8 @@ from torch import Tensor
 from s0kernels.bench.inputs import Values, state_for_each, token
 
 Scan = Callable[[Values, bool], tuple[Tensor, Tensor]]  # (inputs, whether from S0) -> (output, final state)
-Step = Callable[[Values, Tensor], Callable[[], object]]  # (inputs, a state per row) -> what advances it by one token
+# (inputs, a state per row) -> what advances it by one token and gives the output, or output and state
+Step = Callable[[Values, Tensor], Callable[[], Tensor | tuple[Tensor, Tensor]]]
 
 _DELTA = ("q", "k", "v", "g", "beta")
 _SSD = ("x", "dt", "A", "B", "C")
@@ -115,7 +116,7 @@ def _extras(values: Values) -> dict:
 
 
 def _mamba_ssm(chunk_size: int) -> Scan:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
 
     def run(values: Values, state: bool):
         _refuse_packed(values)
@@ -136,13 +137,13 @@ def _like_mamba_step(function: Callable) -> Step:
 
 
 def _mamba_ssm_step() -> Step:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
 
     return _like_mamba_step(selective_state_update)
 
 
 def _simple_gla() -> Scan:
-    from fla.ops.simple_gla import chunk_simple_gla
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
     def run(values: Values, state: bool):
         if _extras(values):

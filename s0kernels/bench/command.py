@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ class Bench:
             cases |= {"again": case(op, ours, values, what), "zero": case(op, ours, values, what, state=False)}
         options = {"rounds": self.rounds, "clock": self.clock, "device": self.device, "budget": self.budget}
         times = measure.interleaved(cases, **options)
-        row = {"shape": str(shape), "op": op.name, "dtype": str(dtype)[6:], "pass": what}
+        row: dict[str, Any] = {"shape": str(shape), "op": op.name, "dtype": str(dtype)[6:], "pass": what}
         row["rounds"] = len(times[OURS])
         row["ms"] = {name: 1e3 * statistics.median(times[name]) for name in names if name in times}
         row["ratio"] = {name: measure.ratio(times[name], times[OURS]) for name in row["ms"] if name != OURS}

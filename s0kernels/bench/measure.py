@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ PACKAGES += ("mamba-ssm", "causal-conv1d")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTRUCTIONS = {512: "avx512", 256: "avx2", 128: "portable"}
 Case = Callable[[], object]
+_CUDA = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
 
 # Where it was measured
 
@@ -206,10 +207,16 @@ def kernel_times(case: Case, calls: int = 3) -> dict[str, float]:
             case()
         torch.cuda.synchronize()
     found: dict[str, float] = {}
-    for event in profile.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA:
+    for event in _events(profile):
+        if event.device_type() == _CUDA:
             found[event.name()] = found.get(event.name(), 0.0) + event.duration_ns() / 1e6 / calls
     return found
+
+
+def _events(profile: torch.profiler.profile) -> Any:
+    """Those that torch's profiler has seen, by methods that it keeps to itself."""
+    found: Any = profile.profiler
+    return found.kineto_results.events()
 
 
 def host_time(case: Case, calls: int = 30) -> float:
@@ -249,7 +256,8 @@ def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float
     megabytes = 1024 if cuda else 128
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    cases, sizes = {"copy": lambda: target.copy_(source)}, {}
+    cases: dict[str, Case] = {"copy": lambda: target.copy_(source)}
+    sizes = {}
     for dtype in dtypes:
         size = 8192 if cuda else 1024 if dtype == torch.float32 else 256  # where half precision may be a loop
         a = torch.ones(size, size, device=device, dtype=dtype)
@@ -339,17 +347,18 @@ def work(case: Case) -> Work:
         torch.profiler.ProfilerActivity.CPU,
         torch.profiler.ProfilerActivity.CUDA,
     }
-    options = {"profile_memory": True, "record_shapes": True, "acc_events": True}
-    with torch.profiler.profile(activities=activities, **options) as profile:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, record_shapes=True, acc_events=True
+    ) as profile:
         case()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
     operators, launches, allocated, copied = Counter(), 0, 0, 0
-    for event in profile.profiler.kineto_results.events():
+    for event in _events(profile):
         name = event.name()
         if name == "[memory]":
             allocated += max(event.nbytes(), 0)
-        elif event.device_type() == torch.autograd.DeviceType.CUDA:
+        elif event.device_type() == _CUDA:
             launches += 1
         elif "::" in name:
             operators[name] += 1

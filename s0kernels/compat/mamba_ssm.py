@@ -70,7 +70,7 @@ def mamba_chunk_scan_combined(
     inputs, start = SSDInputs(x, dt, A, B, C, D, z, dt_bias), Start(initial_states, None, boundaries)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     y, final, ends = _scan(name, inputs, start, return_final_states or return_varlen_states, **options)
-    if not return_final_states and not return_varlen_states:
+    if final is None:
         return y
     rows = (final if ends is None else final.index_select(0, ends),) if return_final_states else ()
     return (y, *rows, final) if return_varlen_states else (y, *rows)
@@ -150,7 +150,7 @@ def mamba_split_conv1d_scan_combined(
         y = torch.cat([F.silu(first) * second, y], dim=-1)
     if outproj_weight is not None:
         y = F.linear(y, outproj_weight, outproj_bias)
-    if not return_final_states:
+    if final is None:
         return y
     return y, final if ends is None else final.index_select(0, ends)
 
@@ -196,31 +196,31 @@ def selective_state_update(
         return y.squeeze(1)
     name, dtype = "selective_state_update", widest(x, B, C, z)
     work = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    D, outside = _skip(D, x)
+    D, per_channel = _skip(D, x)
     with under_the_name(name, "ssd_step", state_indices="state_batch_indices"):
         y = ssd_step(
             *(x.to(dtype), as_scalar(_per_head("dt", dt, 1), dtype), as_scalar(_per_head("A", A, 2), dtype)),
             *(B.to(dtype), C.to(dtype), work),
-            D=None if D is None or outside else as_scalar(D, dtype),
-            z=None if z is None or outside else z.to(dtype),
+            D=None if D is None else as_scalar(D, dtype),
+            z=None if z is None or per_channel is not None else z.to(dtype),
             dt_bias=None if dt_bias is None else as_scalar(_per_head("dt_bias", dt_bias, 1), dtype),
             dt_softplus=dt_softplus,
             state_indices=state_batch_indices,
         )
     if work is not state:
         state.copy_(work)
-    return (_finish(name, y, x, D, z) if outside else y).to(x.dtype)
+    return (y if per_channel is None else _finish(name, y, x, per_channel, z)).to(x.dtype)
 
 
-def _skip(D: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
-    """D as [H], or as [H, P] and True where it is one number for each channel."""
+def _skip(D: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(D [H], None), or (None, D [H, P]) where it is one number for each channel."""
     if D is None or D.dim() == 1:
-        return D, False
+        return D, None
     heads, P = x.shape[-2:]
     if D.dim() == 2 and _is_expanded(D, 1):
         D = D[:, 0]
-        return (D, False) if D.shape[0] != heads * P or P == 1 else (D.view(heads, P), True)
-    return D, True
+        return (D, None) if D.shape[0] != heads * P or P == 1 else (None, D.view(heads, P))
+    return None, D
 
 
 def _check(name: str, chunk_size: int, state_dtype: torch.dtype | None) -> None:
@@ -245,9 +245,10 @@ def _scan(
     """(y, the state of every sequence if wanted, which of them are the last of their rows or None for all)."""
     x, dt, A, B, C, D, z, dt_bias = inputs
     state, _, cu_seqlens = start
-    (batch, length), outside, dtype = x.shape[:2], D is not None and D.dim() == 2, widest(x, B, C, z)
+    (batch, length), dtype = x.shape[:2], widest(x, B, C, z)
+    D, per_channel = (None, D) if D is not None and D.dim() == 2 else (D, None)
     tokens = {"x": x.to(dtype), "dt": as_scalar(dt, dtype), "B": B.to(dtype), "C": C.to(dtype)}
-    if z is not None and not outside:
+    if z is not None and per_channel is None:
         tokens["z"] = z.to(dtype)
     indices = ends = None
     if cu_seqlens is not None:
@@ -261,7 +262,7 @@ def _scan(
         y, final = ssd(
             **tokens,
             A=as_scalar(A, dtype),
-            D=None if D is None or outside else as_scalar(D, dtype),
+            D=None if D is None else as_scalar(D, dtype),
             dt_bias=None if dt_bias is None else as_scalar(dt_bias, dtype),
             initial_state=state,
             state_indices=indices,
@@ -270,7 +271,7 @@ def _scan(
             **options,
         )
     y = y.view(x.shape)
-    return (_finish(name, y, x, D, z) if outside else y).to(x.dtype), final, ends
+    return (y if per_channel is None else _finish(name, y, x, per_channel, z)).to(x.dtype), final, ends
 
 
 def _last_of_rows(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:

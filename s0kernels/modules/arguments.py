@@ -56,8 +56,8 @@ class Arguments:
         self._harmless = _HARMLESS | set(harmless)
         known = set().union(self.decoder, self.mixer, *map(_named, between), _keys_of_transformers(), _TOKENS)
         self._known = known | _UNDERSTOOD | self._harmless
-        #: the decoder's name for its cache
-        self.cache = None if decoder is None else cache_argument(decoder)
+        #: the decoder's name for its cache; the mixer's where there is no decoder
+        self.cache = cache_argument(mixer if decoder is None else decoder)
         cache_argument(mixer)
         strange = [n for n in self.mixer if n not in {"hidden_states"} | _UNDERSTOOD | self._harmless]
         order = [n if n not in CACHES else CACHES[0] for n in self.mixer[:3]]

@@ -29,7 +29,7 @@ def causal_conv(
     if previous is not None:
         rows = torch.cat([previous[..., 1 - width :].to(rows.dtype), rows], dim=-1) if width > 1 else rows
     if _HAS_CAUSAL_CONV1D and x.is_cuda:
-        from causal_conv1d import causal_conv1d_fn
+        from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
         out = causal_conv1d_fn(rows, weight, bias, activation="silu" if activate else None)
     else:

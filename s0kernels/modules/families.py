@@ -1,7 +1,7 @@
 """The model families that can be swapped: a row each."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,16 +19,17 @@ class Family(NamedTuple):
     replacement: type[S0Mixer]
     #: the recurrence, as the `s0-tuning` package spells it in its files
     arch: str
-    state_shape: Callable[[nn.Module], tuple[int, int, int]]
+    #: of a mixer of transformers, whose attributes the replacement declares
+    state_shape: Callable[[Any], tuple[int, int, int]]
     #: arguments beyond those of `arguments.py` that decoders of this family hand to a mixer and that say nothing to it
     harmless: tuple[str, ...] = ()
 
 
-def _delta_state(mixer: nn.Module) -> tuple[int, int, int]:
+def _delta_state(mixer: Any) -> tuple[int, int, int]:
     return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
 
 
-def _mamba_state(mixer: nn.Module) -> tuple[int, int, int]:
+def _mamba_state(mixer: Any) -> tuple[int, int, int]:
     return mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
 
 

@@ -1,11 +1,13 @@
 """The gated delta rule mixer of Qwen3.5, starting from S0."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s0kernels.calls import state_dtype
-from s0kernels.modules.mixer import Rows, S0Mixer, norm_eps
+from s0kernels.modules.mixer import LiveCache, Rows, S0Mixer, norm_eps
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step
 from s0kernels.ops.mixer_steps import gated_delta_mixer_step
 
@@ -48,10 +50,13 @@ class S0GatedDeltaNet(S0Mixer):
 
     def _fused_step(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor | None:
         """`_mix` of one token as one kernel, or None where that cannot be."""
-        conv, norm, cache = self.conv1d, self.norm, rows.cache
+        conv, cache = self.conv1d, rows.cache
+        if not isinstance(cache, LiveCache) or rows.padding is not None:
+            return None
+        norm: Any = self.norm
         eps = norm_eps(norm)
         parameters = (conv.weight, conv.bias, self.A_log, self.dt_bias, norm.weight)
-        backend = self.fused_backend("gated_delta_mixer_step", rows, mixed, z, b, a, *parameters)
+        backend = self.fused_backend("gated_delta_mixer_step", cache, mixed, z, b, a, *parameters)
         if backend is None or eps is None:
             return None
         return gated_delta_mixer_step(
@@ -74,8 +79,8 @@ class S0GatedDeltaNet(S0Mixer):
     def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
         """The recurrence alone, of all tokens or one, from the cache or S0."""
         inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q.dtype), rows.cache
-        if q.shape[1] == 1 and cache.can_step(*inputs):
-            token = [x[:, 0] for x in inputs]
+        if q.shape[1] == 1 and isinstance(cache, LiveCache) and cache.can_step(*inputs):
+            token = (q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])
             return cache.step(lambda state: gated_delta_rule_step(*token, state, use_qk_l2norm=True), dtype)[:, None]
         output, final_state = gated_delta_rule(
             *inputs, use_qk_l2norm=True, output_final_state=cache.present, **self._start(rows, q.device, dtype)

@@ -12,12 +12,16 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from s0kernels.modules.arguments import CACHES, KEYWORD, Arguments, find_cache
 from s0kernels.modules.packing import find_boundaries, own_positions
+
+if TYPE_CHECKING:
+    from s0kernels.modules.self_check import SwapReport
 
 _overrides: ContextVar[tuple[tuple["Site", "Attachment"], ...]] = ContextVar("s0kernels_overrides", default=())
 #: what any context overrides with, by number; where none does, torch.compile need not look at the context, which it
@@ -73,12 +77,10 @@ class Attachment:
         """[tasks, ...] of a layer, unscaled."""
         return self._states[layer_index]
 
-    def state(self, layer_index: int) -> Tensor | None:
+    def state(self, layer_index: int) -> Tensor:
         """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
         has changed, and anew for every forward that has to be differentiated or that is compiled, for a graph cannot
         ask whether the parameter has changed."""
-        if layer_index not in self._states:
-            return None
         bank = self._states[layer_index]
         if _is_exporting():  # a parameter outside the model is nothing that torch.export could name
             bank = _constant_bank(self.number, layer_index)
@@ -135,7 +137,9 @@ class BoundStates:
     """What one forward starts from: per layer a state and, for a task per sequence, the indices into it; and where
     the sequences begin, if they are packed."""
 
-    def __init__(self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask=None):
+    def __init__(
+        self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask: Tensor | None = None
+    ):
         self._states = {} if attachment is None else attachment.states()
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
@@ -159,13 +163,14 @@ class BoundStates:
 class Site:
     """The one place of a swapped model where learned states are attached."""
 
+    #: what `swap_modules` found out about the swap, there as soon as that has ended
+    report: "SwapReport"
+
     def __init__(self, shapes: Mapping[int, tuple[int, ...]], arch: str, arguments: Arguments):
         self.shapes = dict(shapes)
         self.arch = arch
         self.arguments = arguments
         self.number = next(_numbers)
-        #: what `swap_modules` found out about the swap
-        self.report = None
         self.attachment: Attachment | None = None
         _sites.add(self)
 
@@ -202,7 +207,7 @@ class Site:
         cache = find_cache(kwargs, "s0kernels")
         # a recurrent layer knows it on the host; the length of a static cache is on the device
         live = cache is not None and cache.has_previous_state(min(self.shapes))
-        cu_seqlens = find_boundaries(*rows.shape[:2], kwargs, live)
+        cu_seqlens = find_boundaries(rows.shape[0], rows.shape[1], kwargs, live)
         mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)
         attachment = self.current()
         if attachment is None:

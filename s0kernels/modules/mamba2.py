@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s0kernels.calls import state_dtype
-from s0kernels.modules.mixer import Rows, S0Mixer, as_scalar, norm_eps
+from s0kernels.modules.mixer import LiveCache, Rows, S0Mixer, as_scalar, norm_eps
 from s0kernels.modules.padding import Padding
 from s0kernels.ops import ssd, ssd_step
 from s0kernels.ops.mixer_steps import ssd_mixer_step
@@ -34,10 +34,10 @@ class S0Mamba2Mixer(S0Mixer):
 
     def _forward(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
-        projected = self._project(hidden_states).split(sizes, dim=-1)
-        output = self._fused_step(*projected, rows)
+        gate, mixed, dt = self._project(hidden_states).split(sizes, dim=-1)
+        output = self._fused_step(gate, mixed, dt, rows)
         if output is None:
-            output = self._mix(*projected, rows)
+            output = self._mix(gate, mixed, dt, rows)
         return self.out_proj(output.view(*hidden_states.shape[:2], -1).to(hidden_states.dtype))
 
     def _mix(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor:
@@ -55,13 +55,15 @@ class S0Mamba2Mixer(S0Mixer):
     def _fused_step(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor | None:
         """`_mix` of one token as one kernel, or None where that cannot be."""
         conv, cache, eps, norm = self.conv1d, rows.cache, 0.0, None
+        if not isinstance(cache, LiveCache) or rows.padding is not None:
+            return None
         if self.mamba_rms_norm:
             eps, norm = norm_eps(self.norm), getattr(self.norm, "weight", None)
             size = getattr(self.norm, "group_size", self.intermediate_size // getattr(self.norm, "n_groups", 1))
             if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm know no groups
                 return None
         parameters = (conv.weight, conv.bias, self.A_log, self.D, self.dt_bias, norm)
-        backend = self.fused_backend("ssd_mixer_step", rows, mixed, gate, dt, *parameters)
+        backend = self.fused_backend("ssd_mixer_step", cache, mixed, gate, dt, *parameters)
         if backend is None or eps is None:
             return None
         return ssd_mixer_step(
@@ -74,7 +76,7 @@ class S0Mamba2Mixer(S0Mixer):
             cache.state,
             eps=eps,
             gate_first=not getattr(self.norm, "norm_before_gate", False),
-            dt_limit=tuple(float(bound) for bound in self.time_step_limit),
+            dt_limit=self._dt_limit(),
             backend=backend,
         )
 
@@ -82,13 +84,16 @@ class S0Mamba2Mixer(S0Mixer):
         """[B, T, intermediate_size + conv_dim + num_heads]: the gate, x|B|C as they are convolved, dt."""
         return self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
 
+    def _dt_limit(self) -> tuple[float, float]:
+        low, high = self.time_step_limit  # of a config, which may hold ints
+        return float(low), float(high)
+
     def _step_sizes(self, dt: Tensor, padding: Padding | None) -> tuple[Tensor, dict]:
         """dt and how the scan is to process it; with pads it is processed here, for they take a step of zero even
         where `time_step_limit` has a floor."""
-        limit = tuple(float(bound) for bound in self.time_step_limit)
         if padding is None:
-            return dt, {"dt_bias": as_scalar(self.dt_bias, dt), "dt_softplus": True, "dt_limit": limit}
-        dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*limit)
+            return dt, {"dt_bias": as_scalar(self.dt_bias, dt), "dt_softplus": True, "dt_limit": self._dt_limit()}
+        dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*self._dt_limit())
         return dt.masked_fill(padding.pads, 0.0), {}
 
     def scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
@@ -97,7 +102,7 @@ class S0Mamba2Mixer(S0Mixer):
         A = -torch.exp(self.A_log.to(dtype))
         dt, options = self._step_sizes(dt.to(x.dtype), rows.padding)
         options["D"] = as_scalar(self.D, x)
-        if x.shape[1] == 1 and cache.can_step(x, dt, A, B, C, z, self.D, self.dt_bias):
+        if x.shape[1] == 1 and isinstance(cache, LiveCache) and cache.can_step(x, dt, A, B, C, z, self.D, self.dt_bias):
             token = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
             z = None if z is None else z[:, 0]
             return cache.step(lambda state: ssd_step(*token, state, z=z, **options), dtype)[:, None]

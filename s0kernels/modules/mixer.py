@@ -1,6 +1,8 @@
 """What the replacements share: the original's parameters, the cache, and where the initial state comes from."""
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,9 @@ class S0Mixer(nn.Module):
     def extra_repr(self) -> str:
         return f"layer {self.layer_idx}, initial state {list(self.site.shapes[self.layer_idx])}"
 
-    def forward(self, hidden_states: Tensor, cache=None, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """[B, T, hidden] to [B, T, hidden].
 
         Args:
@@ -86,7 +90,7 @@ class S0Mixer(nn.Module):
         bound = kwargs.get(KEYWORD)
         if bound is None:  # called outside a decoder
             bound = self.site.bind(hidden_states, {**kwargs, "cache": cache})
-        rows = Rows(bound, MixerCache(cache, self.layer_idx, self.conv_kernel_size), hidden_states, attention_mask)
+        rows = Rows(bound, MixerCache.of(cache, self.layer_idx, self.conv_kernel_size), hidden_states, attention_mask)
         return rows.leave(self._forward(rows.enter(hidden_states), rows))
 
     def _forward(self, hidden_states: Tensor, rows: "Rows") -> Tensor:
@@ -103,15 +107,15 @@ class S0Mixer(nn.Module):
         if rows.cu_seqlens is not None:
             output = packed_causal_conv(x, weight, bias, rows.cu_seqlens)
         else:
-            output = causal_conv(x, weight, bias, rows.cache.window)
-            rows.cache.store_window(x, rows.padding)  # in place, so after its last use
+            previous = rows.cache.window if isinstance(rows.cache, LiveCache) else None
+            output = causal_conv(x, weight, bias, previous)
+            rows.cache.store_window(x, previous, rows.padding)  # in place, so after its last use
         return output if hook is None else hook.post_forward(self.conv1d, output)
 
-    def fused_backend(self, op: str, rows: "Rows", mixed: Tensor, *tensors: Tensor | None) -> str | None:
+    def fused_backend(self, op: str, cache: "LiveCache", mixed: Tensor, *tensors: Tensor | None) -> str | None:
         """The backend that takes this forward's one token through everything between the projections at once; None
         where the parts have to run one by one. `tensors` are what else goes in, parameters included."""
-        cache = rows.cache
-        if mixed.shape[1] != 1 or rows.padding is not None or not cache.can_step(mixed, *tensors, cache.window):
+        if mixed.shape[1] != 1 or not cache.can_step(mixed, *tensors, cache.window):
             return None
         size, width = operator.index(max(cache.state.shape[2:])), operator.index(cache.window.shape[2])
         if cache.recording or width != self.conv_kernel_size or type(self.conv1d) is not nn.Conv1d:
@@ -124,9 +128,9 @@ class S0Mixer(nn.Module):
         name = registry.choose(None, op, mixed.device, mixed.dtype, size, width)
         return name if mixed.shape[0] <= registry.rows_that_pay(name, op, mixed.device, mixed.dtype) else None
 
-    def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict:
+    def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
-        if rows.cache.live:
+        if isinstance(rows.cache, LiveCache):
             return {"initial_state": rows.cache.starting_state(dtype)}
         initial_state, indices = rows.bound.for_layer(self.layer_idx, device, dtype)
         return {"initial_state": initial_state, "state_indices": indices, "cu_seqlens": rows.cu_seqlens}
@@ -160,53 +164,63 @@ class Rows:
 
 
 class MixerCache:
-    """One layer's part of a transformers cache, or of none. Where `live`, it holds a state already, which wins over S0.
+    """One layer's part of a transformers cache that holds no state yet, or of none.
 
     The attributes used exist from transformers 5.15 on.
     """
 
-    def __init__(self, cache, layer_index: int, width: int):
+    def __init__(self, cache: Any, layer_index: int, width: int):
         self._cache, self._layer, self._width = cache, layer_index, width
         self.present = cache is not None
-        self.live = self.present and cache.has_previous_state(layer_index)
-        self.window = cache.layers[layer_index].conv_states[0] if self.live else None
-        self.state = cache.layers[layer_index].recurrent_states[0] if self.live else None
+
+    @staticmethod
+    def of(cache: Any, layer_index: int, width: int) -> "MixerCache":
+        live = cache is not None and cache.has_previous_state(layer_index)
+        return (LiveCache if live else MixerCache)(cache, layer_index, width)
 
     @property
     def recording(self) -> bool:
         """Whether the cache keeps all inputs of the convolution, to go back by a few tokens."""
         return getattr(self._cache.layers[self._layer], "record_past", False)
 
-    def store_window(self, x: Tensor, padding: Padding | None) -> None:
+    def store_window(self, x: Tensor, previous: Tensor | None, padding: Padding | None) -> None:
         if not self.present:
             return
         if self.recording:
             self._cache.update_conv_state(x.transpose(1, 2), self._layer, conv_kernel_size=self._width)
             return
-        window = next_window(x, self.window, self._width, None if padding is None else padding.lengths)
+        window = next_window(x, previous, self._width, None if padding is None else padding.lengths)
         # a window of exactly W columns is what the cache keeps, whether it is its first or not
         self._cache.update_conv_state(window, self._layer, conv_kernel_size=self._width)
 
+    def store_state(self, state: Tensor | None) -> None:
+        """`state` is there where a cache is."""
+        if self.present:
+            self._cache.update_recurrent_state(state, self._layer)
+
+
+class LiveCache(MixerCache):
+    """One that holds a state already, which wins over S0."""
+
+    def __init__(self, cache: Any, layer_index: int, width: int):
+        super().__init__(cache, layer_index, width)
+        self.window: Tensor = cache.layers[layer_index].conv_states[0]
+        self.state: Tensor = cache.layers[layer_index].recurrent_states[0]
+
     def can_step(self, *inputs: Tensor | None) -> bool:
-        """Whether one token may update the live state in place: nothing waits for a gradient through it."""
-        if not self.live:
-            return False
+        """Whether one token may update the state in place: nothing waits for a gradient through it."""
         tensors = (*inputs, self.state)
         if transforms.find(*tensors) is not None:
             return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
     def starting_state(self, dtype: torch.dtype) -> Tensor:
-        """The live state for a scan, which must not see it overwritten while its backward is to come."""
+        """The state for a scan, which must not see it overwritten while its backward is to come."""
         state = self.state.to(dtype)
         return state.clone() if torch.is_grad_enabled() and state is self.state else state
 
-    def store_state(self, state: Tensor) -> None:
-        if self.present:
-            self._cache.update_recurrent_state(state, self._layer)
-
-    def step(self, advance, dtype: torch.dtype) -> Tensor:
-        """One token: `advance(state)` updates the live state in place."""
+    def step(self, advance: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """One token: `advance(state)` updates the state in place."""
         if self.state.dtype == dtype:
             return advance(self.state)
         state = self.state.to(dtype)

@@ -57,7 +57,7 @@ class SwapReport:
     family: str
     mixers: int
     #: versions of transformers and torch
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     checks: tuple[Check, ...] = field(default=())
 
     @property
@@ -125,8 +125,8 @@ class SelfCheck:
         self.place, self.original, self.replacement, self.site = place, original, replacement, site
         self.decoder = place.decoder
         self.name = type(original).__name__
-        self.device = original.A_log.device
-        self.dtype = next((p.dtype for p in original.parameters() if p.dim() > 1), original.A_log.dtype)
+        self.device = replacement.A_log.device
+        self.dtype = next((p.dtype for p in original.parameters() if p.dim() > 1), replacement.A_log.dtype)
         self.tolerance = _TOLERANCES.get(self.dtype, math.nan)
         if self.dtype == torch.float32 and self.device.type != "cpu":
             self.tolerance = max(self.tolerance, _TF32)
@@ -228,7 +228,7 @@ class SelfCheck:
             ) from error
 
     def _compare_caches(self, own: Any, theirs: Any, after: str) -> None:
-        layer = self.original.layer_idx
+        layer = self.replacement.layer_idx
         own, theirs = (dict(_tensors(vars(cache.layers[layer]))) for cache in (own, theirs))
         for name in sorted(own.keys() | theirs.keys()):
             if name not in own or name not in theirs:
@@ -239,7 +239,7 @@ class SelfCheck:
     # Part 2
 
     def _through_decoder(self) -> list[tuple]:
-        layer = self.original.layer_idx
+        layer = self.replacement.layer_idx
         x = self._embeddings(_PIECES[-1][1])
         state = self._random(1, *self.site.shapes[layer]).to(self.device)
         cache = self._handed_down(x, 0)[1]
@@ -304,7 +304,8 @@ class SelfCheck:
         return float((found.double() - truth.double()).norm() / (norm if norm > 0 else 1.0))
 
     def _embeddings(self, length: int, seed: int = 0) -> Tensor:
-        return self._random(1, length, self.decoder.config.hidden_size, seed=seed).to(self.device, self.dtype)
+        config: Any = self.decoder.config
+        return self._random(1, length, config.hidden_size, seed=seed).to(self.device, self.dtype)
 
     @staticmethod
     def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """Putting the replacements into a model, and the originals back."""
 
 import hashlib
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ from s0kernels.modules.mixer import S0Mixer
 from s0kernels.modules.self_check import Place, Refused, SelfCheck, SwapReport
 from s0kernels.versions import installed, warn_untested
 
+_Module = TypeVar("_Module", bound=nn.Module)
+#: mixers of transformers by their names; which attributes they have only their class knows
+_Found = dict[str, tuple[Any, Family]]
 
-def swap_modules(model: nn.Module, check: bool = True) -> nn.Module:
+
+def swap_modules(model: _Module, check: bool = True) -> _Module:
     """Replace every supported mixer of `model` by one that can start from a learned state. In place; gives `model`.
 
     Parameters, buffers and submodules stay the same objects under the same names, so `state_dict()`, optimizers and
@@ -37,7 +42,7 @@ def swap_modules(model: nn.Module, check: bool = True) -> nn.Module:
         raise TypeError(f"swap_modules: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(check, bool):
         raise TypeError(f"swap_modules: check must be True or False, got {check!r}")
-    found = {name: (module, family) for name, module in model.named_modules() if (family := family_of(module))}
+    found: _Found = {n: (module, family) for n, module in model.named_modules() if (family := family_of(module))}
     if find_site(model) is not None:
         if found:
             raise ValueError(f"swap_modules: {next(iter(found))} is not swapped, but others are; restore_modules first")
@@ -56,7 +61,7 @@ def swap_modules(model: nn.Module, check: bool = True) -> nn.Module:
     return model
 
 
-def _swap(model: nn.Module, found: dict[str, tuple[nn.Module, Family]], check: bool) -> None:
+def _swap(model: nn.Module, found: _Found, check: bool) -> None:
     """Raises Refused, and leaves the model as it was, where the replacements do not do what the originals do."""
     places = {name: _place(model, name) for name in found}
     (first, place), (mixer, family) = next(iter(places.items())), next(iter(found.values()))
@@ -64,7 +69,7 @@ def _swap(model: nn.Module, found: dict[str, tuple[nn.Module, Family]], check: b
         arguments = Arguments(place.decoder if place.layers else None, mixer, place.way, family.harmless)
     except ValueError as error:
         raise Refused(str(error)) from error
-    site = Site({m.layer_idx: tuple(family.state_shape(m)) for m, _ in found.values()}, family.arch, arguments)
+    site = Site({m.layer_idx: family.state_shape(m) for m, _ in found.values()}, family.arch, arguments)
     replacements = {name: _with_accelerate_hook(family.replacement(m, site), m) for name, (m, _) in found.items()}
     kinds: dict[type, SelfCheck] = {}
     for name, (m, _) in sorted(found.items(), key=lambda item: item[1][0].layer_idx) if check else ():
@@ -74,7 +79,7 @@ def _swap(model: nn.Module, found: dict[str, tuple[nn.Module, Family]], check: b
         _replace(model, name, replacement)
     place.decoder.register_forward_pre_hook(BindStates(site), with_kwargs=True)
     for module in _initialisers(model, first):
-        module._init_weights = InitialiseOriginals(module)
+        module.__dict__["_init_weights"] = InitialiseOriginals(module)
     try:
         checks += [result for kind in kinds.values() for result in kind.through_decoder()]
     except BaseException:
@@ -93,7 +98,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     return swapped_site(model, "swap_report").report
 
 
-def restore_modules(model: nn.Module) -> nn.Module:
+def restore_modules(model: _Module) -> _Module:
     """Put the original mixers back, with the parameters as they are now. In place; gives `model`.
 
     Attached states have no effect afterwards. A model that is not swapped is left as it is.
@@ -164,7 +169,7 @@ def base_model(model: nn.Module) -> dict[str, str | None]:
     return {"name": getattr(model, "name_or_path", None) or None, "weights": digest.hexdigest()[:16]}
 
 
-def _check(model: nn.Module, found: dict) -> None:
+def _check(model: nn.Module, found: _Found) -> None:
     layers = [mixer.layer_idx for mixer, _ in found.values()]
     if len(set(layers)) != len(layers):
         raise ValueError(
@@ -190,7 +195,8 @@ def _place(model: nn.Module, mixer_name: str) -> Place:
         return Place(model, [], [], model.get_submodule(".".join(path)), attribute)
     decoder = model.get_submodule(".".join(path[:depth]))
     way = [model.get_submodule(".".join(path[:end])) for end in range(depth + 2, len(path) + 1)]
-    return Place(decoder, list(decoder.layers)[: int(path[depth + 1]) + 1], way, way[-1], attribute)
+    layers: Any = decoder.layers
+    return Place(decoder, list(layers)[: int(path[depth + 1]) + 1], way, way[-1], attribute)
 
 
 def _initialisers(model: nn.Module, mixer_name: str) -> list[nn.Module]:
@@ -203,7 +209,7 @@ class InitialiseOriginals:
     """`_init_weights` of a swapped model. transformers initialises by the class of a mixer, so it is shown the
     original, whose parameters are the same."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
 
     def __call__(self, module: nn.Module) -> None:
@@ -216,7 +222,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _with_accelerate_hook(replacement: nn.Module, original: nn.Module) -> nn.Module:
+def _with_accelerate_hook(replacement: _Module, original: nn.Module) -> _Module:
     """A model spread over devices moves a mixer's own parameters by a hook on it, which has to come along."""
     hook = getattr(original, "_hf_hook", None)
     if hook is not None:

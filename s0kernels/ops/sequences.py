@@ -46,6 +46,7 @@ def check_values(
     if cu_seqlens is not None and _reads_values(cu_seqlens):
         read_boundaries(cu_seqlens, length)
     if state_indices is not None and _reads_values(state_indices):
+        assert bank is not None  # which validation has seen to
         rows, size = state_indices.tolist(), bank.shape[0]
         if any(row < -1 or row >= size for row in rows):
             raise ValueError(

@@ -80,7 +80,7 @@ def find_tasks(folder: Path) -> dict[str | None, Path]:
 
 
 def read_directory(
-    path: str | os.PathLike, default_arch: str | None = None
+    path: str | os.PathLike[str], default_arch: str | None = None
 ) -> tuple[dict[int, Tensor], dict, dict | None]:
     """(state by layer, meta, config or None) of a directory of learned states, checked for consistency. They are of one
     save, also where another process saves meanwhile.

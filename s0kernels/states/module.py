@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from s0kernels.messages import some
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
 from s0kernels.modules.injection import Attachment, Site, all_sites
-from s0kernels.modules.swap import base_model, find_site, layer_devices, swap_modules, swapped_site
+from s0kernels.modules.swap import base_model, layer_devices, swap_modules, swapped_site
 from s0kernels.states import files
 from s0kernels.versions import installed
 
 #: which task rows start from: one index or name for all of them, or one each
 Tasks = int | str | Sequence[int | str] | Tensor | None
+_Key = TypeVar("_Key")
 
 
 class S0States(nn.Module):
@@ -131,7 +133,7 @@ class S0States(nn.Module):
         for other in parts:
             parts[0]._check_alike(other, "S0States.stack")
         if names is None and all(part.names is not None for part in parts):
-            names = [name for part in parts for name in part.names]
+            names = [name for part in parts for name in part.names or ()]
         together = {
             layer: torch.cat([part[layer].detach().to(parts[0][layer].device) for part in parts]) for layer in parts[0]
         }
@@ -205,7 +207,7 @@ class S0States(nn.Module):
         A copy of a model (deepcopy, pickle) is attached to a copy of its states; this finds them.
         """
         current = swapped_site(model, "S0States.attached_to").current()
-        return None if current is None else current.owner
+        return current.owner if current is not None and isinstance(current.owner, S0States) else None
 
     def attach(self, model: nn.Module, scale: float = 1.0, tasks: Tasks = None) -> None:
         """Make the swapped `model` start from these states, in every thread, until `detach`.
@@ -235,12 +237,12 @@ class S0States(nn.Module):
         with site.override(self._attachment(site, scale, tasks)):
             yield self
 
-    def _attachment(self, site: Site, scale: float, tasks) -> Attachment:
+    def _attachment(self, site: Site, scale: float, tasks: Tasks) -> Attachment:
         _check_number(scale, "S0States: scale")
         self.check_fits(site)
         return Attachment(self, {layer: self[layer] for layer in self}, float(scale), self._check_tasks(tasks))
 
-    def _check_tasks(self, tasks) -> int | Tensor:
+    def _check_tasks(self, tasks: Tasks) -> int | Tensor:
         if tasks is None:
             return 0
         if isinstance(tasks, str):
@@ -282,7 +284,7 @@ class S0States(nn.Module):
                 )
 
     def _number(self, name: str) -> int:
-        if name not in (self.names or ()):
+        if self.names is None or name not in self.names:
             have = "they have no names" if self.names is None else f"the names are {some(self.names)}"
             raise ValueError(f"S0States: tasks: none of them is called {name!r}; {have}")
         return self.names.index(name)
@@ -305,7 +307,7 @@ class S0States(nn.Module):
 
     # Files
 
-    def save(self, path: str | os.PathLike, *, task: int | str = 0, config: S0Config | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], *, task: int | str = 0, config: S0Config | None = None) -> None:
         """Write one task to the directory `path`, in the layout of the `s0-tuning` package 0.1.2.
 
         Files: `states.safetensors` with one tensor [*state] per layer, named by the layer's index; `config.json` with
@@ -333,7 +335,7 @@ class S0States(nn.Module):
         files.write_directory(Path(path), tensors, meta, config.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> "S0States":
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "S0States":
         """Read a directory written by `save` or by `s0-tuning`, as one task.
 
         With a swapped `model` the states are checked against it and put on its layers' devices; a file for another
@@ -348,25 +350,27 @@ class S0States(nn.Module):
 
     @classmethod
     def load_with_config(
-        cls, path: str | os.PathLike, model: nn.Module | None = None
-    ) -> tuple["S0States", dict | None]:
+        cls, path: str | os.PathLike[str], model: nn.Module | None = None
+    ) -> tuple["S0States", dict[str, Any] | None]:
         """`load`, and the config beside the states, if there is one."""
         return cls.load_many({None: path}, model)[None]
 
     @classmethod
     def load_many(
-        cls, paths: Mapping[str | None, str | os.PathLike], model: nn.Module | None = None
-    ) -> dict[str | None, tuple["S0States", dict | None]]:
+        cls, paths: Mapping[_Key, str | os.PathLike[str]], model: nn.Module | None = None
+    ) -> dict[_Key, tuple["S0States", dict[str, Any] | None]]:
         """`load_with_config` of several directories, by the same keys; the model is looked at once."""
-        site = None if model is None else swapped_site(model, "S0States.load")
-        base, devices = (None, {}) if site is None else (base_model(model), layer_devices(model))
+        target = None
+        if model is not None:
+            target = swapped_site(model, "S0States.load"), base_model(model), layer_devices(model)
         found = {}
         for key, path in paths.items():
-            tensors, meta, config = files.read_directory(path, None if site is None else site.arch)
+            tensors, meta, config = files.read_directory(path, None if target is None else target[0].arch)
             origin = meta.get("base_model")
             origin = origin if isinstance(origin, dict) else None
             states = cls({layer: tensor[None] for layer, tensor in tensors.items()}, meta["arch"], origin)
-            if site is not None:
+            if target is not None:
+                site, base, devices = target
                 states.check_fits(site)
                 states._compare_base(base, path)
                 with torch.inference_mode(False):
@@ -375,7 +379,7 @@ class S0States(nn.Module):
             found[key] = states, config
         return found
 
-    def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike) -> None:
+    def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike[str]) -> None:
         origin = self.base_model or {}
         if origin.get("weights") and model["weights"] and origin["weights"] != model["weights"]:
             warnings.warn(
@@ -394,7 +398,7 @@ def states_size(model_name: str, tasks: int = 1) -> int:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_name))
-        shapes = find_site(swap_modules(model)).shapes.values()
+        shapes = swapped_site(swap_modules(model), "states_size").shapes.values()
     except Exception:
         return 0
     return tasks * sum(4 * math.prod(shape) for shape in shapes)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def make_batches(
     return [PackedBatch(group, device) if packed else PaddedBatch(group, device, pad) for group in groups]
 
 
-def _decide(packed: bool | None, model: nn.Module) -> bool:
+def _decide(packed: bool | None, model: Any) -> bool:
     if packed is not None and not isinstance(packed, bool):
         raise TypeError(f"S0Trainer: packed must be True, False or None, got {packed!r}")
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import save
@@ -47,7 +47,7 @@ def _learning(states: S0States) -> list[int]:
 class Checkpoint:
     """The states, the moments of Adam and the history of a run in one safetensors file, replaced whole."""
 
-    def __init__(self, file: str | os.PathLike, run: Mapping[str, Any]):
+    def __init__(self, file: str | os.PathLike[str], run: Mapping[str, Any]):
         if not isinstance(file, (str, os.PathLike)):
             raise TypeError(f"S0Trainer: checkpoint must be a path, got {type(file).__name__}")
         self._file, self._run = Path(file), dict(run)
@@ -75,7 +75,9 @@ class Checkpoint:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         replace_file(self._file, save(tensors, metadata={"s0_run": content}))
 
-    def read(self, states: S0States, optimizer: torch.optim.Adam) -> tuple[list[dict], bool, dict | None]:
+    def read(
+        self, states: S0States, optimizer: torch.optim.Adam
+    ) -> tuple[list[dict[str, Any]], bool, dict[str, Any] | None]:
         """Fill both in and return the history, whether the run has ended, and the sizes of its forwards, if it has any;
         an empty history if there is no file yet.
 
@@ -100,13 +102,12 @@ class Checkpoint:
             for layer in _learning(states):
                 parameter = states[layer]
                 found = [tensors.get(f"{layer}.{name}") for name in ("state", *_MOMENTS)]
-                for tensor in found:
-                    alike = tensor is not None and (tensor.shape, tensor.dtype) == (parameter.shape, parameter.dtype)
-                    if not alike or not tensor.isfinite().all():
-                        raise ValueError(f"{self._file} does not hold what layer {layer} needs")
-                parameter.copy_(found[0])
+                fitting = [tensor for tensor in found if tensor is not None and _fits(tensor, parameter)]
+                if len(fitting) != len(found):
+                    raise ValueError(f"{self._file} does not hold what layer {layer} needs")
+                parameter.copy_(fitting[0])
                 if history:
-                    moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, found[1:], strict=True)}
+                    moments = {name: t.to(parameter.device) for name, t in zip(_MOMENTS, fitting[1:], strict=True)}
                     optimizer.state[parameter] = {
                         "step": torch.tensor(len(history), dtype=torch.float32, device="cpu"),
                         **moments,
@@ -115,11 +116,16 @@ class Checkpoint:
         return history, content.get("ended") is True, sizes if _are_sizes(sizes) else None
 
 
+def _fits(tensor: Tensor, parameter: Tensor) -> bool:
+    alike = (tensor.shape, tensor.dtype) == (parameter.shape, parameter.dtype)
+    return alike and bool(tensor.isfinite().all())
+
+
 def _short(value: Any) -> str:
     return some(value) if isinstance(value, list) else str(value)
 
 
-def _is_history(value: Any) -> bool:
+def _is_history(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     """An entry for every step, in order, with a loss."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and entry.get("step") == number and isinstance(entry.get("loss"), (int, float))
@@ -127,7 +133,7 @@ def _is_history(value: Any) -> bool:
     )
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[dict[str, Any]]:
     """Files of earlier versions have none."""
     return (
         isinstance(value, dict)

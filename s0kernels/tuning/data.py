@@ -5,11 +5,16 @@ import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s0kernels.messages import some
 from s0kernels.states import files
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: what `read_examples` reads: a file of JSON lines, or examples
+Examples = str | os.PathLike[str] | Iterable[tuple[str, int] | list[str | int] | Mapping[str, Any]]
 #: keys that make a mapping an example
 _RECORDS = ({"messages"}, {"prompt", "completion"}, {"text", "prompt_length"})
 
@@ -22,7 +27,9 @@ class Example(NamedTuple):
     task: int = 0
 
 
-def read_tasks(data: Any, tokenizer: Any, max_length: int) -> tuple[list[str] | None, list[Example]]:
+def read_tasks(
+    data: Any, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> tuple[list[str] | None, list[Example]]:
     """(names, examples): a mapping holds the data of several tasks by name, anything else that of one without a name.
 
     Raises:
@@ -52,7 +59,9 @@ def check_names(names: Iterable) -> None:
             raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
 
 
-def read_examples(data: Any, tokenizer: Any, max_length: int, task: int = 0, name: str = "data") -> list[Example]:
+def read_examples(
+    data: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int, task: int = 0, name: str = "data"
+) -> list[Example]:
     """Tokenized examples, cut at `max_length`. `data` is a file of JSON lines, or yields one of these per example:
 
     - `(text, prompt_length)`: a text, and the number of its first tokens that are the prompt; as a mapping
@@ -126,7 +135,7 @@ def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -
                 f"it has {sorted(map(str, keys))}"
             )
     elif isinstance(record, (tuple, list)) and len(record) == 2:
-        ids, length = _pair(*record, where, tokenizer)
+        ids, length = _pair(record[0], record[1], where, tokenizer)
     else:
         size = f" of {len(record)}" if isinstance(record, (tuple, list)) else ""
         raise TypeError(f"{where} must be a pair (text, prompt_length) or a mapping, got {type(record).__name__}{size}")

@@ -28,13 +28,16 @@ class Asked(NamedTuple):
     memory: int | None
 
     @property
-    def exact(self) -> bool:
-        """Whether there is nothing to find out."""
-        return self.tokens is not None and self.memory is None
+    def sizes(self) -> Sizes | None:
+        """Where there is nothing to find out."""
+        return None if self.tokens is None or self.memory is not None else Sizes(self.tokens)
 
 
 class Forwards:
     """Examples through a frozen model, from states that are attached at `scale`, for losses and gradients of S0."""
+
+    #: how a step is cut, as soon as `cut` has decided
+    sizes: Sizes
 
     def __init__(self, model: nn.Module, states: S0States, examples: Sequence[Example], make: Make, scale: float):
         self._model, self._states, self._make, self._scale = model, states, make, scale
@@ -47,8 +50,6 @@ class Forwards:
         self._batches: list[Batch] = []
         self._cut_for: int | None = None
         self._told = False
-        #: how a step is cut; None before `cut`, or what an interrupted run had
-        self.sizes: Sizes | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -64,7 +65,7 @@ class Forwards:
         with self._attached(batch), self._layers.recomputed():
             return batch.losses(self._model, self._states.tasks, self._head)
 
-    def each(self, work: Callable[[Batch], None], *, share: bool) -> dict[str, Any]:
+    def each(self, work: Callable[[Batch], object], *, share: bool) -> dict[str, Any]:
         """`work(batch)` for every batch, or for this process's share of them. A batch that memory does not suffice for
         is cut in half, and so are all that come later. Gives what the history is to say about that."""
         place = self._processes
@@ -107,15 +108,20 @@ class Forwards:
     # Sizes
 
     @contextlib.contextmanager
-    def cut(self, asked: Asked, tell: Callable[[str], None] | None, steps: int) -> Iterator[dict[str, Any]]:
-        """Decide on the size of a forward, unless `sizes` says it, and tell what is to be expected of `steps` steps.
-        Gives what the history is to say about it. Layers are as they were afterwards."""
+    def cut(
+        self, asked: Asked, before: Sizes | None, tell: Callable[[str], None] | None, steps: int
+    ) -> Iterator[dict[str, Any]]:
+        """Decide on the size of a forward, unless it was decided `before`, and tell what is to be expected of `steps`
+        steps. Gives what the history is to say about it. Layers are as they were afterwards."""
         try:
-            choice = self._choose(asked) if tell or (self.sizes is None and not asked.exact) else None
-            note = {}
-            if self.sizes is None:
-                self.sizes = Sizes(asked.tokens) if asked.exact else choice.sizes
-                note = {} if asked.exact else self.note()
+            given = before or asked.sizes
+            if given is None:
+                choice = self._choose(asked)
+                self.sizes = choice.sizes
+                note = self.note()
+            else:
+                choice = self._foreseen(given) if tell else None
+                self.sizes, note = given, {}
             self._agree()
             if tell:
                 tell(self._expected(choice, memory.allowed(self._longest.device, asked.memory), steps))
@@ -123,21 +129,24 @@ class Forwards:
         finally:
             self._layers.checkpoint(False)
 
-    def _choose(self, asked: Asked) -> Choice | None:
-        given = self.sizes or (Sizes(asked.tokens) if asked.exact else None)
-        cut = lambda tokens: self._make(self._examples, tokens)  # noqa: E731
-        if given is not None:
-            needs = self._measured(given.checkpointed)
-            return None if needs is None else memory.expected(needs, given, cut)
+    def _cut_into(self, tokens: int) -> list[Batch]:
+        return self._make(self._examples, tokens)
+
+    def _foreseen(self, sizes: Sizes) -> Choice | None:
+        """What these sizes take; None: it could not be measured."""
+        needs = self._measured(sizes.checkpointed)
+        return None if needs is None else memory.expected(needs, sizes, self._cut_into)
+
+    def _choose(self, asked: Asked) -> Choice:
         device = self._longest.device
         most = asked.tokens or memory.most_tokens(self._model, device)
         timed = None if device.type == "cpu" or asked.tokens is not None else self._timed
-        choice = memory.choose(self._measured, cut, memory.allowed(device, asked.memory), most, timed)
-        too_much = choice is not None and asked.memory is not None and not choice.fits
-        if self._processes.any(too_much):
+        choice = memory.choose(self._measured, self._cut_into, memory.allowed(device, asked.memory), most, timed)
+        if asked.memory is not None and self._processes.any(choice is not None and not choice.fits):
+            peak = None if choice is None else choice.peak  # not known here where another process found it
             raise ValueError(
                 f"S0Trainer.train: max_memory is {memory.in_words(asked.memory)}, and the longest example "
-                f"({self._longest.tokens} tokens) takes {memory.in_words(choice.peak)}"
+                f"({self._longest.tokens} tokens) takes {'more' if peak is None else memory.in_words(peak)}"
             )
         return choice or Choice(Sizes(1, self._layers.can), None, None, False)
 
@@ -164,13 +173,17 @@ class Forwards:
     def _timed(self, sizes: Sizes) -> float:
         """Seconds a token of the largest forward."""
         self._layers.checkpoint(sizes.checkpointed)
-        batch = max(self._make(self._examples, sizes.tokens), key=lambda batch: batch.tokens)
+        batch = max(self._cut_into(sizes.tokens), key=lambda batch: batch.tokens)
+
+        def seconds() -> float:
+            began = time.perf_counter()
+            self.losses(batch).sum().backward()
+            torch.accelerator.synchronize()
+            return time.perf_counter() - began
+
         try:
-            for _ in range(2):  # kernels are compiled the first time
-                began = time.perf_counter()
-                self.losses(batch).sum().backward()
-                torch.accelerator.synchronize()
-            return (time.perf_counter() - began) / batch.tokens
+            seconds()  # kernels are compiled the first time
+            return seconds() / batch.tokens
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -187,7 +200,7 @@ class Forwards:
 
     def _cut_again(self) -> None:
         if self._cut_for != self.sizes.tokens:
-            self._batches = self._make(self._examples, self.sizes.tokens)
+            self._batches = self._cut_into(self.sizes.tokens)
             self._cut_for = self.sizes.tokens
 
     def _expected(self, choice: Choice | None, limit: int | None, steps: int) -> str:
@@ -196,7 +209,7 @@ class Forwards:
             f"step of up to {max(batch.tokens for batch in self._batches)} tokens"
             f"{' with layers checkpointed' if self.sizes.checkpointed else ''}"
         )
-        if choice is None or choice.peak is None:
+        if choice is None or choice.peak is None or choice.seconds is None:
             return text
         peak = memory.in_words(choice.peak)
         of = "" if limit is None else f" (allowed: {memory.in_words(limit)})"

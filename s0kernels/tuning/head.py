@@ -9,8 +9,10 @@ where every token has a weight of its own. Like cut-cross-entropy and liger-kern
 takes a matrix of weights, while a head here may be a module of any kind, with a factor behind it.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +32,33 @@ class Head:
     agree; where they do not, `read` gives the model's own logits, and everything else works on those.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor):
+    def __init__(self, model: Any, ids: Tensor):
         self._model = model
         config = model.config.get_text_config()
         self._vocabulary = config.vocab_size
         self._after = _arithmetic(config)
+        #: the module that may be it, and the one that is
         self._module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self.known = self._module is not None and self._agrees(ids[:, :8])
+        self._known = self._module if self._module is not None and self._agrees(self._module, ids[:, :8]) else None
+
+    @property
+    def known(self) -> bool:
+        return self._known is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, vocabulary] of what `read` gives, as a matrix [tokens, ...]."""
-        return self._after(self._module(hidden)) if self.known else hidden
+        return hidden if self._known is None else self._after(self._known(hidden))
 
     def read(self, **inputs) -> Tensor:
         """[B, T, hidden]: what a forward of the model hands to its head; its logits [B, T, vocabulary] where the head
         is not known."""
-        if not self.known:
+        if self._known is None:
             with _Tap(self._module, Tensor.contiguous):
                 return self._model(**inputs, use_cache=False).logits
-        few = 0 if type(self._module) is nn.Linear else 1  # others may not take a matrix without rows
-        with _Tap(self._module, lambda hidden: hidden[:1, :few]) as tap:
+        few = 0 if type(self._known) is nn.Linear else 1  # others may not take a matrix without rows
+        with _Tap(self._known, lambda hidden: hidden[:1, :few]) as tap:
             self._model(**inputs, use_cache=False)
+        assert tap.taken is not None  # a head is known where the model calls it
         return tap.taken
 
     @property
@@ -60,18 +68,18 @@ class Head:
         return 1 << (rows.bit_length() - 1)
 
     @torch.no_grad()
-    def _agrees(self, ids: Tensor) -> bool:
+    def _agrees(self, module: nn.Module, ids: Tensor) -> bool:
         """From hidden states as they are and from larger ones, for a soft cap to show."""
 
         def probe(hidden: Tensor) -> Tensor:
             return torch.cat([hidden[:1, -2:] * size for size in (1, 8, 64)], 1).contiguous()
 
         site = find_site(self._model)
-        with _Tap(self._module, probe) as tap, site.override(None):
+        with _Tap(module, probe) as tap, contextlib.nullcontext() if site is None else site.override(None):
             theirs = self._model(input_ids=ids, use_cache=False).logits
         if tap.taken is None:  # the model reads the head's weight and does not call it
             return False
-        ours = self._after(self._module(probe(tap.taken)[0])).to(theirs.device)
+        ours = self._after(module(probe(tap.taken)[0])).to(theirs.device)
         if ours.shape != theirs.shape[1:] or ours.dtype != theirs.dtype or not theirs.any():
             return False
         allowed = 16 * torch.finfo(theirs.dtype).eps * theirs[0].abs().amax(1, keepdim=True)
@@ -130,25 +138,24 @@ def cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), head.chunk):
             rows = slice(start, start + head.chunk)
-            with torch.set_grad_enabled(wanted):
-                part = hidden[rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(gradient is not None):
+                part = hidden[rows].detach().requires_grad_(gradient is not None)
                 logits = head.logits(part)
             if not logits.requires_grad:  # something in the head cuts it: whoever wants the gradient will miss it
-                wanted, gradient = False, None
-            losses[rows], slope = _losses(logits.detach(), targets[rows].to(logits.device), wanted)
-            if wanted:
+                gradient = None
+            losses[rows], slope = _losses(logits.detach(), targets[rows].to(logits.device), gradient is not None)
+            if gradient is not None:
                 gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx, *grads: Tensor) -> tuple:
+        (gradient,), (grad,) = ctx.saved_tensors, grads
         return None if gradient is None else (gradient * grad[:, None]).to(gradient.dtype), None, None
 
 
@@ -163,7 +170,7 @@ def _losses(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tens
         kept = torch.log_softmax(logits[rows], 1, dtype=torch.float32)
         place = targets[rows, None]
         losses.append(-kept.gather(1, place)[:, 0])
-        if wanted:
+        if slope is not None:
             kept = kept.exp_()
             kept.scatter_add_(1, place, kept.new_full(place.shape, -1.0))
             slope[rows] = kept

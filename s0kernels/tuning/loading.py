@@ -18,7 +18,7 @@ _MODELS = ("config.json", "adapter_config.json", "params.json")
 _PATIENCE = 10
 
 
-def find_model(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
+def find_model(name: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` is to be told besides `options`, its own keywords: where the hub cannot be reached, and
     the model has been loaded before, to look for nothing newer.
 
@@ -33,7 +33,9 @@ def find_model(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str,
     return extra
 
 
-def _check_path(model_name: str | os.PathLike, subfolder: str = "", gguf_file: str | None = None, **_: Any) -> None:
+def _check_path(
+    model_name: str | os.PathLike[str], subfolder: str = "", gguf_file: str | None = None, **_: Any
+) -> None:
     """Refuse a path that holds no model. A name that is no path here may be one on the hub.
 
     Raises:
@@ -101,7 +103,7 @@ def _ask_hub(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _check_family(name: str | os.PathLike, options: Mapping[str, Any]) -> None:
+def _check_family(name: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
     """By the model without its weights."""
     if options.get("gguf_file") is not None:
         return

@@ -41,6 +41,8 @@ class Learner:
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = Processes()
         self._forwards = Forwards(model, states, examples, make, scale)
+        #: how a run that goes on cut its steps
+        self._resumed: Sizes | None = None
         self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
 
@@ -53,7 +55,7 @@ class Learner:
                 f"S0Trainer.train: the checkpoint holds {len(history)} steps, and n_steps is {self._config.n_steps}"
             )
         if history and sizes is not None and sizes["asked"] == list(asked):
-            self._forwards.sizes = Sizes(sizes["tokens"], sizes["checkpointed"])
+            self._resumed = Sizes(sizes["tokens"], sizes["checkpointed"])
         return history, ended
 
     def compare(self, *settings: Any) -> None:
@@ -76,7 +78,10 @@ class Learner:
         states as they are if there is none."""
         steps = self._config.n_steps
         tell = _say if progress and self._processes.is_main else None
-        with self._forwards.cut(asked, tell, steps - len(history)) as note, self._bar(history, tell) as bar:
+        with (
+            self._forwards.cut(asked, self._resumed, tell, steps - len(history)) as note,
+            self._bar(history, tell) as bar,
+        ):
             if steps == 0:
                 return self._loss()
             ended = False
@@ -120,16 +125,20 @@ class Learner:
             losses.add_(found.detach().cpu())
             rows = slice(None) if len(self._counts) == 1 else sorted(set(batch.tasks))  # of a bank, few
             for total, parameter in zip(sums, parameters, strict=True):
-                total[rows] += parameter.grad[rows]
+                gradient = parameter.grad
+                assert gradient is not None  # which `check_gradients` has seen to
+                total[rows] += gradient[rows]
                 parameter.grad = None
 
         note = self._forwards.each(add, share=True)
         losses = self._processes.sum(losses) / self._counts
         if not losses.isfinite().all():
             raise RuntimeError(f"S0Trainer.train: the loss is {float(losses.mean())} at step {number}")
+        gradients = []
         for total, parameter in zip(sums, parameters, strict=True):
-            parameter.grad = (self._processes.sum(total) + 2 * config.l2_lambda * parameter.detach()).float()
-        norms = self._clip(parameters)
+            gradients.append((self._processes.sum(total) + 2 * config.l2_lambda * parameter.detach()).float())
+            parameter.grad = gradients[-1]
+        norms = self._clip(gradients)
         if not norms.isfinite().all():
             raise RuntimeError(f"S0Trainer.train: the gradient is not finite at step {number}")
         self._optimizer.step()
@@ -147,12 +156,14 @@ class Learner:
         self._forwards.each(lambda batch: losses.add_(self._forwards.losses(batch).cpu()), share=False)
         return float((losses / self._counts).mean())
 
-    def _clip(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Scale each task's gradient down to the norm allowed; the norms before that, [tasks]."""
-        squares = sum(parameter.grad.double().flatten(1).square().sum(1).cpu() for parameter in parameters)
+    def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Scale each task's gradient down to the norm allowed, in place; the norms before that, [tasks]."""
+        squares = torch.zeros_like(self._counts)
+        for gradient in gradients:
+            squares += gradient.double().flatten(1).square().sum(1).cpu()
         factors = (self._config.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for parameter in parameters:
-            parameter.grad *= factors.to(parameter.grad)[:, None, None, None]
+        for gradient in gradients:
+            gradient *= factors.to(gradient)[:, None, None, None]
         return squares.sqrt()
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -174,7 +174,7 @@ def allowed(device: torch.device, memory: int | None) -> int | None:
     return int(there * _SHARE[device.type]) if memory is None and there is not None else there
 
 
-def most_tokens(model: nn.Module, device: torch.device) -> int:
+def most_tokens(model: Any, device: torch.device) -> int:
     """Of a forward, beyond which it gets no faster by the token: a power of two."""
     if device.type != "cpu":
         return _MOST["cuda"]
@@ -228,6 +228,7 @@ def choose(
     if plain is None or again is None:
         return plain if again is None else again
     if plain.fits:  # both do
+        assert timed is not None  # else it would be the plain one
         return again if 1.1 * timed(again.sizes) < timed(plain.sizes) else plain
     return again
 
@@ -251,7 +252,9 @@ def halved(sizes: Sizes, batch: Batch, make: Make, can_checkpoint: bool) -> Size
     return sizes._replace(checkpointed=True) if can_checkpoint and not sizes.checkpointed else None
 
 
-def for_each(batches: Sequence[Batch], work: Callable[[Batch], None], less: Callable[[Batch], Callable | None]) -> None:
+def for_each(
+    batches: Sequence[Batch], work: Callable[[Batch], object], less: Callable[[Batch], Callable | None]
+) -> None:
     """`work(batch)` for every batch. Where memory runs out in one, `less(batch)` says how what is left is to be cut, or
     None: then the error goes on."""
     waiting = list(reversed(batches))

@@ -2,9 +2,13 @@
 
 import atexit
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class Processes:
@@ -20,7 +24,8 @@ class Processes:
             return value
         from accelerate.utils import reduce
 
-        return reduce(value.to(self._state.device), reduction="sum").to(value.device)
+        total = reduce(value.to(self._state.device), reduction="sum")
+        return total.to(value.device)  # pyright: ignore[reportAttributeAccessIssue] (of a tensor it is one)
 
     def any(self, value: bool) -> bool:
         return bool(self.sum(torch.tensor(float(value))) > 0)
@@ -31,7 +36,8 @@ class Processes:
             return values
         from accelerate.utils import gather
 
-        return gather(torch.tensor([values], device=self._state.device)).amin(0).tolist()
+        all_values = gather(torch.tensor([values], device=self._state.device))
+        return all_values.amin(0).tolist()  # pyright: ignore[reportAttributeAccessIssue] (likewise)
 
     def alike(self, value: object) -> bool:
         """Whether all have the same."""
@@ -42,7 +48,7 @@ class Processes:
         return all(other == value for other in gather_object([value]))
 
 
-def processes():
+def processes() -> "PartialState":
     """As accelerate knows them: its `PartialState`."""
     from accelerate import PartialState
 

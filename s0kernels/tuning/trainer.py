@@ -5,10 +5,10 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ from s0kernels.modules.swap import find_site, layer_devices, swap_modules
 from s0kernels.states import S0States, files
 from s0kernels.tuning.batches import Batch, make_batches
 from s0kernels.tuning.checkpoint import Checkpoint, describe_run
-from s0kernels.tuning.data import Example, check_names, encode, read_tasks
+from s0kernels.tuning.data import Example, Examples, check_names, encode, read_tasks
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.loading import find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
 from s0kernels.tuning.memory import Make, Sizes, for_each, halved, most_tokens
 from s0kernels.tuning.processes import processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class S0Trainer:
@@ -40,13 +43,15 @@ class S0Trainer:
     each trains on a share of the batches and all end with the same states.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: S0Config | None = None):
+    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: S0Config | None = None):
         self.model = swap_modules(model)
         self.tokenizer = tokenizer
         if config is not None and not isinstance(config, S0Config):
             raise TypeError(f"S0Trainer: config must be an S0Config, got {type(config).__name__}")
         self.config = S0Config() if config is None else config
-        self._arch = find_site(self.model).arch
+        site = find_site(self.model)
+        assert site is not None  # it has just been swapped
+        self._arch = site.arch
         #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping); with several
         #: tasks also losses and grad_norms by task, of which loss is the mean
         self.history: list[dict[str, Any]] = []
@@ -107,13 +112,13 @@ class S0Trainer:
 
     def train(
         self,
-        data: Any,
+        data: Examples | Mapping[str, Examples],
         *,
         tokens_per_batch: int | None = None,
         max_memory: int | None = None,
         packed: bool | None = None,
         callbacks: Sequence[Callback] = (),
-        checkpoint: str | os.PathLike | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
         progress: bool = True,
         scale: float = 1.0,
@@ -193,7 +198,7 @@ class S0Trainer:
         return {"final_loss": final_loss, "avg_state_norm": float(norms.mean())}
 
     @contextlib.contextmanager
-    def _in_training(self, states: S0States, history: list[dict]):
+    def _in_training(self, states: S0States, history: list[dict[str, Any]]) -> Iterator[None]:
         """`states` and `history` are the trainer's from here on, unless training them fails."""
         before = self._states, self.history
         was_active, selection = self.active, self._selection
@@ -215,7 +220,11 @@ class S0Trainer:
             raise RuntimeError(f"S0Trainer.{method} cannot be called while training, from a callback or another thread")
 
     def evaluate(
-        self, data: Any, *, tokens_per_batch: int | None = None, packed: bool | None = None
+        self,
+        data: Examples | Mapping[str, Examples],
+        *,
+        tokens_per_batch: int | None = None,
+        packed: bool | None = None,
     ) -> float | dict[str, float]:
         """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
 
@@ -228,19 +237,20 @@ class S0Trainer:
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
         site = find_site(self.model)
         current = None if site is None else site.current()
-        named = tasks is not None and current is not None and current.owner.names is not None
-        several = current is not None and (
-            isinstance(current.tasks, Tensor) or (self._training and current.owner.tasks > 1)
-        )
-        if several and not named:
+        states, scale = (current.owner, current.scale) if current is not None else (None, 1.0)
+        states = states if isinstance(states, S0States) else None
+        named = states if states is not None and states.names is not None and tasks is not None else None
+        several = current is not None and isinstance(current.tasks, Tensor)
+        several = several or (self._training and states is not None and states.tasks > 1)
+        if several and named is None:
             raise ValueError("S0Trainer.evaluate: data must be a mapping from names where several tasks are in use")
         sizes, head = Sizes(tokens), None
         losses = torch.zeros(len(tasks or [None]), dtype=torch.float64)
 
         def add(batch: Batch) -> None:
             nonlocal head
-            names = [tasks[task] for task in batch.tasks] if named else None
-            with current.owner.attached(self.model, current.scale, names) if named else contextlib.nullcontext():
+            names = [tasks[task] for task in batch.tasks] if tasks else None
+            with contextlib.nullcontext() if named is None else named.attached(self.model, scale, names):
                 head = batch.head(self.model) if head is None else head
                 losses.add_(batch.losses(self.model, len(losses), head).cpu())
 
@@ -284,7 +294,7 @@ class S0Trainer:
         """
         self._refuse_while_training("activate")
         selection = self._select(task, "activate")
-        states = self._usable()
+        states = self._usable("activate")
         states.attach(self.model, self.alpha, selection)
         if self._attached is not None and self._attached is not states:
             self.deactivate()
@@ -298,28 +308,34 @@ class S0Trainer:
             self._attached.requires_grad_(True)
             self._attached = None
 
-    def _usable(self) -> S0States:
+    def _learned(self, method: str) -> S0States:
+        if self._states is None:
+            raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
+        return self._states
+
+    def _usable(self, method: str) -> S0States:
         """The states as they are to be used, but for the scale."""
+        states = self._learned(method)
         if not self.config.normalize:
-            return self._states
-        norms = self._states.norms()
-        units = {layer: self._states[layer].detach() / _or_one(norms[layer])[:, None, None, None] for layer in norms}
-        return S0States(units, self._states.arch, self._states.base_model, self._states.names)
+            return states
+        norms = states.norms()
+        units = {layer: states[layer].detach() / _or_one(norms[layer])[:, None, None, None] for layer in norms}
+        return S0States(units, states.arch, states.base_model, states.names)
 
     def _select(self, task: str | Sequence[str] | None, method: str) -> str | list[str] | None:
         """`task`, checked against the states that there are."""
-        if self._states is None:
-            raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
+        states = self._learned(method)
         if task is None:
-            if self._states.tasks > 1:
-                raise ValueError(f"S0Trainer.{method}: task must name one of {some(self.tasks)}, or one for each row")
+            if states.tasks > 1:
+                have = some(states.names or ())
+                raise ValueError(f"S0Trainer.{method}: task must name one of {have}, or one for each row")
             return None
         names = [task] if isinstance(task, str) else task
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise TypeError(f"S0Trainer.{method}: task must be a name or a list of names, got {task!r}")
-        unknown = [name for name in names if name not in (self.tasks or ())]
+        unknown = [name for name in names if name not in (states.names or ())]
         if unknown:
-            have = "the one there is has no name" if self.tasks is None else f"they are {some(self.tasks)}"
+            have = "the one there is has no name" if states.names is None else f"they are {some(states.names)}"
             raise ValueError(f"S0Trainer.{method}: task: none is called {unknown[0]!r}; {have}")
         return task if isinstance(task, str) else list(names)
 
@@ -358,8 +374,9 @@ class S0Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if selection is not None:
-                stack.enter_context(self._usable().attached(self.model, self.alpha, selection))
-            out = self.model.generate(
+                stack.enter_context(self._usable("generate").attached(self.model, self.alpha, selection))
+            model: Any = self.model
+            out = model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max_new_tokens,
@@ -372,27 +389,26 @@ class S0Trainer:
 
     # Files
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write states and config to the directory `path`; of several tasks each to a directory in it that has its
         name, with their names in `tasks.json`. What was there before gives way as a whole. See `S0States.save`. Of
         several processes the first writes, and the others do not wait for it."""
-        if self._states is None:
-            raise RuntimeError("S0Trainer.save: there are no states; call train() or load() first")
+        states = self._learned("save")
         if not processes().is_main_process:
             return
         folder = Path(path)
-        names = self.tasks or [""]
+        names = states.names or [""]
         with ThreadPoolExecutor(min(len(names), 16)) as pool:  # they wait for the disk most of the time
             saved = [
-                pool.submit(self._states.save, folder / name, task=task, config=self.config)
+                pool.submit(states.save, folder / name, task=task, config=self.config)
                 for task, name in enumerate(names)
             ]
         errors = [error for each in saved if (error := each.exception()) is not None]
         if errors:  # the other tasks may have had more luck
             raise errors[0]
-        files.write_tasks(folder, self.tasks)
+        files.write_tasks(folder, states.names)
 
-    def load(self, path: str | os.PathLike | Mapping[str, str | os.PathLike]) -> None:
+    def load(self, path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> None:
         """Read states and config from a directory. Where states are active, the new ones take their place if they have
         the tasks that are active.
 
@@ -403,7 +419,8 @@ class S0Trainer:
         found = S0States.load_many(_folders(path), self.model)
         loaded = {name: states for name, (states, _) in found.items()}
         configs = {name: self.config if c is None else S0Config.from_dict(c) for name, (_, c) in found.items()}
-        states = loaded[None] if None in loaded else S0States.stack(loaded)
+        named = {name: states for name, states in loaded.items() if name is not None}
+        states = S0States.stack(named) if named else loaded[None]
         first, config = next(iter(configs.items()))
         for name, other in configs.items():
             if (other.alpha, other.normalize) != (config.alpha, config.normalize):
@@ -418,7 +435,7 @@ class S0Trainer:
             self._reactivate(selection)
 
 
-def _folders(path: str | os.PathLike | Mapping) -> dict[str | None, Path]:
+def _folders(path: str | os.PathLike[str] | Mapping) -> dict[str | None, Path]:
     """Directories of states by task; None is the name of a single one."""
     if isinstance(path, Mapping):
         if not path:

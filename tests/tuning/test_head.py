@@ -148,6 +148,10 @@ def test_the_head_of_every_family_is_known(name):
     assert Head(model, torch.tensor([EXAMPLES[0].ids])).known
 
 
+def test_the_head_of_a_model_that_is_not_swapped_is_known():
+    assert Head(MODELS["qwen"](), torch.tensor([EXAMPLES[0].ids])).known
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_those_of_torch_in_the_same_dtype(dtype):
     """Of losses and of the gradient of the hidden states, against fp64."""

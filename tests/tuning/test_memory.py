@@ -16,8 +16,9 @@ from s0kernels import S0States
 from s0kernels.tuning import memory
 from s0kernels.tuning.batches import make_batches
 from s0kernels.tuning.data import Example
-from s0kernels.tuning.forwards import Layers
+from s0kernels.tuning.forwards import Forwards, Layers
 from s0kernels.tuning.memory import Needs, Sizes, choose, halved, most_tokens
+from s0kernels.tuning.processes import Processes
 
 MIB = 2**20
 
@@ -245,6 +246,14 @@ def test_what_is_asked_for_is_checked():
     assert tuned.states is None
     assert not tuned.model.training
     assert all(parameter.requires_grad for parameter in tuned.model.parameters())
+
+
+def test_a_limit_that_another_process_cannot_keep_to(monkeypatch):
+    """This one could not measure what its own example takes."""
+    monkeypatch.setattr(Forwards, "_measured", lambda self, checkpointed: None)
+    monkeypatch.setattr(Processes, "any", lambda self, value: True)
+    with pytest.raises(ValueError, match=r"max_memory is 1 MiB, and the longest example \(\d+ tokens\) takes more$"):
+        train(trainer(), max_memory=2**20)
 
 
 def test_tokens_that_are_asked_for_keep_to_the_memory_that_is_allowed():

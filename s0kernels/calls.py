@@ -76,6 +76,13 @@ class Grads(NamedTuple):
     output: Tensor | None
     final_state: Tensor | None
 
+    def columns(self, axis: int) -> int:
+        """The last size of the output, which is that of a state at `axis`."""
+        if self.output is not None:
+            return self.output.shape[-1]
+        assert self.final_state is not None
+        return self.final_state.shape[axis]
+
 
 class Wanted(NamedTuple):
     """Names of the inputs, `initial_state` among them, whose gradients are asked for, and the shape of that state."""

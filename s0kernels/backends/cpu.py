@@ -88,8 +88,8 @@ def _index(state_indices: Tensor | None) -> Tensor | None:
     return None if state_indices is None else state_indices.to(torch.int64).contiguous()
 
 
-def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(dtype).contiguous()
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).contiguous()
 
 
 class _Scan(NamedTuple):
@@ -97,7 +97,7 @@ class _Scan(NamedTuple):
 
     q: Tensor
     k: Tensor
-    v: Tensor | None
+    v: Tensor  # or None: what the gradient of the state alone does not need
     decay: Tensor  # [B, T, heads] in the dtype of states, as weight
     weight: Tensor
     skip: Tensor | None
@@ -132,7 +132,8 @@ def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _
     """B is missing where the gradient of the state is all that is wanted, which does not need it."""
     C, B = inputs.C, inputs.C if inputs.B is None else inputs.B
     steps = process_dt(inputs, options).detach().contiguous()
-    of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, _contiguous(inputs.D, steps.dtype)
+    skip = None if inputs.D is None else _contiguous(inputs.D, steps.dtype)
+    of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, skip
     scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, C.shape[1]))
     return scan, _ScanOptions(False, False, 1.0, _chunk(options.chunk_size, False))
 
@@ -156,7 +157,7 @@ def gated_delta_rule_backward(
     grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
     names = {"q": "q", "k": "k", "v": "v", "decay": "g", "weight": "beta"}
-    asked = {name for name in names if names[name] in wanted.names} | wanted.names & {"initial_state"}
+    asked = frozenset(name for name in names if names[name] in wanted.names) | wanted.names & {"initial_state"}
     found = _backward(grads, *_delta(inputs, start, options), asked)
     found = {names.get(name, name): grad for name, grad in found.items() if name in asked}
     if "initial_state" in found:
@@ -164,10 +165,10 @@ def gated_delta_rule_backward(
     return found
 
 
-def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: set[str]) -> dict[str, Tensor]:
+def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: frozenset[str]) -> dict[str, Tensor]:
     """Gradients under the names of the shared recurrence, those of q and k summed over the heads of a group."""
     dtype, (batch, length, heads), (groups, K) = scan.decay.dtype, scan.decay.shape, scan.q.shape[2:]
-    V = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[3 if how.delta else 2]
+    V = grads.columns(3 if how.delta else 2)
     parts = -(-(heads // groups) // how.head_block)
     out: dict[str, Tensor | None] = dict.fromkeys(("initial_state", "q", "k", "v", "decay", "weight"))
     if "initial_state" in wanted:
@@ -182,10 +183,10 @@ def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: set[str]) ->
         out["v"] = torch.empty(batch, length, heads, V, dtype=dtype, device="cpu")
     q, k, v, *rest = scan
     torch.ops.s0kernels_cpu.scan_backward(*grads, q, k, v, V, *rest, *out.values(), *how)
-    for name in ("q", "k"):
-        if out[name] is not None:
-            out[name] = out[name].squeeze(3) if parts == 1 else out[name].sum(3)
-    return {name: grad for name, grad in out.items() if grad is not None}
+    found = {name: grad for name, grad in out.items() if grad is not None}
+    for name in found.keys() & {"q", "k"}:
+        found[name] = found[name].squeeze(3) if parts == 1 else found[name].sum(3)
+    return found
 
 
 def ssd_forward(
@@ -204,19 +205,17 @@ def ssd_backward(
     (scan, how), names, z = _ssd(inputs, start, options), wanted.names, inputs.z
     dtype, doutput = scan.decay.dtype, grads.output
     if doutput is None and names & {"z", "D"}:
-        doutput = inputs.C.new_zeros(*inputs.dt.shape, grads.final_state.shape[2])
+        doutput = inputs.C.new_zeros(*inputs.dt.shape, grads.columns(2))
     dy = doutput if z is None or doutput is None else doutput * torch.nn.functional.silu(z.to(dtype))
-    found: dict[str, Tensor] = {}
-    if "D" in names:
+    found: dict[str, Tensor | None] = {}
+    if "D" in names and dy is not None:
         found["D"] = (dy.to(dtype) * inputs.x).sum((0, 1, 3))
-    if "z" in names:
+    if "z" in names and z is not None and doutput is not None:
         y, _ = _forward(scan, how, dtype, False)
         found["z"] = doutput * y * silu_slope(z.to(dtype))
     asked = names & {"initial_state"} | ({"v"} if "x" in names else set())
     asked |= {"q", "k", "decay", "weight"} if names & {"B", "C", "dt", "dt_bias", "A"} else set()
-    if not asked:
-        return found
-    of_scan = _backward(Grads(dy, grads.final_state), scan, how, asked)
+    of_scan = _backward(Grads(dy, grads.final_state), scan, how, asked) if asked else {}
     if names & {"dt", "dt_bias", "A"}:
         decay = of_scan["decay"]
         ddt = dt_grad(inputs.A.to(dtype) * decay + of_scan["weight"], inputs, options)
@@ -224,7 +223,7 @@ def ssd_backward(
     found |= {"x": of_scan.get("v"), "C": of_scan.get("q"), "B": of_scan.get("k")}
     if "initial_state" in names:
         found["initial_state"] = reduce_state_grad(of_scan["initial_state"], wanted.state_shape, start.indices)
-    return {name: grad for name, grad in found.items() if name in names}
+    return {name: grad for name, grad in found.items() if grad is not None and name in names}
 
 
 def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
@@ -243,7 +242,7 @@ def _step(token: tuple, pool: Pool, kind: torch.dtype, how: tuple[bool, bool, fl
     (q, k, v, *gates), state = token, pool.state
     output = torch.empty(v.shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()
-    gates = [_contiguous(x, state.dtype) for x in gates]
+    gates = [None if x is None else _contiguous(x, state.dtype) for x in gates]
     torch.ops.s0kernels_cpu.scan_step(
         q[:, None], k[:, None], v[:, None], *gates, place, _index(pool.indices), output, *how
     )

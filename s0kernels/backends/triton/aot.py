@@ -136,9 +136,9 @@ def _width(launch: Launch) -> int:
 def _of_amd(assembly: str) -> tuple[int, int, int]:
     """(vector registers, bytes of scratch memory, instructions on matrices) from the metadata of an object."""
     registers, scratch = (
-        int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+        re.findall(rf"\.{name}:\s*(\d+)", assembly)[0] for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return registers, scratch, len(re.findall(r"\bv_mfma_", assembly))
+    return int(registers), int(scratch), len(re.findall(r"\bv_mfma_", assembly))
 
 
 def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
@@ -148,14 +148,14 @@ def _of_nvidia(cubin: bytes, ptx: str) -> tuple[int, int, int]:
         file.write(cubin)
         file.flush()
         done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)[0]
+    return int(registers), int(stack), len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
 
 
 def kernels() -> dict[str, triton.runtime.JITFunction]:
     """All that are launched, by name."""
-    package = importlib.import_module(__package__)
-    found = pkgutil.walk_packages(package.__path__, f"{__package__}.")
+    package = importlib.import_module("s0kernels.backends.triton")
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     modules = [importlib.import_module(module.name) for module in found]
     return {name: x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")}
 
@@ -180,6 +180,7 @@ def source_hash(kernel) -> str:
 
 def _without_comments(source: str) -> str:
     tree = ast.parse(textwrap.dedent(source))
-    if ast.get_docstring(function := tree.body[0]) is not None:
-        del function.body[0]
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and ast.get_docstring(function) is not None:
+            del function.body[0]
     return ast.unparse(tree)

@@ -180,7 +180,7 @@ def calls_of(sizes: DeltaSizes | SSDSizes, how: Given = EVERYTHING, backwards: t
         first = {name: _empty(sizes.B, *x.shape[2:], dtype=x.dtype) for name, x in of_tokens.items()}
         run_step(inputs._replace(**first), pool, options)
 
-    calls = {"forward": forward, "step": step}
+    calls: Calls = {"forward": forward, "step": step}
     wanted = [of for of in backwards or sizes.backwards if of != "state" or how.state is not None]
     return calls | {_BACKWARDS[of]: functools.partial(backward, of) for of in wanted}
 

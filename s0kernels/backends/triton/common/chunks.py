@@ -1,5 +1,8 @@
 """What kernels share: where sequences and their chunks lie, tiles, decays and triangular inverses of a chunk."""
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, power_of_two
 from s0kernels.backends.triton.common.targets import dot_precision
 from s0kernels.calls import Start
 
@@ -43,7 +46,7 @@ def cut(like: Tensor, start: Start, chunk_size: int) -> Chunks:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got no sequences")
     longest = 64 if size == 2 else 32
     BT = min(longest, power_of_two(chunk_size or longest))
-    count = B * triton.cdiv(T, BT) if start.cu_seqlens is None else T // BT + sequences
+    count = B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + sequences
     constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": dot_precision(size, like.device)}
     return Chunks(like, start, B, T, sequences, BT, count, constants)
 

@@ -66,12 +66,17 @@ def strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if x is None else x.stride()
 
 
+def cdiv(size: int, tile: int) -> int:
+    """Tiles that cover a size; Triton's own function is for kernels as well, and slower."""
+    return -(-size // tile)
+
+
 def power_of_two(size: int, least: int = 16) -> int:
     """Triton's own function takes a microsecond, and a call asks for ten of these."""
     return max(least, 1 << (size - 1).bit_length())
 
 
-def empty_grads(inputs: NamedTuple, names: frozenset[str] | set[str]) -> dict[str, Tensor]:
+def empty_grads(inputs: NamedTuple, names: frozenset[str]) -> dict[str, Tensor]:
     """Memory for the gradients of those inputs, contiguous."""
     wanted = {name: x for name, x in inputs._asdict().items() if name in names}
     return {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in wanted.items()}

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import launch
+from s0kernels.backends.triton.common.launch import cdiv, launch
 from s0kernels.backends.triton.common.tiles import Tiles
 
 
@@ -60,6 +60,6 @@ def reduce_state_grad(dh: Tensor, shape: tuple[int, ...], indices: Tensor | None
     rows = shape[0] if indices is not None else 1
     if rows and dh0.numel():
         size, block = dh0.numel() // rows, Tiles(1024, 4, 2)
-        tiles = triton.cdiv(size, block.tile)
+        tiles = cdiv(size, block.tile)
         launch(state_grad_kernel, tiles * rows, dh, indices, dh0, dh.shape[0], size, tiles, BD=block.tile, tiles=block)
     return dh0

@@ -9,6 +9,9 @@ From dO and the gradient dS' of the state at the end of a chunk, in a scan that 
 The gradients of the other inputs then need no scan: `input_grads`.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -180,8 +183,7 @@ def gated_delta_rule_backward(
     grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
     names = wanted.names
-    V = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[3]
-    call = Call.of(inputs, V, start, options)
+    call = Call.of(inputs, grads.columns(3), start, options)
     if grads.output is not None:
         grads = grads._replace(output=grads.output.to(inputs.q.dtype))
     of_chunks = names & OF_CHUNKS
@@ -192,8 +194,8 @@ def gated_delta_rule_backward(
     factors = prepare(call)
     scan(call, factors, grads, scanned, dh0)
     found = input_grads(call, factors.gates, grads.output, scanned, of_chunks) if of_chunks else {}
-    if "v" in names:
+    if "v" in names and scanned.dv is not None:
         found["v"] = scanned.dv
-    if "initial_state" in names:
+    if dh0 is not None:
         found["initial_state"] = reduce_state_grad(dh0, wanted.state_shape, start.indices)
     return found

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
-from s0kernels.backends.triton.common.launch import power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, power_of_two
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
@@ -58,7 +57,7 @@ class Call(NamedTuple):
         constants = {"H": H, "HV": HV, "K": K, "BK": BK, **chunks.constants}
         tiles = _tiles("scan", inputs.q, BK)
         BV = min(tiles.tile, power_of_two(V))
-        scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * triton.cdiv(V, BV))
+        scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * cdiv(V, BV))
         return cls(inputs, options, chunks, H, HV, K, V, constants, scan_tiles)
 
     def tiles(self, stage: str) -> Tiles:

@@ -14,6 +14,9 @@ scan carries S^T: every product then has what was just computed on its left, whe
 and what was loaded on its right, so a step of the chain waits for no shared memory.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from s0kernels.backends.triton.common.chunks import (
     locate_chunk,
     sequence,
 )
-from s0kernels.backends.triton.common.launch import forced_schedule, launch, power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, launch, power_of_two
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.gated_delta_rule.call import Call
@@ -337,7 +340,7 @@ def output(call: Call, factors: Factors, scanned: ScanOutputs, o: Tensor) -> Non
     BV = min(tiles.tile, power_of_two(call.V))
     launch(
         gated_delta_rule_output_fwd_kernel,
-        chunks.count * call.HV * triton.cdiv(call.V, BV),
+        chunks.count * call.HV * cdiv(call.V, BV),
         *(q, factors.p, factors.gates, scanned.r, scanned.h, chunks.start.cu_seqlens, o),
         *(chunks.T, chunks.sequences, q.stride()),
         V=call.V,

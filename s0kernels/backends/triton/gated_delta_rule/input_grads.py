@@ -10,6 +10,9 @@ of the normalised q and k. A log decay g_l takes part in every G_i with i >= l, 
 j < l <= i and in G_C.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -253,7 +256,9 @@ def gated_delta_rule_inputs_bwd_kernel(
         store_input_grad(p_dk, b_dk, p_k, sk[1], sk[3], b_rk, rows, H, K, NORMALISE, BT, BK)
 
 
-def input_grads(call: Call, gates: Tensor, do: Tensor | None, scanned: Scanned, names: set[str]) -> dict[str, Tensor]:
+def input_grads(
+    call: Call, gates: Tensor, do: Tensor | None, scanned: Scanned, names: frozenset[str]
+) -> dict[str, Tensor]:
     """Those of `names`, which are of OF_CHUNKS."""
     (q, k, _, _, beta), chunks, tiles = call.inputs, call.chunks, call.tiles("inputs")
     dm, dp, pg, pbeta = intra(call, gates, do, scanned)

@@ -1,11 +1,14 @@
 """One token of the gated delta rule."""
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import launch, power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two
 from s0kernels.backends.triton.common.states import state_row
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.gated_delta_rule.call import TILES
@@ -74,7 +77,7 @@ def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions
     tile = min(tiles.tile, power_of_two(V))
     launch(
         gated_delta_rule_step_kernel,
-        B * HV * triton.cdiv(V, tile),
+        B * HV * cdiv(V, tile),
         *(*inputs, *pool, o, options.scale, pool.state.shape[0]),
         *(q.stride(), k.stride(), v.stride(), g.stride(), beta.stride(), pool.state.stride()),
         H=H,

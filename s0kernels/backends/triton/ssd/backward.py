@@ -7,6 +7,9 @@ With dY = dO silu(z) and the gradient dS' of the state at the end of a chunk, fr
 which needs neither x, B nor S. The gradients of the inputs then need no scan: `input_grads`.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -139,7 +142,15 @@ def scan(call: Call, gates: Tensor, grads: Grads, out: Scanned, dh0: Tensor | No
         from_end if out.h is None else from_end + programs,
         *(x, B, C, z, gates, *chunks.start, do, dht, *out, dh0),
         *(chunks.T, chunks.sequences, bank_size(state), from_end),
-        *(strides(x, 4), strides(B, 4), C.stride(), strides(z, 4), state_strides(state), do.stride(), strides(dht, 4)),
+        *(
+            strides(x, 4),
+            strides(B, 4),
+            C.stride(),
+            strides(z, 4),
+            state_strides(state),
+            strides(do, 4),
+            strides(dht, 4),
+        ),
         **call.sizes,
         **blocks,
         **chunks.constants,
@@ -151,7 +162,7 @@ def ssd_backward(
     grads: Grads, inputs: SSDInputs, start: Start, options: SSDOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
     C, names = inputs.C, wanted.names
-    P = grads.output.shape[3] if grads.output is not None else grads.final_state.shape[2]
+    P = grads.columns(2)
     call = Call.of(inputs, P, start, options)
     do = C.new_zeros(1).expand(*inputs.dt.shape, P) if grads.output is None else grads.output.to(C.dtype)
     of_chunks = names - {"initial_state"}
@@ -162,6 +173,6 @@ def ssd_backward(
     dh0 = call.final_states() if "initial_state" in names else None
     scan(call, factors.gates, grads._replace(output=do), Scanned(h, dh), dh0)
     found = input_grads(call, factors, do, Scanned(h, dh), of_chunks) if of_chunks else {}
-    if "initial_state" in names:
+    if dh0 is not None:
         found["initial_state"] = reduce_state_grad(dh0, wanted.state_shape, start.indices)
     return found

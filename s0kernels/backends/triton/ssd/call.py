@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
-from s0kernels.backends.triton.common.launch import power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, power_of_two
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import SSDInputs, SSDOptions, Start
 
@@ -50,7 +49,7 @@ class Call(NamedTuple):
     def of(cls, inputs: SSDInputs, P: int, start: Start, options: SSDOptions) -> "Call":
         C, H = inputs.C, inputs.dt.shape[2]
         sizes = {"H": H, "G": C.shape[2], "P": P, "N": C.shape[3]}
-        return cls(inputs, options, cut(C, start, options.chunk_size), *sizes.values(), sizes)
+        return cls(inputs, options, cut(C, start, options.chunk_size), **sizes, sizes=sizes)
 
     def tiles(self, stage: str) -> Tiles:
         C = self.inputs.C
@@ -60,7 +59,7 @@ class Call(NamedTuple):
         """Of N and P, or of P alone, with the whole of N in a program."""
         tiles, BN = self.tiles("scan" if whole else "states"), power_of_two(self.N)
         BP, BN = min(tiles.tile, power_of_two(self.P)), BN if whole else min(tiles.tile, BN)
-        of_head = triton.cdiv(self.P, BP) * max(1, triton.cdiv(self.N, BN))
+        of_head = cdiv(self.P, BP) * max(1, cdiv(self.N, BN))
         return ScanTiles(tiles, {"BP": BP, "BN": BN}, self.chunks.sequences * self.H * of_head)
 
     def tokens(self) -> Tensor:

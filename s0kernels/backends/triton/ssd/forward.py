@@ -13,6 +13,9 @@ its left, where tensor cores take it from registers, and what was loaded on its 
 where only states are wanted a program may have a tile of N as well.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -28,7 +31,7 @@ from s0kernels.backends.triton.common.chunks import (
     product,
     sequence,
 )
-from s0kernels.backends.triton.common.launch import forced_schedule, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, launch, power_of_two, strides
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.ssd.call import Call
@@ -405,7 +408,7 @@ def output(call: Call, factors: Factors, h: Tensor, y: Tensor) -> None:
     BP = min(tiles.tile, power_of_two(call.P))
     launch(
         ssd_output_fwd_kernel,
-        chunks.count * call.H * triton.cdiv(call.P, BP),
+        chunks.count * call.H * cdiv(call.P, BP),
         *(x, C, D, z, factors.p, factors.gates, h, chunks.start.cu_seqlens, y, chunks.T, chunks.sequences, call.N),
         *(x.stride(), C.stride(), strides(z, 4), *strides(D, 1)),
         **call.sizes,

@@ -10,6 +10,9 @@ With K = lower(dY X^T):
 A log decay a_l takes part in every G_i with i >= l, every E_j with j < l, every D_ij with j < l <= i and in G_C.
 """
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -18,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import decay_matrix, decay_matrix_grad, load_tile, locate_chunk
-from s0kernels.backends.triton.common.launch import empty_grads, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, empty_grads, launch, power_of_two, strides
 from s0kernels.backends.triton.common.tiles import Tiles
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.forward import (
@@ -241,7 +244,7 @@ def heads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, out: HeadG
         ssd_heads_bwd_kernel,
         chunks.count * call.H,
         *(*call.inputs, factors.cb, factors.gates, do, *scanned, chunks.start.cu_seqlens, *out),
-        *(*call.options.dt_limit, chunks.T, chunks.sequences, call.N, triton.cdiv(call.P, BP)),
+        *(*call.options.dt_limit, chunks.T, chunks.sequences, call.N, cdiv(call.P, BP)),
         *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 4), do.stride()),
         *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),
         **call.sizes,
@@ -433,7 +436,7 @@ def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor,
     wanted = (dB is not None) + (dC is not None)
     launch(
         ssd_groups_bwd_kernel,
-        chunks.count * call.G * wanted * triton.cdiv(call.N, BN),
+        chunks.count * call.G * wanted * cdiv(call.N, BN),
         *(x, B, C, z, gates, do, *scanned, dcb, chunks.start.cu_seqlens, dB, dC),
         *(chunks.T, chunks.sequences, call.H // call.G, call.P),
         *(x.stride(), B.stride(), C.stride(), strides(z, 4), do.stride()),
@@ -445,13 +448,15 @@ def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor,
     )
 
 
-def input_grads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, names: set[str]) -> dict[str, Tensor]:
+def input_grads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, names: frozenset[str]) -> dict[str, Tensor]:
     """Those of `names`, which are names of inputs."""
     found = empty_grads(call.inputs, names - {*SCALARS})
     size = (call.chunks.count, call.H)
     parts = {name: call.chunks.empty(*size, dtype=torch.float32) for name in SCALARS if name in names}
     dcb = call.intra(call.H) if names & {"B", "C"} else None
-    out = HeadGrads(*map(found.get, ("x", "z", "dt")), dcb, *map(parts.get, SCALARS))
+    dx, dz, ddt = map(found.get, ("x", "z", "dt"))
+    dA, dD, dbias = map(parts.get, SCALARS)
+    out = HeadGrads(dx, dz, ddt, dcb, dA, dD, dbias)
     heads(call, factors, do, scanned, out, bool(names & OF_DECAYS))
     if dcb is not None:
         groups(call, factors.gates, do, scanned, dcb, found)

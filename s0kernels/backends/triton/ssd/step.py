@@ -1,11 +1,14 @@
 """One token of Mamba-2 SSD."""
 
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, strides
 from s0kernels.backends.triton.common.states import state_row
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.ssd.call import TILES
@@ -82,7 +85,7 @@ def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
     BP = min(tiles.tile, power_of_two(P))
     launch(
         ssd_step_kernel,
-        rows * H * triton.cdiv(P, BP),
+        rows * H * cdiv(P, BP),
         *(*inputs, *pool, y, *options.dt_limit, pool.state.shape[0]),
         *(x.stride(), dt.stride(), B.stride(), C.stride(), strides(z, 3), pool.state.stride()),
         *(*A.stride(), *strides(D, 1), *strides(dt_bias, 1)),

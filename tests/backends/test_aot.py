@@ -27,8 +27,8 @@ def check(*options: str) -> int:
     for row in rows:
         kernel, key, chip, what, found = row
         assert isinstance(found, list), row
-        known = recorded["launches"][kernel].get(key, {}).get(chip, {}).get(PINNED["triton"])
-        if recorded["sources"][kernel] == sources[kernel] and known is not None:  # else the file is behind
+        known = recorded["launches"].get(kernel, {}).get(key, {}).get(chip, {}).get(PINNED["triton"])
+        if recorded["sources"].get(kernel) == sources[kernel] and known is not None:  # else the file is behind
             assert known == found, row
         registers, _, _, products = found
         assert registers <= (512 if chip.startswith("gfx") else 255), row

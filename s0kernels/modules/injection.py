@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from s0kernels.modules.arguments import CACHES, KEYWORD, Arguments, find_cache
 from s0kernels.modules.packing import find_boundaries, own_positions
+from s0kernels.ops.transforms import constant_in_graphs
 
 if TYPE_CHECKING:
     from s0kernels.modules.self_check import SwapReport
@@ -32,19 +33,19 @@ _sites: weakref.WeakSet["Site"] = weakref.WeakSet()
 _attachments: weakref.WeakValueDictionary[int, "Attachment"] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 takes every graph for one that is exported, if it is asked directly
+@constant_in_graphs  # torch 2.11 takes every graph for one that is exported, if it is asked directly
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _constant_override(site: int) -> int | None:
     """Number of the attachment that the calling context uses for a site. For torch.export, which cannot trace the
     context: a program starts from what is attached when it is exported."""
     return next((chosen.number for place, chosen in reversed(_overrides.get()) if place.number == site), None)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _constant_bank(attachment: int, layer_index: int) -> Tensor:
     """The states of a layer as they are when a program is exported."""
     return _attachments[attachment].bank(layer_index).detach()

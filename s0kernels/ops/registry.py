@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from s0kernels.calls import Call
+from s0kernels.ops.transforms import constant_in_graphs
 
 OPS = ("gated_delta_rule", "ssd", "gated_delta_rule_step", "ssd_step", "gated_delta_mixer_step", "ssd_mixer_step")
 #: Fastest first. `reference` needs no module: it stands beside each op.
@@ -70,7 +71,7 @@ def explain(call: Call) -> dict[str, str | None]:
     return found
 
 
-@torch.compiler.assume_constant_result  # nothing in it depends on tensors, and it imports modules
+@constant_in_graphs  # nothing in it depends on tensors, and it imports modules
 def choose(
     backend: str | None,
     op: str,
@@ -110,7 +111,7 @@ def _takes(name: str, call: Call) -> bool:
     return (call.device.type != "cpu" or name not in _OF_GPUS) and unusable(name, call) is None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def rows_that_pay(name: str, op: str, device: torch.device, dtype: torch.dtype) -> float:
     """Up to how many rows one fused kernel of a backend beats the parts that it puts together, as the backend knows."""
     if name == "reference":

@@ -5,6 +5,7 @@ for is lost without an error.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,16 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable)
 
-@torch.compiler.assume_constant_result  # graphs are guarded by the levels that they were traced in
+
+def constant_in_graphs(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which would import the compiler: a second for who compiles nothing."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_in_graphs  # graphs are guarded by the levels that they were traced in
 def _level() -> str | None:
     """The transform at work in this thread that a kernel would have to know of, whatever it is applied to."""
     stack = get_interpreter_stack()

@@ -7,6 +7,7 @@ from surroundings import python
 from torch import nn
 
 from s0kernels import ops, swap_modules
+from s0kernels.ops import transforms
 
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of transformers'
 
@@ -156,3 +157,16 @@ def test_a_mixers_step_compiles_with_dynamic_sizes(name):
     step = torch.compile(lambda x, cache: mixer(x, cache), dynamic=True, fullgraph=True, backend="aot_eager")
     for token in range(3):
         assert close(step(x[:, token : token + 1], caches[0]), mixer(x[:, token : token + 1], caches[1]))
+
+
+def test_importing_does_not_import_the_compiler():
+    """Which takes a second. What torch would have marked is marked all the same."""
+    done = python("-c", "import sys, s0kernels.ops, s0kernels.modules; sys.exit('torch._dynamo' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+    def torchs(): ...
+
+    def ours(): ...
+
+    assert vars(torch.compiler.assume_constant_result(torchs)) == vars(transforms.constant_in_graphs(ours))
+    assert vars(ours)

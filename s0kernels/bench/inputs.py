@@ -37,18 +37,17 @@ _CONSTANT = (*WEIGHTS, *NOT_INPUTS)
 
 
 class Random:
-    """Tensors that depend on the seed and the device alone."""
+    """Tensors that depend on the seed and the device alone, in fp32, or in fp64 for fp64."""
 
     def __init__(self, seed: int, device: str | torch.device, dtype: torch.dtype):
+        self.options = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         self._random = torch.Generator(device).manual_seed(seed)
-        self._options = {"generator": self._random, "device": device}
-        self._options["dtype"] = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self._options)
+        return torch.randn(*shape, generator=self._random, **self.options)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, **self._options)
+        return torch.rand(*shape, generator=self._random, **self.options)
 
 
 def scan_inputs(
@@ -73,24 +72,23 @@ def scan_inputs(
     rows, length, ends = _laid_out(sizes, device)
     random = Random(seed, device, dtype)
 
-    def tokens(*shape: int, scale: float = 1.0) -> Tensor:
-        x = (scale * random.normal(rows, length, *shape)).to(dtype)
+    def tokens(*shape: int) -> Tensor:
+        x = random.normal(rows, length, *shape).to(dtype)
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if channel_first else x
 
     low, high = (math.log10(rate) for rate in rates)
     if op == "gated_delta_rule":
         H, HV, K, V = (heads[name] for name in ("H", "HV", "K", "V"))
         state = (HV, K, V)
-        decays = torch.logspace(low, high, HV).to(random.uniform(1))
+        decays = torch.logspace(low, high, HV, **random.options)
         values = {"q": tokens(H, K), "k": tokens(H, K), "v": tokens(HV, V)}
         values |= {"g": -decays * random.uniform(rows, length, HV), "beta": random.uniform(rows, length, HV).to(dtype)}
     else:
         H, P, G, N = (heads[name] for name in ("H", "P", "G", "N"))
         state = (H, P, N)
-        decays = torch.logspace(low, high, H).to(random.uniform(1))
-        dt = (random.normal if extras else random.uniform)(rows, length, H)
-        values = {"x": tokens(H, P), "dt": dt, "A": -decays}
-        values |= {name: tokens(G, N, scale=max(N, 1) ** -0.5) for name in ("B", "C")}
+        decays = torch.logspace(low, high, H, **random.options)
+        values = {"x": tokens(H, P), "dt": (random.normal if extras else random.uniform)(rows, length, H)}
+        values |= {"A": -decays, "B": tokens(G, N), "C": tokens(G, N)}
         if extras:
             values |= {"D": random.normal(H), "z": tokens(H, P), "dt_bias": random.normal(H)}
     values["initial_state"] = random.normal(*(() if states is None else (states,)), *state)

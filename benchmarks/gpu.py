@@ -11,14 +11,16 @@ Runs from the source tree with a machine's own Python; nothing is installed.
 3. `scans`, `decode`, `tiles`: gpu_scans.py, gpu_decode.py and gpu_tiles.py, each alone on the chip.
 
 Each part has a share of the time that is left, leaves out what would begin after it, and says so. A part writes
-<gpu>-<part>.json after every step; tables come last. The exit status is 1 where a test failed, a result was wrong or a
-part did not end.
+<gpu>-<part>.json after every step; tables come last. A library that still compiles when the first timed part could
+begin is waited for a while, then ended and listed. The exit status is 1 where a test failed, a result was wrong or a
+part did not end; what was only not ready is said and is no error.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +44,11 @@ from s0kernels.bench import measure  # noqa: E402
 SHARES = {"compile": 110, "tests": 130, "scans": 100, "decode": 50, "tiles": 70}
 PARTS = ("tests", "scans", "decode", "tiles")
 SCRIPTS = {"scans": gpu_scans, "decode": gpu_decode, "tiles": gpu_tiles}
-TEST = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)")
+TEST = re.compile(
+    r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+::.*?)\s*$|^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\s+\["
+)
+#: seconds that a process may write what it has after it was told to begin nothing more
+ENDING = 15.0
 
 
 class Run:
@@ -56,11 +62,12 @@ class Run:
         self.logs = ROOT / "build" / "gpu"
         for folder in (self.out, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        #: flash-linear-attention shall not call FlashQLA by itself
+        #: flash-linear-attention shall neither call FlashQLA by itself nor believe what a crowded chip found to be best
         self.environment = {
             "TRITON_CACHE_DIR": str(ROOT / "build" / "triton-cache"),
             **os.environ,
             "FLA_FLASH_QLA": "0",
+            "FLA_CACHE_RESULTS": "0",
         }
         if options.dry_run:
             self.environment["TRITON_INTERPRET"] = "1"
@@ -69,18 +76,21 @@ class Run:
     def file(self, part: str) -> Path:
         return self.out / f"{self.name}-{part}.json"
 
-    def share(self, part: str) -> float:
-        """Seconds for a part, of all that are left."""
-        left = 60 * self.options.minutes - (time.monotonic() - self.began)
-        waiting = [name for name in SHARES if name == "compile" or name in self.options.parts]
-        waiting = waiting[waiting.index(part) :]
-        return max(0.0, left * SHARES[part] / sum(SHARES[name] for name in waiting))
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, 60 * self.options.minutes - (time.monotonic() - self.began))
 
-    def start(self, name: str, *command: str) -> subprocess.Popen:
+    def share(self, part: str, waiting: list[str]) -> float:
+        """Seconds for a part, with those that wait behind it."""
+        return self.left * SHARES[part] / sum(SHARES[name] for name in (part, *waiting))
+
+    def start(self, name: str, *command: str, **variables: str) -> subprocess.Popen:
         """A process, with all its children in a group, which writes to a log of its own. Tests see no baselines."""
         seen = [str(self.options.baselines)] if self.options.baselines and name != "tests" else []
         path = os.pathsep.join([str(ROOT), *seen, *filter(None, [os.environ.get("PYTHONPATH")])])
-        options = {"cwd": ROOT, "env": {**self.environment, "PYTHONPATH": path}, "start_new_session": True}
+        environment = {**self.environment, "PYTHONPATH": path, **variables}
+        options = {"cwd": ROOT, "env": environment, "start_new_session": True}
         with (self.logs / f"{name}.log").open("w") as log:
             child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
         self.children.append(child)
@@ -108,13 +118,14 @@ def script(run: Run, name: str, *arguments: str) -> list[str]:
     return command + (["--dry-run"] if run.options.dry_run else [])
 
 
-def compile_all(run: Run) -> tuple[list[str], subprocess.Popen | None]:
-    """(what did not compile, the process that warms up what takes too long to wait for)."""
-    seconds, options = run.share("compile"), run.options
+def compile_all(run: Run) -> tuple[list[str], list[str], subprocess.Popen | None]:
+    """(what did not compile, what was not ready, the process that warms up what takes too long to wait for)."""
+    options, slow, build = run.options, None, None
+    seconds = run.share("compile", options.parts)
     print(f"compiling in {options.processes} processes, at most {seconds:.0f} s", flush=True)
-    build = slow = None
-    if not options.dry_run:
-        build = run.start("build", "make", "--silent", "gpu-kernels", f"PYTHON={sys.executable}")
+    if nvcc() and not options.dry_run:
+        command = ("-W", "ignore", "setup.py", "--quiet", "build_ext", "--build-lib", ".", "--build-temp", "build/temp")
+        build = run.start("build", sys.executable, *command, S0KERNELS_BUILD="cuda")
     baselines = [] if options.no_baselines else ["--baselines"]
     if baselines:
         slow = run.start("compile-slow", *script(run, "gpu_compile", "--slow"))
@@ -123,60 +134,80 @@ def compile_all(run: Run) -> tuple[list[str], subprocess.Popen | None]:
         f"compile-{i}": run.start(f"compile-{i}", *script(run, "gpu_compile", str(i), str(count), *baselines))
         for i in range(count)
     }
-    end, problems = time.monotonic() + seconds, []
+    end, problems, late = time.monotonic() + seconds, [], []
     for name, child in workers.items():
         status = run.wait(child, max(0.0, end - time.monotonic()))
         problems += [line for line in run.log(name).splitlines() if line.startswith(f"did not run: {gpu_scans.OURS}")]
         if status is None:
-            problems.append(f"{name}: not ready after {seconds:.0f} s")
+            late.append(f"{name}: not ready after {seconds:.0f} s")
         elif status != 0:
             problems.append(f"{name}: exit status {status}: {tail(run.log(name), 1)}")
     if build is not None and run.wait(build, max(1.0, end - time.monotonic())) != 0:
         problems.append(f"the compiled steps were not built: {tail(run.log('build'), 1)}")
-    return problems, slow
+    return problems, late, slow
+
+
+def nvcc() -> str | None:
+    """As setup.py looks for it."""
+    folders = (os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    return os.environ.get("NVCC") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def tail(text: str, lines: int) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
-def tests(run: Run) -> list[str]:
-    """What failed. A test that had not ended when the time was over counts as one that failed."""
-    seconds = run.share("tests")
+def tests(run: Run, waiting: list[str]) -> list[str]:
+    """What failed."""
+    seconds = run.share("tests", waiting)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-W", "default", "-p", "no:cacheprovider"]
-    command += ["--numprocesses", str(run.options.processes), "tests"]
+    command += ["--numprocesses", str(run.options.processes), "tests/backends"]
     status = run.wait(run.start("tests", *command), seconds)
-    results, problems = {}, []
-    for line in run.log("tests").splitlines():
+    log, results, problems = run.log("tests"), {}, []
+    for line in log.splitlines():
         for before, test, other, after in TEST.findall(line):
-            results[test or other] = before or after
+            if results.get(test or other) not in ("FAILED", "ERROR"):
+                results[test or other] = before or after
     failed = sorted(test for test, found in results.items() if found in ("FAILED", "ERROR"))
-    counts = {kind: sum(found == kind for found in results.values()) for kind in ("PASSED", "SKIPPED")}
+    passed, skipped = (sum(found == kind for found in results.values()) for kind in ("PASSED", "SKIPPED"))
     if status is None:
         problems.append(f"the tests did not end in {seconds:.0f} s")
-    elif status not in (0, 1) or not (counts["PASSED"] or run.options.dry_run):
-        problems.append(f"pytest ended with {status}: {tail(run.log('tests'), 3)}")
-    found = {"machine": run.machine, "passed": counts["PASSED"], "skipped": counts["SKIPPED"], "failed": failed}
-    messages = re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", run.log("tests"), re.MULTILINE)
+    elif status not in (0, 1) or (status == 1 and not failed) or not (passed or run.options.dry_run):
+        problems.append(f"pytest ended with {status}: {tail(log, 3)}")
+    found = {"machine": run.machine, "passed": passed, "skipped": skipped, "failed": failed}
+    messages = re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", log, re.MULTILINE)
     measure.write_json(run.file("tests"), found | {"messages": messages, "problems": problems})
-    print(f"tests: {counts['PASSED']} passed, {counts['SKIPPED']} skipped, {len(failed)} failed", flush=True)
+    print(f"tests: {passed} passed, {skipped} skipped, {len(failed)} failed", flush=True)
     return problems + [f"failed: {test}" for test in failed]
 
 
-def timed(run: Run, part: str, slow: subprocess.Popen | None) -> list[str]:
+def timed(run: Run, part: str, waiting: list[str], *arguments: str) -> list[str]:
     """One of the scripts that have the chip for themselves."""
-    seconds = run.share(part)
-    arguments = ["--out", str(run.file(part)), "--seconds", f"{0.85 * seconds:.0f}"]
-    if run.options.no_baselines:
-        arguments.append("--no-baselines")
-    elif part == "scans" and slow is not None and slow.poll() is None:
-        run.stop(slow)  # the chip is for one
-        arguments += ["--not-ready", *gpu_scans.SLOW]
+    seconds = run.share(part, waiting)
+    ending = min(ENDING, seconds / 4)
+    where = ("--until", str(time.time() + seconds - ending), "--out", str(run.file(part)))
     print(f"{part}: at most {seconds:.0f} s", flush=True)
-    status = run.wait(run.start(part, *script(run, f"gpu_{part}", *arguments)), seconds)
+    run.file(part).unlink(missing_ok=True)
+    status = run.wait(run.start(part, *script(run, f"gpu_{part}", *where, *arguments)), seconds)
     if status == 0:
         return []
-    return [f"{part}: {'did not end' if status is None else tail(run.log(part), 1)}"]
+    problem = f"{part}: {'did not end' if status is None else tail(run.log(part), 1)}"
+    if part == "scans" and "--no-baselines" not in arguments and not has_rows(run.file(part)) and run.left > 20:
+        return [problem, *timed(run, part, waiting, "--no-baselines")]  # it may have been another library's
+    return [problem]
+
+
+def has_rows(file: Path) -> bool:
+    return file.is_file() and bool(json.loads(file.read_text())["rows"])
+
+
+def not_ready(run: Run, slow: subprocess.Popen | None) -> list[str]:
+    """Arguments about baselines. The chip is for one: whatever still compiles is waited for, or ended."""
+    if run.options.no_baselines:
+        return ["--no-baselines"]
+    if slow is None or run.wait(slow, 0.2 * run.left) is not None:
+        return []
+    return ["--not-ready", *gpu_scans.SLOW]
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -191,33 +222,43 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.minutes <= 0 or options.processes < 1:
         parser.error("--minutes and --processes must be positive")
-    if options.baselines is not None and not options.baselines.is_dir():
-        parser.error(f"--baselines must be a folder, and {options.baselines} is none")
+    if options.baselines is not None:
+        if not options.baselines.is_dir():
+            parser.error(f"--baselines must be a folder, and {options.baselines} is none")
+        if found := [name for name in ("torch", "triton") if (options.baselines / name).is_dir()]:
+            parser.error(f"--baselines must not hold what this machine has: {', '.join(found)}")
+        options.baselines = options.baselines.resolve()
+    options.out = options.out.resolve()
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device (--dry-run tries the script without one)")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    run, slow = Run(options_of(arguments)), None
+    run, late, about_baselines = Run(options_of(arguments)), [], None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     problems: dict[str, list[str]] = {}
     try:
-        problems["compile"], slow = compile_all(run)
-        waiting = list(run.options.parts)
+        problems["compile"], late, slow = compile_all(run)
+        waiting = [part for part in PARTS if part in run.options.parts]
         while waiting:
-            late = waiting[0] == "scans" and slow is not None and slow.poll() is None and len(waiting) > 1
-            part = waiting.pop(1 if late else 0)  # whatever needs what still compiles is last
-            problems[part] = tests(run) if part == "tests" else timed(run, part, slow)
+            part = waiting.pop(0)
+            if part == "tests":
+                problems[part] = tests(run, waiting)
+                continue
+            if about_baselines is None:
+                about_baselines = not_ready(run, slow)
+            problems[part] = timed(run, part, waiting, *about_baselines)
     finally:
         for child in run.children:
             if child.poll() is None:
                 run.stop(child)
     for part, module in SCRIPTS.items():
         if part in run.options.parts and run.file(part).is_file():
-            print(f"\n{module.table(json.loads(run.file(part).read_text()))}")
+            print(f"\n{module.table(json.loads(run.file(part).read_text()))}", flush=True)
     found = [problem for part in problems.values() for problem in part]
     print(f"\n{time.monotonic() - run.began:.0f} s; results are in {run.out}, logs in {run.logs}")
-    print("\n".join(found) or "no problems")
+    print("\n".join([*late, *(found or ["no problems"])]))
     return int(bool(found))
 
 

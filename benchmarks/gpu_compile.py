@@ -3,8 +3,8 @@
     python benchmarks/gpu_compile.py NUMBER PROCESSES [--baselines] [--dry-run]    or    --slow [--dry-run]
 
 Of a library that tries many configurations, each process compiles its share of them and takes the others for useless;
-which one is best is found when it is timed, on an idle chip. `--slow`: libraries that compile in one process for
-minutes, which are waited for last.
+which one is best is found when it is timed, on an idle chip, so nobody may write down what was best here. `--slow`:
+libraries that compile in one process for minutes, which are waited for last.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> None:
             call()
         except Exception as error:  # the others still have to be compiled
             print(f"did not run: {label}: {brief(error)}", flush=True)
+            gpu_scans.check_device()
 
 
 if __name__ == "__main__":

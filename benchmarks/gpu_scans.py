@@ -1,6 +1,6 @@
 """Both scans beside the libraries that are installed, on a GPU, in one process. `make gpu` runs this.
 
-    python benchmarks/gpu_scans.py [--seconds 100] [--cases 1x8192 8x1024]    (from the source tree, nothing installed)
+    python benchmarks/gpu_scans.py [--cases 1x8192 8x1024]    (from the source tree, nothing installed)
     TRITON_INTERPRET=1 python benchmarks/gpu_scans.py --dry-run
 
 What `python -m s0kernels bench` does not have: packed sequences, both layouts of the inputs, frozen weights, the time
@@ -11,6 +11,7 @@ ours are wrong the script ends with an error. Writes <gpu>-scans.json after each
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.baselines import Scan  # noqa: E402
+from s0kernels.bench.check import gradients  # noqa: E402
 from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, scan_inputs  # noqa: E402
 from s0kernels.bench.passes import OURS, SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
@@ -66,27 +68,30 @@ def shapes(dry_run: bool, cases: list[str] | None = None) -> Iterator[tuple[Op, 
 
 
 def our_calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
-    """Everything of ours that is timed below, one call each."""
+    """Everything of ours that is run below, once."""
+    for op in SCANS.values():
+        run = partial(op.by(OURS, BACKEND), state=True)
+        yield f"{OURS}, {op.name}, judged", partial(gradients, run, judged(op, dry_run))
     for op, name, variant, make in shapes(dry_run):
         if name in ALONE:
             continue
-        for what in ("forward", "backward", "frozen", "state"):
 
-            def call(op=op, make=make, what=what):
-                values = make()
-                for state in (True, False) if what == "forward" else (True,):
-                    case(op, op.by(BACKEND), values, what, state=state)()
+        def call(op=op, make=make):
+            values, run = make(), op.by(OURS, BACKEND)
+            for what in ("forward", *backwards_of(values), "state"):
+                case(op, run, values, what)()
+            case(op, run, values, "forward", state=False)()
 
-            yield f"{OURS}, {op.name}, {name}, {variant}, {what}", call
+        yield f"{OURS}, {op.name}, {name}, {variant}", call
 
 
 def baseline_calls(dry_run: bool, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, Callable]]:
-    """Those of other libraries: of `names`, or of all that are not slow."""
+    """Those of other libraries that compile something: of `names`, or of all that are not slow."""
     device = settings(dry_run)[0]
     for op, name, variant, make in shapes(dry_run):
         for library, baseline in op.baselines.items():
             wanted = library not in SLOW if names is None else library in names
-            if name not in ALONE and wanted and baseline.unusable(device) is None:
+            if name not in ALONE and wanted and not baseline.on_cpu and baseline.unusable(device) is None:
 
                 def call(op=op, make=make, library=library):
                     case(op, op.by(library), make(), "backward")()
@@ -94,10 +99,15 @@ def baseline_calls(dry_run: bool, names: tuple[str, ...] | None = None) -> Itera
                 yield f"{library}, {op.name}, {name}, {variant}", call
 
 
+def judged(op: Op, dry_run: bool) -> Values:
+    """Inputs on which an implementation is compared with fp64."""
+    device, dtype, _, heads = settings(dry_run)
+    return scan_inputs(op.name, heads[op.name], (2, 20 if dry_run else 200), device=device, dtype=dtype)
+
+
 def usable(op: Op, dry_run: bool, baselines: bool, not_ready: list[str]) -> tuple[dict[str, Scan], dict[str, str]]:
     """(implementations that may be timed, why the others may not); ours has to be among the first."""
-    device, dtype, _, heads = settings(dry_run)
-    judge = op.judge(scan_inputs(op.name, heads[op.name], (2, 20 if dry_run else 200), device=device, dtype=dtype))
+    judge = op.judge(judged(op, dry_run))
     if reason := op.why_not(OURS, judge, BACKEND):
         raise RuntimeError(f"{op.name}: our own results are wrong: {reason}")
     missing = {name: "was still compiling" for name in op.baselines if name in not_ready}
@@ -108,7 +118,22 @@ def usable(op: Op, dry_run: bool, baselines: bool, not_ready: list[str]) -> tupl
                 missing[name] = reason
             else:
                 runs[name] = op.by(name)
+    forget_configurations()
     return runs, missing
+
+
+def forget_configurations() -> None:
+    """What Triton's autotuner found to be best on the few tokens that were judged."""
+    if autotuner := sys.modules.get("triton.runtime.autotuner"):
+        for found in gc.get_objects():
+            if isinstance(found, autotuner.Autotuner):
+                found.cache.clear()
+
+
+def check_device() -> None:
+    """Raises where an error before it has ended what this process can do with the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def backwards_of(values: Values) -> list[str]:
@@ -154,7 +179,7 @@ def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int) -> dict
 def parser_of(text: str, machine_part: str) -> argparse.ArgumentParser:
     """What the scripts of `make gpu` share."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case begins")
+    parser.add_argument("--until", type=float, default=float("inf"), help="Unix time after which no case begins")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-baselines", action="store_true", help="ours alone")
     parser.add_argument("--not-ready", nargs="+", default=[], metavar="NAME", help="baselines to be left out")
@@ -168,15 +193,15 @@ class Results:
 
     def __init__(self, options: argparse.Namespace, part: str):
         device = settings(options.dry_run)[0]
-        self._end, self._seconds = time.monotonic() + options.seconds, options.seconds
+        self._until = options.until
         self.found = {"machine": measure.machine(device), "left out": []}
         self._file = options.out or HERE / "results" / f"{measure.machine_name(self.found['machine'])}-{part}.json"
 
     def late(self, what: str) -> bool:
         """Whether it is too late for another case, which is then said."""
-        if time.monotonic() < self._end:
+        if time.time() < self._until:
             return False
-        self.found["left out"].append(f"{what}: no time was left after {self._seconds:.0f} s")
+        self.found["left out"].append(f"left out: {what}: no time was left")
         return True
 
     def write(self) -> None:
@@ -193,6 +218,7 @@ def main() -> None:
     for op in SCANS.values():
         runs[op.name], missing = usable(op, options.dry_run, not options.no_baselines, options.not_ready)
         results.found["not timed"][op.name] = missing
+    results.write()
     for op, name, variant, make in shapes(options.dry_run, options.cases):
         row = {"op": op.name, "case": name, "variant": variant}
         if not results.late(" ".join(row.values())):
@@ -213,7 +239,7 @@ def table(results: dict) -> str:
         parts = []
         for kind in ("ms", "gpu_ms"):
             ms = row[kind]
-            if (mine := ms.get(f"{OURS}, {what}")) is not None:
+            if mine := ms.get(f"{OURS}, {what}"):
                 others = {n.removesuffix(f", {what}"): x / mine for n, x in ms.items() if n.endswith(f", {what}")}
                 others.pop(OURS)
                 best = min(others, key=lambda name: others[name], default=None)

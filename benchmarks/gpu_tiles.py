@@ -1,16 +1,14 @@
 """Which tiles are best on this GPU: every stage of every scan with each candidate. `make gpu` runs this.
 
-    python benchmarks/gpu_tiles.py [--seconds 60]    (from the source tree, nothing installed)
+    python benchmarks/gpu_tiles.py   (from the source tree, nothing installed)
     TRITON_INTERPRET=1 python benchmarks/gpu_tiles.py --dry-run
 
 One candidate for all stages runs in one call, and the profiler times each kernel alone, so a sweep takes as many calls
 as there are candidates. The schedule of the forward stays today's. Results that differ from those with today's tiles
-end the script with an error. Writes <gpu>-tiles.json after each case: microseconds of each kernel with today's tiles
-and with each candidate.
+end the script with an error. Writes <gpu>-tiles.json after each candidate: microseconds of each kernel by tiles.
 """
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -35,9 +33,15 @@ from s0kernels.bench.passes import SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 
 TABLES: dict[str, dict] = {"gated_delta_rule": gated_delta_rule.TILES, "ssd": ssd.TILES}
-#: of a table, before those that are today's on some chip
-CANDIDATES = [Tiles(*x) for x in itertools.product((32, 64, 128), (4, 2, 8), (2, 1, 3))]
+#: four warps were best nearly everywhere, two for small tiles, eight for a few large ones
+CANDIDATES = [
+    Tiles(tile, warps, stages)
+    for warps, tiles in ((4, (32, 64, 128)), (2, (32, 64)), (8, (32, 64)))
+    for tile in tiles
+    for stages in (2, 1, 3)
+]
 TINY_CANDIDATES = [Tiles(16, 4, 1), Tiles(32, 4, 2)]
+AGAIN = "today, again"
 PASSES = ("forward", "backward", "state")
 #: what a kernel may differ in by the order of its sums, relative to the largest number, by dtype
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -64,27 +68,31 @@ def keys(op: Op, values: Values) -> list[tuple[str, int]]:
     return [key for key in TABLES[op.name] if key[1] == values[op.output].element_size()]
 
 
-def stages(op: Op, values: Values, what: str) -> dict[str, str]:
-    """The stage of each kernel that a pass launches, by the kernel's name."""
+def recorded(op: Op, values: Values, what: str) -> list[launch.Launch]:
+    """What a pass launches, forward of a backward left out."""
     run = case(op, op.by(gpu_scans.BACKEND), values, what)
-    marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # no two alike
-    with launch.recording(target_of(values["initial_state"].device)) as today:
+    with launch.recording(target_of(values["initial_state"].device)) as found:
         run()
-    table = {key: {0: (mark,)} for mark, key in marks.items()}
-    with changed(op, table), launch.recording(target_of(values["initial_state"].device)) as marked:
-        run()
-    found = {one.kernel.__name__: marks[one.tiles][0] for one in marked if one.tiles in marks}
-    return {one.kernel.__name__: found[one.kernel.__name__] for one in today if one.kernel.__name__ in found}
+    return found
 
 
 def schedule_of(op: Op, values: Values) -> str:
     """Today's of the forward."""
-    return "split" if "output" in stages(op, values, "forward").values() else "fused"
+    split = any(one.kernel.__name__.endswith("_output_fwd_kernel") for one in recorded(op, values, "forward"))
+    return "split" if split else "fused"
 
 
-def using(op: Op, values: Values, candidate: Tiles):
+def stages(op: Op, values: Values, what: str) -> dict[str, str]:
+    """The stage of each kernel that a pass launches, by the kernel's name."""
+    marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # no two alike
+    with changed(op, {key: {0: (mark,)} for mark, key in marks.items()}, schedule_of(op, values)):
+        found = recorded(op, values, what)
+    return {one.kernel.__name__: marks[one.tiles][0] for one in found if one.tiles in marks}
+
+
+def using(op: Op, values: Values, candidate: Tiles, schedule: str):
     """Every stage takes this candidate."""
-    return changed(op, {key: {0: (candidate,)} for key in keys(op, values)}, schedule_of(op, values))
+    return changed(op, {key: {0: (candidate,)} for key in keys(op, values)}, schedule)
 
 
 def cases(dry_run: bool) -> Iterator[tuple[Op, str, Callable[[], Values]]]:
@@ -97,25 +105,30 @@ def cases(dry_run: bool) -> Iterator[tuple[Op, str, Callable[[], Values]]]:
 
 def calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
     """All candidates, once, for gpu_compile.py."""
-    for op, name, make in cases(dry_run):
-        for candidate in TINY_CANDIDATES if dry_run else CANDIDATES:
+    for candidate in TINY_CANDIDATES if dry_run else CANDIDATES:
+        for op, name, make in cases(dry_run):
 
             def call(op=op, make=make, candidate=candidate):
-                values = make()
-                with using(op, values, candidate):
-                    for what in PASSES:
-                        case(op, op.by(gpu_scans.BACKEND), values, what)()
+                values, problems = make(), []
+                runs, schedule = passes(op, values), schedule_of(op, values)
+                for run in runs.values():
+                    try:
+                        with using(op, values, candidate, schedule):
+                            run()
+                    except Exception as error:  # too large for one stage is not too large for all
+                        problems.append(error)
+                if problems:
+                    raise problems[0]
 
             yield f"{op.name}, {name}, {candidate[:3]}", call
 
 
-def outcome(op: Op, values: Values) -> list[Tensor]:
-    """Everything that the passes compute."""
-    run = op.by(gpu_scans.BACKEND)
-    return [*case(op, run, values, "forward")(), *case(op, run, values, "backward")()]
+def passes(op: Op, values: Values) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Backwards behind a forward with today's tiles."""
+    return {what: case(op, op.by(gpu_scans.BACKEND), values, what) for what in PASSES}
 
 
-def differs(found: list[Tensor], expected: list[Tensor]) -> str | None:
+def differs(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
     for a, b in zip(found, expected, strict=True):
         apart = float((a.double() - b.double()).abs().max() / b.double().abs().max())
         limit = TOLERANCE.get(b.dtype, max(TOLERANCE.values()))
@@ -124,28 +137,38 @@ def differs(found: list[Tensor], expected: list[Tensor]) -> str | None:
     return None
 
 
-def swept(op: Op, values: Values, candidates: list[Tiles], times: Callable[[Callable], dict[str, float]]) -> dict:
-    """Microseconds by pass, kernel and tiles; candidates that cannot run, with the reason; and wrong results."""
-    expected = outcome(op, values)
-    row: dict = {"us": {}, "stage": {}, "refused": {}, "wrong": {}}
-    for what in PASSES:
-        run = case(op, op.by(gpu_scans.BACKEND), values, what)
+def swept(
+    op: Op, values: Values, candidates: list[Tiles], times: Callable[[Callable], dict[str, float]]
+) -> Iterator[dict]:
+    """After each candidate, and before the first: microseconds by pass, kernel and tiles; candidates that cannot run,
+    with the reason; and wrong results. Today's tiles are measured twice: what lies between is noise."""
+    runs, schedule = passes(op, values), schedule_of(op, values)
+    expected = {what: run() for what, run in runs.items()}
+    row: dict = {"schedule": schedule, "us": {}, "stage": {}, "refused": {}, "wrong": {}}
+
+    def note(what: str, label: str) -> None:
+        for name, ms in times(runs[what]).items():
+            row["us"].setdefault(what, {}).setdefault(name, {})[label] = 1e3 * ms
+
+    for what in runs:
         row["stage"] |= stages(op, values, what)
-        row["us"][what] = {name: {"today": 1e3 * ms} for name, ms in times(run).items()}
+        note(what, "today")
+        note(what, AGAIN)
+    yield row
     for candidate in candidates:
         label = str(tuple(candidate[:3]))
-        try:
-            with using(op, values, candidate):
-                if reason := differs(outcome(op, values), expected):
-                    row["wrong"][label] = reason
-                    continue
-                for what in PASSES:
-                    run = case(op, op.by(gpu_scans.BACKEND), values, what)
-                    for name, ms in times(run).items():
-                        row["us"][what].setdefault(name, {})[label] = 1e3 * ms
-        except Exception as error:  # too large for this chip, for one
-            row["refused"][label] = brief(error)
-    return row
+        for what, run in runs.items():
+            try:
+                with using(op, values, candidate, schedule):
+                    if reason := differs(run(), expected[what]):
+                        row["wrong"][f"{what}, {label}"] = reason
+                    else:
+                        note(what, label)
+            except Exception as error:  # too large for this chip, for one
+                row["refused"][f"{what}, {label}"] = brief(error)
+        yield row
+        if row["refused"]:
+            gpu_scans.check_device()
 
 
 def counted(run: Callable) -> dict[str, float]:
@@ -162,13 +185,14 @@ def main() -> None:
     results.found["rows"] = []
     wrong = []
     for op, name, make in cases(options.dry_run):
-        if results.late(f"{op.name}, {name}"):
-            continue
         candidates = TINY_CANDIDATES if options.dry_run else CANDIDATES
         times = counted if options.dry_run else measure.kernel_times
-        row = {"op": op.name, "case": name} | swept(op, make(), candidates, times)
-        results.found["rows"].append(row)
-        results.write()
+        results.found["rows"].append(row := {"op": op.name, "case": name})
+        for place, found in enumerate(swept(op, make(), candidates, times)):
+            row |= found
+            results.write()
+            if place < len(candidates) and results.late(f"{op.name}, {name}, from candidate {place + 1}"):
+                break
         wrong += [f"{op.name}, {name}, {tiles}: {why}" for tiles, why in row["wrong"].items()]
     results.write()
     print(table(results.found))

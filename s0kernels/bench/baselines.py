@@ -93,7 +93,14 @@ def _flash_qla() -> Scan:
 
 
 def _transformers_delta(kind: str) -> Callable:
-    return _torch_path("qwen3_5.modeling_qwen3_5", f"torch_{kind}_gated_delta_rule")
+    """Some versions repeat the heads of keys themselves, others want it done."""
+    function = _torch_path("qwen3_5.modeling_qwen3_5", f"torch_{kind}_gated_delta_rule")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **rest):
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+        return function(q, k, v, **rest)
+
+    return run
 
 
 def _transformers_delta_scan() -> Scan:

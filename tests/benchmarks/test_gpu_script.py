@@ -15,6 +15,8 @@ import gpu_compile
 import gpu_scans
 import gpu_tiles
 
+from s0kernels.backends.triton.common.targets import assuming, known_target
+from s0kernels.bench.inputs import FLAGSHIPS, MODELS, scan_inputs
 from s0kernels.bench.passes import SCANS, Op
 
 
@@ -48,7 +50,7 @@ def test_dry_run(tmp_path):
         assert not row["wrong"]
         assert not row["refused"]
         for kernels in row["us"].values():
-            assert all(len(us) == 1 + len(gpu_tiles.TINY_CANDIDATES) for us in kernels.values())
+            assert all(len(us) == 2 + len(gpu_tiles.TINY_CANDIDATES) for us in kernels.values())
     assert {row["kind"] for row in found["decode"]["rows"]} == {"steps", "mixers", "models"}
 
 
@@ -85,32 +87,71 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_results_of_tests_are_read_from_both_kinds_of_log():
-    log = """[gw1] [ 33%] PASSED tests/test_gpu.py::test_a[x-y z]
-tests/test_gpu.py::test_b FAILED                  [ 66%]
-[gw0] [ 99%] SKIPPED tests/test_gpu.py::test_c"""
-    found = {}
-    for line in log.splitlines():
-        for before, test, other, after in gpu.TEST.findall(line):
-            found[test or other] = before or after
-    assert list(found.values()) == ["PASSED", "FAILED", "SKIPPED"]
+    log = """[gw1] [ 33%] PASSED tests/backends/test_gpu.py::test_a[x, y-{'z': 1}]
+tests/backends/test_gpu.py::test_b[a b] FAILED                  [ 66%]
+[gw0] [ 99%] SKIPPED tests/backends/test_gpu.py::test_c
+FAILED tests/backends/test_gpu.py::test_b - AssertionError"""
+    found = [match for line in log.splitlines() for match in gpu.TEST.findall(line)]
+    names = [(match[1] or match[2]).partition("::")[2] for match in found]
+    assert names == ["test_a[x, y-{'z': 1}]", "test_b[a b]", "test_c"]
+    assert [match[0] or match[3] for match in found] == ["PASSED", "FAILED", "SKIPPED"]
 
 
-@pytest.fixture
-def dry(monkeypatch):
+def test_what_waits_gets_its_share():
+    """Whatever the order is, and all of it is given away in the end."""
+    run = SimpleNamespace(left=100.0)
+    share = gpu.Run.share
+    assert share(run, "tiles", []) == 100.0
+    assert share(run, "scans", ["decode", "tiles"]) == pytest.approx(100 * 100 / 220)
+    assert share(run, "tiles", ["scans"]) == pytest.approx(100 * 70 / 170)
+
+
+@pytest.mark.parametrize("op", SCANS)
+def test_the_sweep_keeps_the_schedule(op):
+    """One long sequence: the forward of SSD is split on an H100, whatever the tiles are."""
+    op = SCANS[op]
+    values = scan_inputs(op.name, MODELS[FLAGSHIPS[op.name]][1], (1, 8192), dtype=torch.bfloat16)
+    with assuming(known_target("sm_90")):
+        assert gpu_tiles.schedule_of(op, values) == ("fused" if op.name == "gated_delta_rule" else "split")
+        today = [one.kernel.__name__ for one in gpu_tiles.recorded(op, values, "forward")]
+        with gpu_tiles.using(op, values, gpu_tiles.CANDIDATES[0], gpu_tiles.schedule_of(op, values)):
+            found = gpu_tiles.recorded(op, values, "forward")
+        assert [one.kernel.__name__ for one in found] == today
+        assert all(one.tiles == gpu_tiles.CANDIDATES[0] for one in found)
+        assert set(gpu_tiles.stages(op, values, "forward")) == set(today)
+
+
+def test_a_candidate_that_changes_results_is_found(monkeypatch):
     op, _, make = next(gpu_tiles.cases(True))
-    return op, make()
+    results = [torch.ones(3), torch.ones(3) + 0.001, torch.full((3,), float("nan"))]
 
+    def passes(op, values):
+        count = iter(results)
+        return {"forward": lambda: (next(count),)}
 
-def test_a_candidate_that_changes_results_is_found(dry, monkeypatch):
-    op, values = dry
-    outcomes = [[torch.ones(3)], [torch.ones(3) + 0.001], [torch.full((3,), float("nan"))]]
-    monkeypatch.setattr(gpu_tiles, "outcome", lambda *_: outcomes.pop(0))
-    row = gpu_tiles.swept(op, values, gpu_tiles.TINY_CANDIDATES, lambda run: {})
-    assert list(row["wrong"]) == ["(32, 4, 2)"]
+    monkeypatch.setattr(gpu_tiles, "passes", passes)
+    monkeypatch.setattr(gpu_tiles, "stages", lambda *_: {})
     before = {name: dict(table) for name, table in gpu_tiles.TABLES.items()}
-    with gpu_tiles.using(op, values, gpu_tiles.TINY_CANDIDATES[0]):
-        assert gpu_tiles.TABLES[op.name] != before[op.name]
+    *_, row = gpu_tiles.swept(op, make(), gpu_tiles.TINY_CANDIDATES, lambda run: {})
+    assert list(row["wrong"]) == ["forward, (32, 4, 2)"]
     assert before == gpu_tiles.TABLES
+
+
+def test_a_candidate_that_cannot_run_is_refused_for_that_pass_alone(monkeypatch):
+    op, _, make = next(gpu_tiles.cases(True))
+    values = make()
+    real = gpu_tiles.passes(op, values)
+
+    def too_large():
+        if gpu_tiles.TABLES[op.name]["scan", 2] != before["scan", 2]:
+            raise RuntimeError("out of resource: shared memory")
+        return real["forward"]()
+
+    before = dict(gpu_tiles.TABLES[op.name])
+    monkeypatch.setattr(gpu_tiles, "passes", lambda *_: {"forward": too_large, "state": real["state"]})
+    *_, row = gpu_tiles.swept(op, values, gpu_tiles.TINY_CANDIDATES[:1], lambda run: {"kernel": 1.0})
+    assert list(row["refused"]) == ["forward, (16, 4, 1)"]
+    assert set(row["us"]["state"]["kernel"]) == {"today", gpu_tiles.AGAIN, "(16, 4, 1)"}
 
 
 def test_wrong_results_of_ours_end_the_script(monkeypatch):

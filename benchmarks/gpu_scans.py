@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.baselines import Scan  # noqa: E402
 from s0kernels.bench.check import gradients  # noqa: E402
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, scan_inputs  # noqa: E402
+from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, channel_first, scan_inputs  # noqa: E402
 from s0kernels.bench.passes import OURS, SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
 
@@ -42,7 +42,7 @@ CASES = {
 }
 ALONE = ("1x32768",)
 TINY_CASES = {"2x20": (2, 20), "3 ragged": [9, 0, 7]}
-VARIANTS = {"token-major": {}, "channel-first": {"channel_first": True}, "with z, D, dt_bias": {"extras": True}}
+VARIANTS = ("token-major", "channel-first", "with z, D, dt_bias")
 #: which of ours is measured, and libraries that take minutes to compile
 BACKEND, SLOW = "triton", ("flash-qla",)
 
@@ -60,11 +60,16 @@ def shapes(dry_run: bool, cases: list[str] | None = None) -> Iterator[tuple[Op, 
     """(op, case, variant, what makes the inputs): all cases token-major, then the first ones in other variants."""
     device, dtype, known, heads = settings(dry_run)
     first = list(known)[: 1 if dry_run else 2]
-    for variant, name in [("token-major", n) for n in known] + [(v, n) for v in list(VARIANTS)[1:] for n in first]:
+    for variant, name in [("token-major", n) for n in known] + [(v, n) for v in VARIANTS[1:] for n in first]:
         for op in SCANS.values():
             if (cases is None or name in cases) and not ("z" in variant and op.name != "ssd"):
-                make = partial(scan_inputs, op.name, heads[op.name], known[name], device=device, dtype=dtype)
-                yield op, name, variant, partial(make, **VARIANTS[variant])
+                options = {"device": device, "dtype": dtype, "extras": "z" in variant}
+                make = partial(scan_inputs, op.name, heads[op.name], known[name], **options)
+                yield op, name, variant, partial(lay_out, make) if variant == "channel-first" else make
+
+
+def lay_out(make: Callable[[], Values]) -> Values:
+    return channel_first(make())
 
 
 def our_calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:

@@ -127,11 +127,13 @@ _OPTIONS = {
 def _inputs(op: str, seed: int) -> Values:
     """fp64 inputs with a bank of three states; those of a step have their tokens first."""
     family = "gated_delta_rule" if op.startswith("gated_delta") else "ssd"
-    options = {"seed": seed, "states": _STATES, "dtype": torch.float64}
+    options = {"seed": seed, "dtype": torch.float64}
     if "mixer" in op:
-        return mixer_inputs(family, _HEADS[family], (_STEPS, _ROWS), width=_WIDTH, **options)
+        return mixer_inputs(family, _HEADS[family], (_STEPS, _ROWS), width=_WIDTH, states=_STATES, **options)
     sizes = (_STEPS, _ROWS) if op.endswith("_step") else (_ROWS, _TOKENS)
-    return scan_inputs(family, _HEADS[family], sizes, extras=True, rates=(0.08, 0.12), **options)
+    values = scan_inputs(family, _HEADS[family], sizes, extras=True, rates=(0.08, 0.12), **options)
+    first = values["initial_state"]
+    return values | {"initial_state": torch.stack([first, *(first.roll(i + 1, 0) for i in range(_STATES - 1))])}
 
 
 def _results(op: str, values: Values, backend: str) -> Results:

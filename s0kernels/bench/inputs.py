@@ -57,24 +57,20 @@ def scan_inputs(
     *,
     extras: bool = False,
     rates: tuple[float, float] = (0.01, 0.1),
-    states: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    channel_first: bool = False,
 ) -> Values:
     """Inputs like a trained model's, with the decays of the slowest and the fastest head at `rates`.
 
-    g, dt, weights and states are fp32, or fp64 with the rest. Every sequence begins at one state, or the result holds a
-    bank of `states`. `extras`: D, z and dt_bias of SSD, for a dt that goes through a softplus. `channel_first`: tokens
-    are the fastest axis in memory, as behind a causal convolution.
+    g, dt, weights and states are fp32, or fp64 with the rest. All sequences share the state. `extras`: D, z and dt_bias
+    of SSD, for a dt that goes through a softplus.
     """
     rows, length, ends = _laid_out(sizes, device)
     random = Random(seed, device, dtype)
 
     def tokens(*shape: int) -> Tensor:
-        x = random.normal(rows, length, *shape).to(dtype)
-        return x.movedim(1, -1).contiguous().movedim(-1, 1) if channel_first else x
+        return random.normal(rows, length, *shape).to(dtype)
 
     low, high = (math.log10(rate) for rate in rates)
     if op == "gated_delta_rule":
@@ -91,8 +87,16 @@ def scan_inputs(
         values |= {"A": -decays, "B": tokens(G, N), "C": tokens(G, N)}
         if extras:
             values |= {"D": random.normal(H), "z": tokens(H, P), "dt_bias": random.normal(H)}
-    values["initial_state"] = random.normal(*(() if states is None else (states,)), *state)
+    values["initial_state"] = random.normal(*state)
     return values if ends is None else values | {"cu_seqlens": ends}
+
+
+def channel_first(values: Values) -> Values:
+    """The same, with heads and channels laid out so that tokens are the fastest axis: behind a causal convolution."""
+    return {
+        n: x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() == 4 and n not in NOT_INPUTS else x
+        for n, x in values.items()
+    }
 
 
 def mixer_inputs(

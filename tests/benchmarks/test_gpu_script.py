@@ -23,6 +23,7 @@ from s0kernels.bench.passes import SCANS, Op
 def make_gpu(out, *options):
     command = [
         "make",
+        "--no-print-directory",  # said by a make that another make runs
         "gpu",
         f"PYTHON={sys.executable}",
         f"OUT={out}",

@@ -107,6 +107,7 @@ class DeltaMixerInputs(NamedTuple):
 
 class DeltaMixerOptions(NamedTuple):
     eps: float
+    allow_neg_eigval: bool  # beta = 2 sigmoid(b)
 
 
 class SSDMixerInputs(NamedTuple):

@@ -20,6 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 #: (heads that share a group's keys, groups, sizes): of models, square and not, odd, and as large as can be
 SHAPES = {
     "Qwen3.5-4B": (2, 2, 128, 128),
+    "OLMo-Hybrid": (1, 30, 96, 192),
     "one value head a key": (1, 3, 64, 64),
     "three": (3, 1, 16, 24),
     "odd": (2, 2, 17, 33),
@@ -28,8 +29,11 @@ SHAPES = {
     "Falcon-H1-7B": (4, 1, 128, 256),
     "Bamba": (6, 2, 64, 128),
 }
-#: what becomes of the gate and the norm
-FINISHES = {"gated_delta_rule": [{}], "ssd": [{"norm": None}, {"gate_first": True}, {"gate_first": False}]}
+#: what becomes of the gate and the norm, and of beta
+FINISHES = {
+    "gated_delta_rule": [{}, {"allow_neg_eigval": True}],
+    "ssd": [{"norm": None}, {"gate_first": True}, {"gate_first": False}],
+}
 STEPS = {
     "gated_delta_rule": (gated_delta_mixer_step_reference, tokens.gated_delta_mixer_step, gated_delta_mixer_step),
     "ssd": (ssd_mixer_step_reference, tokens.ssd_mixer_step, ssd_mixer_step),

@@ -60,6 +60,7 @@ struct Delta : Token {
   int down;  // lanes of a warp that share a column of S
   Values q, k, v, decay, weight, A_log, dt_bias;
   bool normalise;
+  bool allow_neg_eigval;  // beta is twice the sigmoid of b
   float scale;
 };
 

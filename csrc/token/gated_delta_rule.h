@@ -1,7 +1,7 @@
 // One token of the gated delta rule, and of a mixer around it, in a block for each (row, value head, tile of V):
 //
 //   q, k, v = silu(convolution)     where there is a window, which moves on by one
-//   g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b)     where A_log is given
+//   g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), or twice that     where A_log is given
 //   S' = exp(g) S;  S = S' + beta k (v - S'^T k)^T;  o = scale S^T q
 //   o / rms(o) * norm * silu(z)     where they are given
 //
@@ -29,7 +29,8 @@ S0_CALL DeltaGates gates(const Delta& d, int64_t row, int head) {
   const float decay = read(d.decay, row, head, 0), weight = read(d.weight, row, head, 0);
   if (d.A_log.data == nullptr) return {expf(decay), weight};
   const float rate = expf(read(d.A_log, 0, head, 0));
-  return {expf(-rate * softplus(decay + read(d.dt_bias, 0, head, 0))), sigmoid(weight)};
+  const float beta = d.allow_neg_eigval ? 2.0f * sigmoid(weight) : sigmoid(weight);
+  return {expf(-rate * softplus(decay + read(d.dt_bias, 0, head, 0))), beta};
 }
 
 // The channels of the convolution are q, k and v side by side.

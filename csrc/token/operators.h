@@ -72,12 +72,13 @@ inline void set_common(Token& t, Device device, const Optional& conv_weight, con
   "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Tensor? A_log, "   \
   "Tensor? dt_bias, Tensor? conv_weight, Tensor? conv_bias, Tensor(a!)? window, Tensor? z, "           \
   "Tensor? norm, float eps, Tensor(b!) state, Tensor? indices, Tensor(c!) output, bool normalise, "    \
-  "float scale) -> ()"
+  "bool allow_neg_eigval, float scale) -> ()"
 
 template <Device device, void (*run)(Delta&, const Tensor&)>
 void gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Optional A_log, Optional dt_bias,
                            Optional conv_weight, Optional conv_bias, Optional window, Optional z, Optional norm,
-                           double eps, Tensor state, Optional indices, Tensor output, bool normalise, double scale) {
+                           double eps, Tensor state, Optional indices, Tensor output, bool normalise,
+                           bool allow_neg_eigval, double scale) {
   Delta d{};
   const int64_t rows = v.size(0), heads = v.size(1), groups = q.size(1), K = q.size(2), V = v.size(2);
   d.rows = rows;
@@ -101,6 +102,7 @@ void gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor we
   STD_TORCH_CHECK(A_log.has_value() == dt_bias.has_value(), "s0kernels: A_log and dt_bias go together");
   STD_TORCH_CHECK(!norm.has_value() || norm->size(0) == V, "s0kernels: a norm over V expected");
   d.normalise = normalise;
+  d.allow_neg_eigval = allow_neg_eigval;
   d.scale = static_cast<float>(scale);
   run(d, output);
 }

@@ -40,7 +40,7 @@ def gated_delta_rule_step(library, inputs: DeltaInputs, pool: Pool, options: Del
     without_mixer = (None,) * 7
     library.gated_delta_rule_step(
         *(*inputs, *without_mixer, 0.0, pool.state, _contiguous(pool.indices), output),
-        *(options.use_qk_l2norm, options.scale),
+        *(options.use_qk_l2norm, False, options.scale),
     )
     return output
 
@@ -66,7 +66,7 @@ def gated_delta_mixer_step(library, inputs: DeltaMixerInputs, pool: MixerPool, o
     library.gated_delta_rule_step(
         *(q.unflatten(1, (-1, K)), k.unflatten(1, (-1, K)), v.unflatten(1, (heads, V)), a, b, A_log, dt_bias),
         *(conv_weight, conv_bias, pool.window, z, norm, options.eps, pool.state, _contiguous(pool.indices)),
-        *(output, True, K**-0.5),
+        *(output, True, options.allow_neg_eigval, K**-0.5),
     )
     return output
 

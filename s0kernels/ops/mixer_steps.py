@@ -35,12 +35,13 @@ def gated_delta_mixer_step(
     state: Tensor,
     *,
     eps: float,
+    allow_neg_eigval: bool = False,
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A token of a Qwen3.5 mixer:
+    """A token of a Qwen3.5 or OLMo-Hybrid mixer:
 
-        q, k, v = silu(conv(window, mixed));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
+        q, k, v = silu(conv(window, mixed));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b), or twice that
         S <- the gated delta rule with q and k normalised;  y = o / rms(o) * norm * silu(z)
 
     Args:
@@ -50,6 +51,7 @@ def gated_delta_mixer_step(
         window: [B, C, W], the last W inputs, the newest last; with `state_indices` a pool [S, C, W]. Written.
         state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), or a pool [S, HV, K, V]. Written.
         eps: of the norm.
+        allow_neg_eigval: beta = 2 sigmoid(b), so that a token can turn over what the state holds along its key.
         state_indices: [B] int32 or int64, rows of both pools; -1 starts from zero and stores nothing.
         backend: "cuda", "cpu" or "reference"; None takes the first of these that supports the call.
 
@@ -67,6 +69,7 @@ def gated_delta_mixer_step(
     check.tensor("a", a, "B HV", check.floats)
     check.tensor("norm", norm, "V", check.floats)
     _check_mixer(check, inputs, pool, "HV K V")
+    validation.check_flag(_DELTA, "allow_neg_eigval", allow_neg_eigval)
     heads, K, V = state.shape[1:]
     keys = mixed.shape[1] - heads * V
     if keys <= 0 or K == 0 or keys % (2 * K) or heads % (keys // (2 * K)):
@@ -74,7 +77,7 @@ def gated_delta_mixer_step(
             f"{_DELTA}: mixed must have 2 H K + HV V channels, H a divisor of HV, got {mixed.shape[1]} for state "
             f"{list(state.shape)}"
         )
-    return _delta_op(*inputs, *pool, eps, _choose(_DELTA, inputs, pool, backend))
+    return _delta_op(*inputs, *pool, eps, allow_neg_eigval, _choose(_DELTA, inputs, pool, backend))
 
 
 def ssd_mixer_step(
@@ -186,11 +189,12 @@ def _convolve(inputs: DeltaMixerInputs | SSDMixerInputs, pool: MixerPool) -> Ten
 
 
 def gated_delta_mixer_step_reference(
-    mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state, *, eps, state_indices=None
-) -> Tensor:
+    mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state, *, eps, allow_neg_eigval=False,
+    state_indices=None,
+) -> Tensor:  # fmt: skip
     """`gated_delta_mixer_step` in PyTorch, in fp32 or fp64 throughout; the oracle for the kernels."""
     inputs = DeltaMixerInputs(mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm)
-    return _delta_reference(inputs, MixerPool(window, state, state_indices), DeltaMixerOptions(eps))
+    return _delta_reference(inputs, MixerPool(window, state, state_indices), DeltaMixerOptions(eps, allow_neg_eigval))
 
 
 def _delta_reference(inputs: DeltaMixerInputs, pool: MixerPool, options: DeltaMixerOptions) -> Tensor:
@@ -203,7 +207,8 @@ def _delta_reference(inputs: DeltaMixerInputs, pool: MixerPool, options: DeltaMi
     q, k, v = q.unflatten(1, (-1, K)), k.unflatten(1, (-1, K)), v.unflatten(1, (heads, V))
     g = -A_log.exp() * F.softplus(a + dt_bias)
     step = {"use_qk_l2norm": True, "state_indices": pool.indices}
-    o = gated_delta_rule_step_reference(q, k, v, g, b.sigmoid(), pool.state, **step)
+    beta = b.sigmoid() * (2 if options.allow_neg_eigval else 1)
+    o = gated_delta_rule_step_reference(q, k, v, g, beta, pool.state, **step)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + options.eps)
     return (o * norm * F.silu(z)).to(mixed.dtype)
 

@@ -34,7 +34,7 @@ def normal(*shape, seed=0):
 
 
 def run(op, inputs, way, **options):
-    more = {"dt_limit": (0.1, 1.5), "gate_first": False} if op == "ssd" else {}
+    more = {"dt_limit": (0.1, 1.5), "gate_first": False} if op == "ssd" else {"allow_neg_eigval": False}
     options = {"eps": 1e-6, "state_indices": None, **more, **options}
     if way is None:
         return STEPS[op][0](**inputs, **options)
@@ -87,6 +87,23 @@ def test_a_mixer_step_is_its_parts(op, finish, shape, way):
         assert error(found, truth) < 3e-6
     assert torch.equal(single["window"].double(), inputs["window"])
     assert error(single["state"], inputs["state"]) < 1e-6
+
+
+@every_way
+def test_a_token_at_beta_two_is_undone_by_itself(way):
+    """Without decay and values it turns over what the state holds along its key."""
+    inputs = mixer("gated_delta_rule", "OLMo-Hybrid", width=1)
+    values = inputs["z"][0].numel()
+    inputs["mixed"][:, -values:] = inputs["conv_bias"][-values:] = 0
+    inputs |= {"b": inputs["b"] * 0 + 100, "A_log": inputs["A_log"] * 0 - torch.inf}
+    for given in (inputs, to(inputs, torch.float32)):
+        way_of = None if given is inputs else way
+        before = given["state"].clone()
+        run("gated_delta_rule", given, way_of, allow_neg_eigval=True)
+        assert error(given["state"].square().sum((2, 3)), before.square().sum((2, 3))) < 1e-6
+        assert error(given["state"], before) > 0.1
+        run("gated_delta_rule", given, way_of, allow_neg_eigval=True)
+        assert error(given["state"], before) < 1e-6
 
 
 @every_finish
@@ -220,6 +237,9 @@ def test_ops_choose_and_validate(op):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             public(**{**inputs, **change})
+    if op == "gated_delta_rule":
+        with pytest.raises(TypeError, match="allow_neg_eigval must be True or False, got 2"):
+            public(**inputs, allow_neg_eigval=2)
     wide = to(mixer(op, "three", width=9), torch.float32)
     with pytest.raises(ValueError, match="convolutions of up to 8, got 9"):
         public(**wide, backend="cpu")

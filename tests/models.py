@@ -50,6 +50,7 @@ _QWEN = {
     "linear_value_head_dim": 12,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
 }
+_LARA_LAYERS = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
 _EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -84,6 +85,52 @@ _BAMBA = {
     "mamba_n_groups": 2,
     "mamba_d_state": 12,
     "mamba_chunk_size": 16,
+}
+_GRANITE = {
+    **{name: value for name, value in _BAMBA.items() if name != "attn_layer_indices"},
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 16,
+    "logits_scaling": 2.0,
+}
+_NEMOTRON = {
+    **_COMMON,
+    "layers_block_type": ["mamba", "moe", "attention", "mamba", "mamba"],
+    "head_dim": 8,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 12,
+    "chunk_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+_ZAMBA = {
+    **_COMMON,
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "num_key_value_heads": 4,
+    "num_mem_blocks": 2,
+    "attention_head_dim": 16,
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 2,
+    "mamba_d_state": 12,
+    "chunk_size": 16,
+    "use_mem_rope": True,
+    "use_shared_attention_adapter": True,
+    "adapter_rank": 4,
+}
+_MAMBA = {
+    **_COMMON,
+    "num_hidden_layers": 3,
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 2,
+    "state_size": 12,
+    "chunk_size": 16,
 }
 
 
@@ -139,6 +186,35 @@ def bamba(**changes):
     return _slow(BambaForCausalLM(BambaConfig(**{**_BAMBA, **changes})))
 
 
+def granite():
+    return _made("GraniteMoeHybrid", _GRANITE)
+
+
+def nemotron():
+    return _made("NemotronH", _NEMOTRON)
+
+
+def zamba2():
+    return _made("Zamba2", _ZAMBA)
+
+
+def mamba2():
+    return _made("Mamba2", _MAMBA)
+
+
+def olmo(**changes):
+    return _made("OlmoHybrid", {**_QWEN, "linear_num_key_heads": 4, **changes})
+
+
+def lara():
+    return _made("LaraMini", {**_QWEN, **_EXPERTS, "layer_types": _LARA_LAYERS})
+
+
+def _made(name, config):
+    torch.manual_seed(0)
+    return _slow(getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)))
+
+
 MODELS = {
     "qwen": qwen,
     "qwen_multimodal": qwen_multimodal,
@@ -148,7 +224,18 @@ MODELS = {
     "falcon": falcon,
     "falcon_norm": falcon_with_norm_and_biases,
     "bamba": bamba,
+    "granite": granite,
+    "nemotron": nemotron,
+    "zamba2": zamba2,
+    "mamba2": mamba2,
+    "olmo": olmo,
 }
+if hasattr(transformers, "LaraMiniForCausalLM"):
+    MODELS["lara"] = lara
+
+
+#: why the models that packed sequences cannot go through refuse them
+CANNOT_PACK = {"granite": "attention mask without position_ids", "mamba2": "does not tell its backbone"}
 
 
 def fails_upstream(name: str) -> str | None:

@@ -51,10 +51,10 @@ class Arguments:
         self, decoder: nn.Module | None, mixer: nn.Module, between: Iterable[nn.Module], harmless: Iterable[str]
     ):
         #: names in the order in which they may be given by position
-        self.decoder = () if decoder is None else _named(decoder)
-        self.mixer = _named(mixer)
+        self.decoder = () if decoder is None else named(decoder)
+        self.mixer = named(mixer)
         self._harmless = _HARMLESS | set(harmless)
-        known = set().union(self.decoder, self.mixer, *map(_named, between), _keys_of_transformers(), _TOKENS)
+        known = set().union(self.decoder, self.mixer, *map(named, between), _keys_of_transformers(), _TOKENS)
         self._known = known | _UNDERSTOOD | self._harmless
         #: the decoder's name for its cache; the mixer's where there is no decoder
         self.cache = cache_argument(mixer if decoder is None else decoder)
@@ -95,7 +95,7 @@ def cache_argument(module: nn.Module) -> str:
     Raises:
         ValueError: it takes none under a known name.
     """
-    names = _named(module)
+    names = named(module)
     found = [name for name in CACHES if name in names]
     if not found:
         raise ValueError(
@@ -110,7 +110,8 @@ def cache_of(output: Mapping[str, Any]) -> Any:
     return next((output[name] for name in CACHES if name in output), None)
 
 
-def _named(module: nn.Module) -> tuple[str, ...]:
+def named(module: nn.Module) -> tuple[str, ...]:
+    """The parameters that `module.forward` has names for, in their order."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind not in variable)[1:]

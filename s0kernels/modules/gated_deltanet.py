@@ -22,6 +22,8 @@ class S0GatedDeltaNet(S0Mixer):
     head_v_dim: int
     key_dim: int
     value_dim: int
+    #: whether beta goes up to 2
+    allow_neg_eigval: bool = False
     in_proj_qkv: nn.Module
     in_proj_z: nn.Module
     in_proj_b: nn.Module
@@ -40,7 +42,7 @@ class S0GatedDeltaNet(S0Mixer):
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for x in (q, k))
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        beta = b.sigmoid()
+        beta = b.sigmoid() * 2.0 if self.allow_neg_eigval else b.sigmoid()
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         if rows.padding is not None:  # a pad neither decays the state nor writes to it
             g, beta = g.masked_fill(rows.padding.pads, 0.0), beta.masked_fill(rows.padding.pads, 0.0)
@@ -69,6 +71,7 @@ class S0GatedDeltaNet(S0Mixer):
             cache.window,
             cache.state,
             eps=eps,
+            allow_neg_eigval=self.allow_neg_eigval,
             backend=backend,
         )
 

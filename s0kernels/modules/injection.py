@@ -167,10 +167,14 @@ class Site:
     #: what `swap_modules` found out about the swap, there as soon as that has ended
     report: "SwapReport"
 
-    def __init__(self, shapes: Mapping[int, tuple[int, ...]], arch: str, arguments: Arguments):
+    def __init__(
+        self, shapes: Mapping[int, tuple[int, ...]], arch: str, arguments: Arguments, cannot_pack: str | None = None
+    ):
         self.shapes = dict(shapes)
         self.arch = arch
         self.arguments = arguments
+        #: why packed sequences cannot go through the model, or None
+        self.cannot_pack = cannot_pack
         self.number = next(_numbers)
         self.attachment: Attachment | None = None
         _sites.add(self)
@@ -202,12 +206,16 @@ class Site:
             _open.pop(attachment.number, None)
             _overrides.set(tuple(other for other in _overrides.get() if other is not entry))
 
+    def live(self, kwargs: Mapping) -> bool:
+        """Whether a forward continues a cache that holds states."""
+        cache = find_cache(kwargs, "s0kernels")
+        # a recurrent layer knows it on the host; the length of a static cache is on the device
+        return cache is not None and cache.has_previous_state(min(self.shapes))
+
     def bind(self, rows: Tensor, kwargs: Mapping) -> BoundStates:
         """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
         may say that the rows hold packed sequences, or continue those of a cache."""
-        cache = find_cache(kwargs, "s0kernels")
-        # a recurrent layer knows it on the host; the length of a static cache is on the device
-        live = cache is not None and cache.has_previous_state(min(self.shapes))
+        live = self.live(kwargs)
         cu_seqlens = find_boundaries(rows.shape[0], rows.shape[1], kwargs, live)
         mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)
         attachment = self.current()
@@ -231,13 +239,33 @@ class BindStates:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         named = dict(zip(self.site.arguments.decoder, args, strict=False)) | kwargs
         self.site.arguments.check(type(module).__name__, named)
-        rows = next((named[n] for n in ("input_ids", "inputs_embeds") if named.get(n) is not None), None)
+        rows = _rows(named)
         if rows is None or KEYWORD in named:
             return args, kwargs
         bound = self.site.bind(rows, named)
         if bound.cu_seqlens is not None:
             return (), {**_packed(named, bound.cu_seqlens, rows.shape[1]), KEYWORD: bound}
         return args, {**kwargs, KEYWORD: bound}
+
+
+class RefusePacked:
+    """Forward pre-hook of a module that packed sequences cannot go through: its tokens would see those of others."""
+
+    def __init__(self, site: Site, names: tuple[str, ...]):
+        self.site = site
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        rows = _rows(named)
+        if rows is None or find_boundaries(rows.shape[0], rows.shape[1], named, self.site.live(named)) is None:
+            return
+        raise ValueError(f"packed sequences (cu_seq_lens_q, seq_idx, position_ids): {self.site.cannot_pack}; pad them")
+
+
+def _rows(named: Mapping) -> Tensor | None:
+    """The tokens or embeddings among the arguments of a model."""
+    return next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
 
 
 def _single_token_mask(rows: Tensor, mask: Tensor | None, live: bool) -> Tensor | None:

@@ -33,9 +33,15 @@ _NORMS = {
     "BambaRMSNormGated": "variance_epsilon",
     "FalconH1RMSNormGated": "variance_epsilon",
     "FusedRMSNormGated": "eps",  # flash-linear-attention's, which older versions of transformers take
+    "GraniteMoeHybridRMSNormGated": "variance_epsilon",
+    "LaraMiniRMSNormGated": "variance_epsilon",
+    "MambaRMSNormGated": "variance_epsilon",
+    "NemotronHRMSNormGated": "variance_epsilon",
+    "OlmoHybridRMSNormGated": "variance_epsilon",
     "Qwen3NextRMSNormGated": "variance_epsilon",
     "Qwen3_5MoeRMSNormGated": "variance_epsilon",
     "Qwen3_5RMSNormGated": "variance_epsilon",
+    "Zamba2RMSNormGated": "variance_epsilon",
 }
 _NOT_COPIED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 

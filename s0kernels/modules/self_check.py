@@ -59,6 +59,8 @@ class SwapReport:
     #: versions of transformers and torch
     versions: Mapping[str, str | None]
     checks: tuple[Check, ...] = field(default=())
+    #: why packed sequences are refused, or None
+    cannot_pack: str | None = None
 
     @property
     def checked(self) -> bool:
@@ -67,7 +69,9 @@ class SwapReport:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([f"{self.mixers} mixers of {self.family}, {versions}", *(f"  {c}" for c in self.checks)])
+        refused = [] if self.cannot_pack is None else [f"packed sequences are refused: {self.cannot_pack}"]
+        lines = [f"{self.mixers} mixers of {self.family}, {versions}", *map(str, self.checks), *refused]
+        return "\n  ".join(lines)
 
 
 class Refused(Exception):

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from s0kernels.modules.arguments import Arguments
-from s0kernels.modules.families import Family, family_of, supported
-from s0kernels.modules.injection import BindStates, Site
+from s0kernels.modules.arguments import Arguments, named
+from s0kernels.modules.families import Family, family_of, what_is_missing
+from s0kernels.modules.injection import BindStates, RefusePacked, Site
 from s0kernels.modules.mixer import S0Mixer
 from s0kernels.modules.self_check import Place, Refused, SelfCheck, SwapReport
 from s0kernels.versions import installed, warn_untested
@@ -48,9 +48,7 @@ def swap_modules(model: _Module, check: bool = True) -> _Module:
             raise ValueError(f"swap_modules: {next(iter(found))} is not swapped, but others are; restore_modules first")
         return model
     if not found:
-        raise ValueError(
-            f"swap_modules: {type(model).__name__} has no recurrent mixer of a supported family ({supported()})"
-        )
+        raise ValueError(f"swap_modules: {type(model).__name__} has {what_is_missing(model)}")
     _check(model, found)
     warn_untested()
     try:
@@ -69,7 +67,9 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
         arguments = Arguments(place.decoder if place.layers else None, mixer, place.way, family.harmless)
     except ValueError as error:
         raise Refused(str(error)) from error
-    site = Site({m.layer_idx: family.state_shape(m) for m, _ in found.values()}, family.arch, arguments)
+    unpackable = {m: f"{name}: {why}" for name, why in family.cannot_pack.items() for m in _called(model, name)}
+    cannot_pack = next(iter(unpackable.values()), None)
+    site = Site({m.layer_idx: family.state_shape(m) for m, _ in found.values()}, family.arch, arguments, cannot_pack)
     replacements = {name: _with_accelerate_hook(family.replacement(m, site), m) for name, (m, _) in found.items()}
     kinds: dict[type, SelfCheck] = {}
     for name, (m, _) in sorted(found.items(), key=lambda item: item[1][0].layer_idx) if check else ():
@@ -77,6 +77,8 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
     checks = [result for kind in kinds.values() for result in kind.beside_original()]
     for name, replacement in replacements.items():
         _replace(model, name, replacement)
+    for module in unpackable:
+        module.register_forward_pre_hook(RefusePacked(site, named(module)), with_kwargs=True)
     place.decoder.register_forward_pre_hook(BindStates(site), with_kwargs=True)
     for module in _initialisers(model, first):
         module.__dict__["_init_weights"] = InitialiseOriginals(module)
@@ -85,7 +87,8 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
     except BaseException:
         restore_modules(model)
         raise
-    site.report = SwapReport(family.name, len(found), installed("transformers", "torch"), tuple(checks))
+    versions = installed("transformers", "torch")
+    site.report = SwapReport(family.name, len(found), versions, tuple(checks), cannot_pack)
 
 
 def swap_report(model: nn.Module) -> SwapReport:
@@ -111,7 +114,8 @@ def restore_modules(model: _Module) -> _Module:
             _with_accelerate_hook(mixer.original, mixer)
         _replace(model, name, mixer.original)
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BindStates)]:
+        hooks = module._forward_pre_hooks.items()
+        for key in [key for key, hook in hooks if isinstance(hook, (BindStates, RefusePacked))]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(module.__dict__.get("_init_weights"), InitialiseOriginals):
@@ -215,6 +219,11 @@ class InitialiseOriginals:
     def __call__(self, module: nn.Module) -> None:
         original = module.original if isinstance(module, S0Mixer) else module
         type(self.model)._init_weights(self.model, original)
+
+
+def _called(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules of a class, by its name, and of classes made from it."""
+    return [module for module in model.modules() if name in {cls.__name__ for cls in type(module).__mro__}]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

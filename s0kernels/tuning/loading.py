@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from s0kernels.modules.families import family_of, supported
+from s0kernels.modules.families import family_of, what_is_missing
 
 #: arguments of a model that are its tokenizer's as well
 _WHERE_FROM = ("revision", "code_revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
@@ -116,4 +116,4 @@ def _check_family(name: str | os.PathLike[str], options: Mapping[str, Any]) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if not any(family_of(module) for module in model.modules()):
-        raise ValueError(f"{name} is a {type(model).__name__}, which has no recurrent mixer of {supported()}")
+        raise ValueError(f"{name} is a {type(model).__name__}, which has {what_is_missing(model)}")

@@ -59,7 +59,7 @@ def test_gradient_checkpointing(name, reentrant):
         logits = model(ids, use_cache=False).logits
     others.attach(model)
     logits.log_softmax(-1)[..., 7].sum().backward()
-    assert len(forwards) == 2 * len(mixers), "every layer is computed again"
+    assert min(map(forwards.count, mixers)) >= 2, "every layer is computed again"  # Zamba2 has layers within layers
     for layer, grad in zip(states, truth, strict=True):
         assert close(states[layer].grad, grad), layer
 

@@ -1,9 +1,12 @@
 """The swapped mixers: what they compute with no S0, and what cannot be swapped."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import (
     MODELS,
     cached,
@@ -22,7 +25,9 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from s0kernels import S0States, restore_modules, swap_modules
+from s0kernels.modules.families import UNSUPPORTED
 from s0kernels.modules.swap import find_site
+from s0kernels.versions import PINNED
 
 
 @every_model
@@ -185,6 +190,40 @@ def test_an_unsupported_model_is_refused_with_the_supported_families():
     for model in (LlamaForCausalLM(config), nn.Linear(2, 2)):
         with pytest.raises(ValueError, match=r"no recurrent mixer.*Qwen3.5.*Falcon-H1"):
             swap_modules(model)
+
+
+@pytest.mark.parametrize("mixer", UNSUPPORTED)
+def test_a_mixer_that_cannot_be_replaced_is_named_with_what_is_missing(mixer):
+    """By a stand-in of its name, of which the installed transformers has the original."""
+    folders = Path(transformers.__file__).parent.joinpath("models").glob("*/modeling_*.py")
+    known = any(f"\nclass {mixer}(" in path.read_text() for path in folders)
+    assert known or transformers.__version__ != PINNED["transformers"], "renamed or gone"
+    model = nn.ModuleDict({"mixer": type(f"My{mixer}", (type(mixer, (nn.Module,), {}),), {})()})
+    with pytest.raises(ValueError, match=re.escape(f"its My{mixer} cannot be replaced: {UNSUPPORTED[mixer]}")):
+        swap_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [
+        ("KimiLinear", {"num_hidden_layers": 4}, "KimiLinearDeltaAttention.*KDA"),
+        ("Lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "Lfm2ShortConv.*window"),
+        ("Mamba", {"num_hidden_layers": 2}, "MambaMixer.*Mamba-1"),
+    ],
+)
+def test_a_model_that_cannot_be_swapped_is_told_why(name, settings, what):
+    config = getattr(transformers, f"{name}Config")(**settings)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(ValueError, match=f"{name}ForCausalLM has no recurrent mixer of a supported.*{what}"):
+        swap_modules(model)
+
+
+def test_an_unknown_recurrent_mixer_is_named():
+    mixer = nn.Conv1d(1, 1, 1)
+    mixer.A_log, mixer.layer_idx = nn.Parameter(torch.zeros(2)), 0
+    with pytest.raises(ValueError, match=r"its Conv1d is none that s0kernels knows: docs/adding-a-family.md"):
+        swap_modules(nn.Sequential(mixer))
 
 
 @pytest.mark.parametrize("make", [qwen, falcon])

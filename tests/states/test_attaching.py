@@ -6,11 +6,25 @@ import threading
 
 import pytest
 import torch
-from models import MODELS, PAD, cached, close, every_family, every_model, padded, qwen, ragged, random_states, tokens
+from models import (
+    CANNOT_PACK,
+    MODELS,
+    PAD,
+    VOCABULARY,
+    cached,
+    close,
+    every_family,
+    every_model,
+    padded,
+    qwen,
+    ragged,
+    random_states,
+    tokens,
+)
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from s0kernels import swap_modules
-from s0kernels.modules.injection import BindStates
+from s0kernels import restore_modules, swap_modules, swap_report
+from s0kernels.modules.injection import BindStates, RefusePacked
 from s0kernels.modules.mixer import S0Mixer
 from s0kernels.modules.swap import find_site
 
@@ -244,8 +258,11 @@ def packs(lengths: list[int]) -> dict[str, dict]:
     }
 
 
-@every_model
-@pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_ids", "collator"])
+every_way = pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_ids", "collator"])
+
+
+@every_way
+@pytest.mark.parametrize("name", sorted(set(MODELS) - set(CANNOT_PACK)))
 def test_packed_sequences_start_anew(name, way):
     """Scan, convolution and attention: logits and the gradient of S0 are those of separate sequences."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
@@ -265,6 +282,26 @@ def test_packed_sequences_start_anew(name, way):
     found.log_softmax(-1)[..., 7].sum().backward()
     for layer, grad in zip(states, grads, strict=True):
         assert close(states[layer].grad, grad), layer
+
+
+@every_way
+@pytest.mark.parametrize("name", CANNOT_PACK)
+@torch.no_grad()
+def test_packed_sequences_are_refused(name, way):
+    """Where something in the model mixes them: with the reason, in the report as well, and only while it does."""
+    model, pack = swap_modules(MODELS[name]()), packs([9, 12])[way]
+    ids, other = tokens(1, 21), tokens(1, 21, seed=1)
+    other[:, 9:] = ids[:, 9:]
+    with pytest.raises(ValueError, match=f"packed sequences.*{CANNOT_PACK[name]}.*; pad them"):
+        model(ids, **pack)
+    assert CANNOT_PACK[name] in str(swap_report(model))
+    assert model(ids, position_ids=torch.arange(21)[None]).logits.shape == (1, 21, VOCABULARY)
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, RefusePacked)]:
+            del module._forward_pre_hooks[key]
+    assert not close(model(ids, **pack).logits[:, 9:], model(other, **pack).logits[:, 9:])
+    restored = restore_modules(swap_modules(MODELS[name]()))
+    assert not any(m._forward_pre_hooks for m in restored.modules())
 
 
 @every_family

@@ -143,8 +143,10 @@ def test_losses_and_gradients_are_the_models_own(name, change, known, packed, mo
 
 
 @every_model
-def test_the_head_of_every_family_is_known(name):
-    model = swap_modules(MODELS[name]())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_of_every_family_is_known(name, dtype):
+    """Also where a model hands out logits in fp32 whatever its own dtype is."""
+    model = swap_modules(MODELS[name]().to(dtype))
     assert Head(model, torch.tensor([EXAMPLES[0].ids])).known
 
 

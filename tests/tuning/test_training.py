@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 from cases import error
-from models import MODELS, checkpoint_layers, close, every_family, every_model
+from models import CANNOT_PACK, MODELS, checkpoint_layers, close, every_family, every_model
 from trainers import OTHERS, PAIRS, same_states, trainer
 
 from s0kernels import S0Config, S0States, S0Trainer
-from s0kernels.tuning.batches import make_batches
+from s0kernels.tuning.batches import PaddedBatch, make_batches
 from s0kernels.tuning.data import Example
 
 # Several tasks
@@ -277,11 +277,18 @@ def test_a_trainer_without_a_tokenizer_says_so(tmp_path):
 
 @every_model
 def test_training_in_every_family(name):
-    """Padded and packed alike."""
+    """Padded and packed alike, where packed sequences can go through the model."""
     padded, packed = trainer(name), trainer(name)
     padded.train(PAIRS, progress=False)
-    packed.train(PAIRS, progress=False, packed=True)
     assert padded.history[-1]["loss"] < padded.history[0]["loss"] - 0.1
+    if name in CANNOT_PACK:
+        with pytest.raises(ValueError, match=f"packed examples cannot.*{CANNOT_PACK[name]}"):
+            packed.train(PAIRS, progress=False, packed=True)
+        packed.model.config._attn_implementation = "flash_attention_2"  # where packing is the default
+        made = make_batches([Example([5, 6, 7], 1)], 9, None, packed.model, 0, torch.device("cpu"))
+        assert isinstance(made[0], PaddedBatch)
+        return
+    packed.train(PAIRS, progress=False, packed=True)
     for a, b in zip(packed.history, padded.history, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-3
 

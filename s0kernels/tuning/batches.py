@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s0kernels.modules.swap import swapped_site
+from s0kernels.modules.swap import find_site
 from s0kernels.tuning.data import Example
 from s0kernels.tuning.head import Head, cross_entropy
 
@@ -46,7 +46,8 @@ def _decide(packed: bool | None, model: Any) -> bool:
             f"S0Trainer: packed examples need attention that keeps them apart (flash attention or one of "
             f"{', '.join(_KEEP_APART)}), and the model has {attention!r}"
         )
-    cannot = swapped_site(model, "S0Trainer").cannot_pack
+    site = find_site(model)
+    cannot = None if site is None else site.cannot_pack
     if packed and cannot is not None:
         raise ValueError(f"S0Trainer: packed examples cannot go through this model; {cannot}")
     return flash and cannot is None if packed is None else packed

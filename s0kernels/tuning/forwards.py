@@ -243,8 +243,14 @@ class Layers:
 
     @contextlib.contextmanager
     def recomputed(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only; what is inside them stays in evaluation mode."""
-        layers = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]
+        """transformers checkpoints layers in training mode only. What is inside them stays in evaluation mode, layers
+        (of Zamba2) included: the mode has to be the same when they are recomputed, which is after this."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        flagged = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]
+        outer = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
+        inside = {inner for layer in outer for inner in layer.modules() if inner is not layer}
+        layers = [module for module in flagged if module not in inside]
         for layer in layers:
             layer.training = True
         try:

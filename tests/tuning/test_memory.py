@@ -93,14 +93,15 @@ def test_an_error_that_is_not_about_memory_goes_on():
     assert tuned.states is None
 
 
-def test_one_example_that_does_not_fit_has_its_layers_checkpointed():
-    whole, tight = train(trainer()), trainer()
+@pytest.mark.parametrize("name", ["qwen", "zamba2"])  # which has layers inside of layers
+def test_one_example_that_does_not_fit_has_its_layers_checkpointed(name):
+    whole, tight = train(trainer(name)), trainer(name)
     Full(tight.model, 5, checkpointed=True)
     train(tight)
     assert tight.history[0]["layers_checkpointed"]
     assert not any(getattr(module, "gradient_checkpointing", False) for module in tight.model.modules())
     assert close_states(tight.states, whole.states)
-    late = trainer()
+    late = trainer(name)
     Full(late.model, 5, checkpointed=True)
     with pytest.warns(UserWarning, match="done again with layers checkpointed"):
         train(late, tokens_per_batch=1)

@@ -6,8 +6,6 @@ import pytest
 import torch
 import transformers
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
     DynamicCache,
     FalconH1Config,
     FalconH1ForCausalLM,
@@ -182,8 +180,7 @@ def falcon_with_norm_and_biases():
 
 
 def bamba(**changes):
-    torch.manual_seed(0)
-    return _slow(BambaForCausalLM(BambaConfig(**{**_BAMBA, **changes})))
+    return _made("Bamba", {**_BAMBA, **changes})
 
 
 def granite():

@@ -16,6 +16,7 @@ from surroundings import FLA, ROOT, python
 import s0kernels
 from s0kernels import S0Config, hardware, swap_modules, versions
 from s0kernels.cli import main
+from s0kernels.modules import FAMILIES
 
 
 def test_ops_need_torch_alone():
@@ -280,6 +281,14 @@ def test_the_table_of_versions_is_what_everybody_reads():
     assert project["requires-python"] == f">={versions.TESTED['Python'][0]}"
     assert f"torch>={versions.TESTED['torch'][0].rpartition('.')[0]}" in project["dependencies"]
     assert versions.installed("transformers")["transformers"] in versions.TESTED["transformers"]
+
+
+def test_the_readme_has_every_family():
+    table = (ROOT / "README.md").read_text().partition("## Supported")[2].partition("###")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == [f"`{family.mixer}`" for family in FAMILIES]
+    for row, family in zip(rows, FAMILIES, strict=True):
+        assert family.name.partition(" ")[0] in row[0]
 
 
 def test_what_is_known_of_a_gpu():

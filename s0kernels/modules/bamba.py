@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer of Bamba, starting from S0."""
+"""The Mamba-2 mixer of Bamba and of most other families, starting from S0."""
 
 from torch import Tensor
 
@@ -6,7 +6,8 @@ from s0kernels.modules.mamba2 import S0Mamba2Mixer
 
 
 class S0BambaMixer(S0Mamba2Mixer):
-    """Replaces `BambaMixer`: no multipliers, and the gate always goes through the norm. It contradicts itself in the
+    """Replaces `BambaMixer`, `GraniteMoeHybridMambaLayer`, `NemotronHMamba2Mixer`, `Zamba2MambaMixer` and `Mamba2Mixer`,
+    which are the same: no multipliers, and the gate always goes through the norm. They contradict themselves in the
     two places where `FalconH1Mixer` does."""
 
     mamba_rms_norm = True

@@ -37,8 +37,8 @@ def _mamba_state(mixer: Any) -> tuple[int, int, int]:
 
 
 FAMILIES = (
-    Family("Qwen3.5", "Qwen3_5GatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
-    Family("Qwen3.5-MoE", "Qwen3_5MoeGatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
+    Family("Qwen3.5 (3.6, 3.8)", "Qwen3_5GatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
+    Family("Qwen3.5-MoE (3.6, 3.8)", "Qwen3_5MoeGatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
     Family("Qwen3-Next", "Qwen3NextGatedDeltaNet", S0Qwen3NextGatedDeltaNet, "gated_delta_net", _delta_state),
     Family("Lara-mini", "LaraMiniGatedDeltaNet", S0GatedDeltaNet, "gated_delta_net", _delta_state),
     Family("OLMo-Hybrid", "OlmoHybridGatedDeltaNet", S0OlmoHybridGatedDeltaNet, "gated_delta_net", _delta_state),

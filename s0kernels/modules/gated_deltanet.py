@@ -13,8 +13,8 @@ from s0kernels.ops.mixer_steps import gated_delta_mixer_step
 
 
 class S0GatedDeltaNet(S0Mixer):
-    """Replaces `Qwen3_5GatedDeltaNet` and `Qwen3_5MoeGatedDeltaNet`, which are the same. With no S0 attached it
-    computes what the original computes; see `s0kernels.modules` for when S0 enters."""
+    """Replaces `Qwen3_5GatedDeltaNet`, `Qwen3_5MoeGatedDeltaNet` and `LaraMiniGatedDeltaNet`, which are the same. With
+    no S0 attached it computes what the original computes; see `s0kernels.modules` for when S0 enters."""
 
     num_k_heads: int
     num_v_heads: int

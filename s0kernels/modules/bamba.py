@@ -6,9 +6,9 @@ from s0kernels.modules.mamba2 import S0Mamba2Mixer
 
 
 class S0BambaMixer(S0Mamba2Mixer):
-    """Replaces `BambaMixer`, `GraniteMoeHybridMambaLayer`, `NemotronHMamba2Mixer`, `Zamba2MambaMixer` and `Mamba2Mixer`,
-    which are the same: no multipliers, and the gate always goes through the norm. They contradict themselves in the
-    two places where `FalconH1Mixer` does."""
+    """Replaces `BambaMixer`, `GraniteMoeHybridMambaLayer`, `NemotronHMamba2Mixer`, `Zamba2MambaMixer` and
+    `Mamba2Mixer`, which are the same: no multipliers, and the gate always goes through the norm. They contradict
+    themselves in the two places where `FalconH1Mixer` does."""
 
     mamba_rms_norm = True
 

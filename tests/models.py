@@ -300,8 +300,17 @@ def tokenizer():
 
 # What the tests of modules share
 
+
+def named(names):
+    """A test for each of the models of these names."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else slow) for n in names])
+
+
 FAMILIES = ("qwen", "falcon")  # one for each recurrence
-every_model = pytest.mark.parametrize("name", list(MODELS))
+#: what `make test` looks at; the others have mixers and decoders like these, and `make test-more` looks at them as well
+QUICK = {"qwen", "qwen_multimodal", "qwen_moe", "qwen_next", "olmo", "falcon", "falcon_norm", "bamba"}
+every_model = named(MODELS)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 

@@ -15,6 +15,7 @@ from models import (
     close,
     every_family,
     every_model,
+    named,
     padded,
     qwen,
     ragged,
@@ -262,7 +263,7 @@ every_way = pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_
 
 
 @every_way
-@pytest.mark.parametrize("name", sorted(set(MODELS) - set(CANNOT_PACK)))
+@named(sorted(set(MODELS) - set(CANNOT_PACK)))
 def test_packed_sequences_start_anew(name, way):
     """Scan, convolution and attention: logits and the gradient of S0 are those of separate sequences."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
@@ -285,7 +286,7 @@ def test_packed_sequences_start_anew(name, way):
 
 
 @every_way
-@pytest.mark.parametrize("name", CANNOT_PACK)
+@named(CANNOT_PACK)
 @torch.no_grad()
 def test_packed_sequences_are_refused(name, way):
     """Where something in the model mixes them: with the reason, in the report as well, and only while it does."""

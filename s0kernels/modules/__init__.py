@@ -7,7 +7,8 @@ S0 enters once, before the first real token of every sequence:
 - A cache that already holds a state (decoding, chunked prefill, the next turn) wins: S0 is not injected again.
 - A new cache, or one after `cache.reset()`, starts from S0.
 - Sequences packed into a row (`cu_seq_lens_q`, `seq_idx`, or `position_ids` that start anew) each start from S0;
-  scan, convolution and attention keep them apart. This excludes a cache and an attention mask.
+  scan, convolution and attention keep them apart. This excludes a cache and an attention mask. A model whose attention
+  does not keep them apart, or that does not tell its decoder where they begin, refuses them (`swap_report` says so).
 - A single token handed in with a cache is taken for a real one on a GPU, as transformers takes it; on a CPU its place
   in the attention mask is looked at.
 - The state of the convolution is separate and starts from zero as ever.

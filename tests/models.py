@@ -231,8 +231,11 @@ if hasattr(transformers, "LaraMiniForCausalLM"):
     MODELS["lara"] = lara
 
 
-#: why the models that packed sequences cannot go through refuse them
-CANNOT_PACK = {"granite": "attention mask without position_ids", "mamba2": "does not tell its backbone"}
+#: what packed sequences cannot go through
+CANNOT_PACK = {
+    "granite": "GraniteMoeHybridModel, which makes its attention mask without position_ids",
+    "mamba2": "Mamba2ForCausalLM, which does not tell its backbone where they begin",
+}
 
 
 def fails_upstream(name: str) -> str | None:

@@ -24,7 +24,7 @@ class Family(NamedTuple):
     state_shape: Callable[[Any], tuple[int, int, int]]
     #: arguments beyond those of `arguments.py` that decoders of this family hand to a mixer and that say nothing to it
     harmless: tuple[str, ...] = ()
-    #: modules of transformers that packed sequences cannot go through, by class name: why
+    #: modules of transformers that packed sequences cannot go through, by class name: what each does
     cannot_pack: Mapping[str, str] = {}
 
 
@@ -50,7 +50,7 @@ FAMILIES = (
         S0BambaMixer,
         "mamba2",
         _mamba_state,
-        cannot_pack={"GraniteMoeHybridModel": "it makes its attention mask without position_ids"},
+        cannot_pack={"GraniteMoeHybridModel": "makes its attention mask without position_ids"},
     ),
     Family("Nemotron-H", "NemotronHMamba2Mixer", S0BambaMixer, "mamba2", _mamba_state),
     Family("Zamba2", "Zamba2MambaMixer", S0BambaMixer, "mamba2", _mamba_state, ("position_embeddings",)),
@@ -60,7 +60,7 @@ FAMILIES = (
         S0BambaMixer,
         "mamba2",
         _mamba_state,
-        cannot_pack={"Mamba2ForCausalLM": "it does not tell its backbone where they begin"},
+        cannot_pack={"Mamba2ForCausalLM": "does not tell its backbone where they begin"},
     ),
 )
 

@@ -173,7 +173,7 @@ class Site:
         self.shapes = dict(shapes)
         self.arch = arch
         self.arguments = arguments
-        #: why packed sequences cannot go through the model, or None
+        #: what packed sequences cannot go through, and why; None: they can go through the model
         self.cannot_pack = cannot_pack
         self.number = next(_numbers)
         self.attachment: Attachment | None = None
@@ -260,7 +260,8 @@ class RefusePacked:
         rows = _rows(named)
         if rows is None or find_boundaries(rows.shape[0], rows.shape[1], named, self.site.live(named)) is None:
             return
-        raise ValueError(f"packed sequences (cu_seq_lens_q, seq_idx, position_ids): {self.site.cannot_pack}; pad them")
+        how = "cu_seq_lens_q, seq_idx, position_ids"
+        raise ValueError(f"packed sequences ({how}) cannot go through {self.site.cannot_pack}; pad them")
 
 
 def _rows(named: Mapping) -> Tensor | None:

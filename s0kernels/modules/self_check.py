@@ -59,7 +59,7 @@ class SwapReport:
     #: versions of transformers and torch
     versions: Mapping[str, str | None]
     checks: tuple[Check, ...] = field(default=())
-    #: why packed sequences are refused, or None
+    #: what packed sequences cannot go through, and why; None: they can go through the model
     cannot_pack: str | None = None
 
     @property
@@ -69,7 +69,7 @@ class SwapReport:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        refused = [] if self.cannot_pack is None else [f"packed sequences are refused: {self.cannot_pack}"]
+        refused = [] if self.cannot_pack is None else [f"packed sequences cannot go through {self.cannot_pack}"]
         lines = [f"{self.mixers} mixers of {self.family}, {versions}", *map(str, self.checks), *refused]
         return "\n  ".join(lines)
 

@@ -67,7 +67,7 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
         arguments = Arguments(place.decoder if place.layers else None, mixer, place.way, family.harmless)
     except ValueError as error:
         raise Refused(str(error)) from error
-    unpackable = {m: f"{name}: {why}" for name, why in family.cannot_pack.items() for m in _called(model, name)}
+    unpackable = {m: f"{name}, which {why}" for name, why in family.cannot_pack.items() for m in _called(model, name)}
     cannot_pack = next(iter(unpackable.values()), None)
     site = Site({m.layer_idx: family.state_shape(m) for m, _ in found.values()}, family.arch, arguments, cannot_pack)
     replacements = {name: _with_accelerate_hook(family.replacement(m, site), m) for name, (m, _) in found.items()}

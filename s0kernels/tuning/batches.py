@@ -49,7 +49,7 @@ def _decide(packed: bool | None, model: Any) -> bool:
     site = find_site(model)
     cannot = None if site is None else site.cannot_pack
     if packed and cannot is not None:
-        raise ValueError(f"S0Trainer: packed examples cannot go through this model; {cannot}")
+        raise ValueError(f"S0Trainer: packed examples cannot go through {cannot}")
     return flash and cannot is None if packed is None else packed
 
 

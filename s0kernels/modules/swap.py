@@ -69,7 +69,7 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
         raise Refused(str(error)) from error
     unpackable = {m: f"{name}, which {why}" for name, why in family.cannot_pack.items() for m in _called(model, name)}
     cannot_pack = next(iter(unpackable.values()), None)
-    site = Site({m.layer_idx: family.state_shape(m) for m, _ in found.values()}, family.arch, arguments, cannot_pack)
+    site = Site(_shapes(found), family.arch, arguments, cannot_pack)
     replacements = {name: _with_accelerate_hook(family.replacement(m, site), m) for name, (m, _) in found.items()}
     kinds: dict[type, SelfCheck] = {}
     for name, (m, _) in sorted(found.items(), key=lambda item: item[1][0].layer_idx) if check else ():
@@ -185,10 +185,9 @@ def _check(model: nn.Module, found: _Found) -> None:
     for name, (mixer, family) in found.items():
         if type(mixer).forward is not next(c for c in type(mixer).__mro__ if c.__name__ == family.mixer).forward:
             raise ValueError(f"swap_modules: {name} is a {type(mixer).__name__} with a forward of its own")
-        if mixer.activation not in ("silu", "swish"):
-            raise ValueError(
-                f"swap_modules: {name} convolves with activation {mixer.activation!r}; only silu is supported"
-            )
+        activation = getattr(mixer, "activation", None)
+        if activation not in ("silu", "swish"):
+            raise ValueError(f"swap_modules: {name} convolves with activation {activation!r}; only silu is supported")
 
 
 def _place(model: nn.Module, mixer_name: str) -> Place:
@@ -219,6 +218,14 @@ class InitialiseOriginals:
     def __call__(self, module: nn.Module) -> None:
         original = module.original if isinstance(module, S0Mixer) else module
         type(self.model)._init_weights(self.model, original)
+
+
+def _shapes(found: _Found) -> dict[int, tuple[int, int, int]]:
+    """Of each layer's state. Raises Refused where a mixer does not have the attributes that its row reads."""
+    try:
+        return {mixer.layer_idx: family.state_shape(mixer) for mixer, family in found.values()}
+    except AttributeError as error:
+        raise Refused(f"the shape of a state cannot be read: {error}") from error
 
 
 def _called(model: nn.Module, name: str) -> list[nn.Module]:

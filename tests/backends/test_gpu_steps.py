@@ -220,7 +220,7 @@ def test_a_token_is_the_untouched_mixers(name, dtype):
     exact = mixers(copy.deepcopy(model).double())
     originals = mixers(copy.deepcopy(model))
     for truth, original, ours in zip(exact, originals, mixers(swap_modules(model)), strict=True):
-        width = original.out_proj.out_features
+        width = ours.out_proj.out_features
         x = torch.randn(4, 8, width, device="cuda", dtype=dtype)
         outputs = []
         for mixer_, inputs in ((truth, x.double()), (original, x), (ours, x)):

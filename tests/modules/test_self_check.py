@@ -8,7 +8,18 @@ import warnings
 import pytest
 import torch
 import transformers
-from models import MODELS, cached, close, every_family, every_model, fails_upstream, falcon, random_states, tokens
+from models import (
+    MODELS,
+    cached,
+    close,
+    every_family,
+    every_model,
+    fails_upstream,
+    falcon,
+    mixers,
+    random_states,
+    tokens,
+)
 from surroundings import python
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -274,7 +285,16 @@ def leave_the_mixer_out(model, patch):
     return "does not call"
 
 
+def rename_what_a_row_reads(model, patch):
+    for mixer in mixers(model):
+        name = "head_v_dim" if hasattr(mixer, "head_v_dim") else "ssm_state_size"
+        patch.setitem(vars(mixer), f"{name}_", vars(mixer)[name])
+        patch.delitem(vars(mixer), name)
+    return f"the shape of a state cannot be read: .* no attribute '{name}'"
+
+
 REFUSED = (
+    rename_what_a_row_reads,
     rename_the_mixers_cache,
     rename_another_argument,
     rename_the_decoders_cache,

@@ -9,6 +9,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("tests", "")]
 
 from s0kernels.bench import inputs, measure  # noqa: E402
+from s0kernels.heads import MODELS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,8 +21,8 @@ def pytest_benchmark_update_machine_info(machine_info):
 @pytest.fixture(autouse=True)
 def heads(benchmark, monkeypatch):
     if benchmark.disabled:
-        for name, (op, _) in inputs.MODELS.items():
-            monkeypatch.setitem(inputs.MODELS, name, (op, inputs.TINY[op]))
+        for name, (op, _) in MODELS.items():
+            monkeypatch.setitem(MODELS, name, (op, inputs.TINY[op]))
 
 
 @pytest.fixture

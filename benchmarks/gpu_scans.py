@@ -26,9 +26,10 @@ sys.path.insert(0, str(HERE.parent))
 from s0kernels.bench import measure  # noqa: E402
 from s0kernels.bench.baselines import Scan  # noqa: E402
 from s0kernels.bench.check import gradients  # noqa: E402
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, TINY, WEIGHTS, Values, channel_first, scan_inputs  # noqa: E402
+from s0kernels.bench.inputs import TINY, WEIGHTS, Values, channel_first, scan_inputs  # noqa: E402
 from s0kernels.bench.passes import OURS, SCANS, Op, brief, case  # noqa: E402
 from s0kernels.bench.tables import markdown  # noqa: E402
+from s0kernels.heads import FLAGSHIPS, MODELS  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
 #: in the order of what one wants to know first; `alone`: too large for what other libraries keep

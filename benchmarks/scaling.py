@@ -19,8 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from s0kernels.bench import measure, passes
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, scan_inputs
+from s0kernels.bench.inputs import Values, scan_inputs
 from s0kernels.bench.passes import OURS, SCANS, traffic
+from s0kernels.heads import FLAGSHIPS, MODELS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AXES = ("length", "batch", "heads", "tasks")

@@ -34,10 +34,11 @@ import torch
 from compare import Settings, compare, generation, table
 
 from s0kernels import restore_modules, swap_modules
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, cut, scan_inputs, state_for_each
+from s0kernels.bench.inputs import cut, scan_inputs, state_for_each
 from s0kernels.bench.measure import machine, machine_name, write_json
 from s0kernels.bench.passes import SCANS, case, step_case
 from s0kernels.calls import Call
+from s0kernels.heads import FLAGSHIPS, MODELS
 from s0kernels.ops import registry
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,16 +1,20 @@
 """Inputs of the scans, defined once: named cases with a non-zero initial state, grouped heads and K != V."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from s0kernels.bench.check import gradients
-from s0kernels.bench.inputs import scan_inputs
+from s0kernels.bench.check import AMPLIFIED_BUDGET, AMPLIFIED_ROUNDINGS, errors, gradients
+from s0kernels.bench.inputs import nearly_equal_keys, scan_inputs
 from s0kernels.calls import Call
+from s0kernels.heads import MODELS as HEADS
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step, registry, ssd, ssd_step
 
+#: the models whose heads are not those of one before them
+FAMILIES = [model for i, (model, heads) in enumerate(HEADS.items()) if heads not in list(HEADS.values())[:i]]
 #: why the compiled kernels cannot be tested, or None
 NO_CPU_KERNELS = registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
 BACKENDS = [
@@ -149,3 +153,26 @@ def token(problem, t):
 
 def options_of(problem):
     return {n: v for n, v in problem.options.items() if n in ("use_qk_l2norm", "dt_softplus", "dt_limit", "scale")}
+
+
+#: of keys of one direction: noise, and the bounds of beta
+NEARLY_EQUAL = [(0.03, (2.0, 2.0)), (0.1, (1.96, 2.0)), (0.3, (2.0, 2.0)), (0.1, (1.0, 1.0))]
+
+
+def assert_nearly_equal_keys_are_survived(
+    dtype: torch.dtype, run: Callable[[Problem, tuple[Tensor, Tensor]], dict], among=NEARLY_EQUAL, **sizes
+) -> None:
+    """The gradients that `run(problem, weights)` gives, over two draws, beside the recurrence in the same dtype."""
+    for noise, beta in among:
+        found, truth, plain = [], [], []
+        for seed in range(2):
+            problem = delta_problem(150, **{"B": 1, "H": 1, "HV": 2, "K": 32, "V": 24} | sizes, seed=seed)
+            problem = replace(problem, tensors=nearly_equal_keys(problem.tensors, noise, beta, seed))
+            problem = problem.to(dtype, None if dtype == torch.float64 else torch.float32)
+            weights = problem.weights()
+            truth.append(problem.to(torch.float64).gradients("reference", weights))
+            plain.append(problem.gradients("reference", weights))
+            found.append(run(problem, weights))
+        allowed, rounding = errors(plain, truth), AMPLIFIED_ROUNDINGS * torch.finfo(dtype).eps
+        for name, off in errors(found, truth).items():
+            assert off <= AMPLIFIED_BUDGET * allowed[name] + rounding, (noise, beta, name)

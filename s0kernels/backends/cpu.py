@@ -35,8 +35,9 @@ from s0kernels.calls import (
 )
 from s0kernels.hardware import compilers
 
-#: with the delta rule and without: there shorter chunks are more exact and as fast
-_CHUNK = {True: 32, False: 64}
+_SSD_CHUNK = 64
+#: of the delta rule: with beta above 1 shorter ones are more exact, but hold more states
+_DELTA_CHUNK, _DELTA_CHUNK_ABOVE_1 = 32, 16
 #: longer ones would outgrow the cache
 _MAX_CHUNK = 256
 #: heads of a group that are worked on together, sharing what depends on q and k alone
@@ -80,10 +81,6 @@ def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     )
 
 
-def _chunk(size: int | None, delta: bool) -> int:
-    return min(size or _CHUNK[delta], _MAX_CHUNK)
-
-
 def _index(state_indices: Tensor | None) -> Tensor | None:
     return None if state_indices is None else state_indices.to(torch.int64).contiguous()
 
@@ -125,7 +122,8 @@ def _delta(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[_S
     dtype = state_dtype(q.dtype)
     of_tokens = q, k, v, _contiguous(g, dtype), _contiguous(beta, dtype), None
     scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, q.shape[1]))
-    return scan, _ScanOptions(True, options.use_qk_l2norm, options.scale, _chunk(options.chunk_size, True))
+    chunk = options.chunk_size or (_DELTA_CHUNK_ABOVE_1 if bool((beta > 1).any()) else _DELTA_CHUNK)
+    return scan, _ScanOptions(True, options.use_qk_l2norm, options.scale, min(chunk, _MAX_CHUNK))
 
 
 def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _ScanOptions]:
@@ -135,7 +133,7 @@ def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _
     skip = None if inputs.D is None else _contiguous(inputs.D, steps.dtype)
     of_tokens = C, B, inputs.x, steps * inputs.A.to(steps.dtype), steps, skip
     scan = _Scan(*of_tokens, start.state, _index(start.indices), _boundaries(start.cu_seqlens, C.shape[1]))
-    return scan, _ScanOptions(False, False, 1.0, _chunk(options.chunk_size, False))
+    return scan, _ScanOptions(False, False, 1.0, min(options.chunk_size or _SSD_CHUNK, _MAX_CHUNK))
 
 
 def _forward(scan: _Scan, how: _ScanOptions, kind: torch.dtype, output_final_state: bool) -> tuple[Tensor, Tensor]:

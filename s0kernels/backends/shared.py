@@ -1,4 +1,4 @@
-"""What the backends written in PyTorch and the references share: packed sequences, states by index, and dt."""
+"""What backends and references share: packed sequences, states by index, dt, and which chunks amplify rounding."""
 
 import itertools
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from s0kernels.calls import SSDInputs, SSDOptions, state_dtype
+
+#: The sum of squares of a row of the delta rule's inverse W above which the chunk is computed finer: its root is about
+#: how much W amplifies what is rounded. With normalised keys and beta up to 1 it stays below 6. With beta up to 2 it is
+#: about 4 where keys are independent and 4 times the chunk where they are nearly equal.
+AMPLIFIES = 8.0
 
 
 def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:

@@ -19,7 +19,15 @@ from s0kernels.backends.chunks import (
     unit_lower_inverse,
     upper_product,
 )
-from s0kernels.backends.shared import dt_grad, gather_states, process_dt, reduce_state_grad, silu_slope, store_states
+from s0kernels.backends.shared import (
+    AMPLIFIES,
+    dt_grad,
+    gather_states,
+    process_dt,
+    reduce_state_grad,
+    silu_slope,
+    store_states,
+)
 from s0kernels.calls import Call, DeltaInputs, DeltaOptions, Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
 
 
@@ -58,6 +66,21 @@ class _DeltaChunks:
         self.attention = (self.q @ self.k.mT).mul_(self.decay).mul_(self.scale).tril_()
         self.similarity = (self.k @ self.k.mT).mul_(self.decay).tril_(-1)
         self.inverse = unit_lower_inverse((self.beta * self.similarity).tril_(-1))
+        if dtype == torch.float32 and self.inverse.device.type in ("cpu", "cuda"):
+            self._refine_inverses()
+
+    def _refine_inverses(self) -> None:
+        """K K^T and W anew in fp64, which other devices may lack, where W amplifies; all of them where looking would
+        have to wait for a GPU."""
+        at = slice(None)
+        if self.inverse.device.type == "cpu":
+            at = torch.linalg.vector_norm(self.inverse, dim=-1).amax(-1) > AMPLIFIES**0.5
+            if not at.any():
+                return
+        keys = self.k[at].double()
+        similarity = (keys @ keys.mT).mul_(self.decay[at]).tril_(-1)
+        self.inverse[at] = unit_lower_inverse(self.beta[at] * similarity).to(self.inverse.dtype)
+        self.similarity[at] = similarity.to(self.similarity.dtype)
 
     def write(self, at: slice, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(V - diag(G) K S, delta) of the chunks `at`."""

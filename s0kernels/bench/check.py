@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s0kernels import ops
-from s0kernels.bench.inputs import NOT_INPUTS, WEIGHTS, Heads, Values, mixer_inputs, scan_inputs
+from s0kernels.bench.inputs import NOT_INPUTS, WEIGHTS, Heads, Values, mixer_inputs, nearly_equal_keys, scan_inputs
 from s0kernels.calls import Call
 from s0kernels.ops import mixer_steps, registry
 
@@ -19,6 +19,9 @@ DRAWS = 3
 #: order of sums (the gradient of A that transformers computes in fp32 was seen four times off) and none for a wrong
 #: result.
 OUR_BUDGET, THEIR_BUDGET = 2.0, 8.0
+#: ours with nearly equal keys and beta at 2, where chunks amplify what they round: times the error of the recurrence,
+#: and so many roundings of the dtype
+AMPLIFIED_BUDGET, AMPLIFIED_ROUNDINGS = 5.0, 12.0
 #: what models keep in fp32 beside activations in half precision
 _FP32 = (*WEIGHTS, "g", "A_log", "state", "initial_state")
 _ROWS, _TOKENS, _STEPS, _STATES = 2, 80, 3, 3
@@ -154,30 +157,51 @@ def _results(op: str, values: Values, backend: str) -> Results:
     return {"output": torch.stack(outputs), **written}
 
 
-def rows() -> Iterator[Row]:
-    """One row per op, dtype, device and backend; a budget is twice the error of the recurrence in the same dtype, and
-    the rounding of that dtype."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+class _Case(NamedTuple):
+    """What is checked of an op: its fp64 inputs, and what may be lost, in errors of the recurrence and in roundings."""
+
+    op: str
+    name: str
+    inputs: list[Values]
+    times: float = OUR_BUDGET
+    roundings: float = 1.0
+
+
+def _cases() -> Iterator[_Case]:
     for op in registry.OPS:
-        exact = [_inputs(op, seed) for seed in range(DRAWS)]
+        yield _Case(op, op, [_inputs(op, seed) for seed in range(DRAWS)])
+    op = "gated_delta_rule"
+    draws = [nearly_equal_keys(_inputs(op, seed), 0.1, (1.96, 2.0), seed) for seed in range(DRAWS)]
+    yield _Case(op, f"{op}, nearly equal keys", draws, AMPLIFIED_BUDGET, AMPLIFIED_ROUNDINGS)
+
+
+def rows() -> Iterator[Row]:
+    """One row per case, dtype, device and backend; a budget is in errors of the recurrence in the same dtype, and in
+    roundings to it."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for case in _cases():
+        op = case.op
         for dtype in DTYPES:
-            draws = [{name: x.to(torch.float32 if name in _FP32 else dtype) for name, x in e.items()} for e in exact]
+            draws = [
+                {name: x.to(torch.float32 if name in _FP32 else dtype) for name, x in e.items()} for e in case.inputs
+            ]
             truth = [_results(op, {name: x.double() for name, x in d.items()}, "reference") for d in draws]
             plain = errors([_results(op, d, "reference") for d in draws], truth)
-            budgets = {name: OUR_BUDGET * error + torch.finfo(dtype).eps for name, error in plain.items()}
+            rounding = case.roundings * torch.finfo(dtype).eps
+            budgets = {name: case.times * error + rounding for name, error in plain.items()}
             for device in devices:
                 here = [{name: x.to(device) for name, x in d.items()} for d in draws]
                 for backend in registry.ORDER:
                     call = Call(op, device, dtype, _LARGEST, _WIDTH)
                     if backend != "reference" and not registry.unusable(backend, call):
-                        yield _row(op, backend, here, truth, budgets, dtype)
+                        yield _row(case, backend, here, truth, budgets, dtype)
 
 
-def _row(op: str, backend: str, draws: list, truth: list, budgets: Errors, dtype: torch.dtype) -> Row:
+def _row(case: _Case, backend: str, draws: list, truth: list, budgets: Errors, dtype: torch.dtype) -> Row:
     device = next(iter(draws[0].values())).device
-    place = str(device), op, backend, str(dtype).removeprefix("torch.")
+    place = str(device), case.name, backend, str(dtype).removeprefix("torch.")
     try:
-        found = errors([_results(op, d, backend) for d in draws], truth)
+        found = errors([_results(case.op, d, backend) for d in draws], truth)
     except RuntimeError as error:
         return Row(*place, torch.nan, torch.nan, str(error).partition("\n")[0])
     ratio = {name: found[name] / budgets[name] for name in budgets}

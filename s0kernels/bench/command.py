@@ -20,9 +20,10 @@ import torch
 from s0kernels.bench import measure, tables
 from s0kernels.bench.baselines import BASELINES
 from s0kernels.bench.check import Judge
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, Values, cut
+from s0kernels.bench.inputs import Values, cut
 from s0kernels.bench.passes import DTYPES, OURS, PASSES, SCANS, Shape, brief, case, operations, step_case, traffic
 from s0kernels.calls import Call
+from s0kernels.heads import FLAGSHIPS, MODELS
 from s0kernels.ops import registry
 
 #: compared by nothing here, with the reason

@@ -12,18 +12,6 @@ Values = dict[str, Tensor]
 Sizes = tuple[int, int] | list[int]
 Heads = dict[str, int]
 
-#: Heads of one layer. Qwen3.5: "Number of Linear Attention Heads" and "Head Dimension" in the model cards of
-#: Qwen/Qwen3.5-0.8B and -4B; for 9B the defaults of transformers' Qwen3_5TextConfig, which are documented as that
-#: model's. Falcon-H1: mamba_n_heads, mamba_d_head, mamba_n_groups, mamba_d_state of tiiuae/Falcon-H1-*'s config.json.
-MODELS: dict[str, tuple[str, Heads]] = {
-    "qwen3.5-0.8b": ("gated_delta_rule", {"H": 16, "HV": 16, "K": 128, "V": 128}),
-    "qwen3.5-4b": ("gated_delta_rule", {"H": 16, "HV": 32, "K": 128, "V": 128}),
-    "qwen3.5-9b": ("gated_delta_rule", {"H": 16, "HV": 32, "K": 128, "V": 128}),
-    "falcon-h1-0.5b": ("ssd", {"H": 24, "P": 64, "G": 1, "N": 128}),
-    "falcon-h1-7b": ("ssd", {"H": 24, "P": 128, "G": 1, "N": 256}),
-}
-#: the model whose heads stand for each recurrence
-FLAGSHIPS = {"gated_delta_rule": "qwen3.5-4b", "ssd": "falcon-h1-7b"}
 #: heads that take no time
 TINY: dict[str, Heads] = {
     "gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16},
@@ -89,6 +77,18 @@ def scan_inputs(
             values |= {"D": random.normal(H), "z": tokens(H, P), "dt_bias": random.normal(H)}
     values["initial_state"] = random.normal(*state)
     return values if ends is None else values | {"cu_seqlens": ends}
+
+
+def nearly_equal_keys(values: Values, noise: float, beta: tuple[float, float], seed: int = 0) -> Values:
+    """The same with keys of one direction and `noise` times as much of any other, no decay, and beta within bounds:
+    where beta is near 2, a chunk of the delta rule amplifies what is rounded by more than anywhere else."""
+    k, options = values["k"], {"dtype": torch.float64, "device": values["k"].device}
+    random = Random(seed, k.device, torch.float64)
+    direction = random.normal(*k.shape[2:])
+    direction *= k.shape[-1] ** 0.5 / direction.norm(dim=-1, keepdim=True)
+    strengths = beta[0] + (beta[1] - beta[0]) * random.uniform(*values["beta"].shape)
+    changed = {"k": direction + noise * random.normal(*k.shape), "g": torch.zeros(values["g"].shape, **options)}
+    return values | {n: x.to(values[n].dtype) for n, x in (changed | {"beta": strengths}).items()}
 
 
 def channel_first(values: Values) -> Values:

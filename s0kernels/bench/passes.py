@@ -12,8 +12,9 @@ from torch import Tensor
 from s0kernels import ops
 from s0kernels.bench.baselines import BASELINES, Baseline, Scan, Step
 from s0kernels.bench.check import OUR_BUDGET, THEIR_BUDGET, Judge, gradients
-from s0kernels.bench.inputs import MODELS, NOT_INPUTS, WEIGHTS, Heads, Values, scan_inputs, state_for_each, token
+from s0kernels.bench.inputs import NOT_INPUTS, WEIGHTS, Heads, Values, scan_inputs, state_for_each, token
 from s0kernels.bench.measure import Case
+from s0kernels.heads import MODELS
 from s0kernels.ops import registry
 
 OURS = "s0kernels"

@@ -157,6 +157,16 @@ print(torch.ops.s0kernels_cpu.instructions())
     assert int(done.stdout) == bits
 
 
+@pytest.mark.parametrize(("times", "chunk"), [(1, 32), (2, 16)])
+def test_cpu_chunks_are_shorter_where_beta_passes_1(times, chunk):
+    """They amplify less."""
+    problem = problem_of("gated_delta_rule").to(torch.float32)
+    problem.tensors["beta"] *= times
+    for found, truth in zip(problem.run("cpu"), problem.run("cpu", chunk_size=chunk), strict=True):
+        assert torch.equal(found, truth)
+    assert not torch.equal(problem.run("cpu").output, problem.run("cpu", chunk_size=64).output)
+
+
 def through(values: torch.Tensor, dtype: torch.dtype, columns: int, *, spaced: bool = False) -> torch.Tensor:
     """The values read and written in another dtype, by a step that computes v = 1 * v; so many to a row, and in it next
     to each other or not."""

@@ -4,10 +4,20 @@ import contextlib
 
 import pytest
 import torch
-from cases import MAKERS, Problem, delta_problem, error, options_of, step, token
+from cases import (
+    FAMILIES,
+    MAKERS,
+    Problem,
+    assert_nearly_equal_keys_are_survived,
+    delta_problem,
+    error,
+    options_of,
+    step,
+    token,
+)
 from models import MODELS, random_states, tokens
 
-from s0kernels import swap_modules
+from s0kernels import heads, swap_modules
 from s0kernels.calls import Call
 from s0kernels.ops import registry
 
@@ -66,28 +76,53 @@ def test_scan_is_within_the_error_budget_and_repeats_its_bits(op, backend, dtype
     assert_within_budget(problem, backend)
 
 
-#: by op and name: heads of models, with fewer of them
-HEADS = {
-    ("gated_delta_rule", "Qwen3.5-4B"): {"H": 2, "HV": 4, "K": 128, "V": 128},
-    ("ssd", "Falcon-H1-7B"): {"H": 4, "P": 128, "G": 1, "N": 256},
-    ("ssd", "Falcon-H1-34B"): {"H": 4, "P": 128, "G": 2, "N": 256},
-    ("ssd", "Falcon-H1-0.5B, Bamba"): {"H": 4, "P": 64, "G": 1, "N": 128},
-    ("ssd", "Nemotron-H"): {"H": 8, "P": 64, "G": 4, "N": 128},
-}
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [{}, {"H": 2, "HV": 2, "K": 96, "V": 192}], ids=["small", "OLMo-Hybrid"])
+def test_nearly_equal_keys_are_survived(dtype, backend, sizes, poisoned):
+    needs(backend, "gated_delta_rule")
+
+    def run(problem, weights):
+        return on_gpu(problem).gradients(backend, [weight.cuda() for weight in weights])
+
+    assert_nearly_equal_keys_are_survived(dtype, run, **sizes)
+
+
+def few_heads(model: str) -> tuple[str, dict[str, int]]:
+    """(op, sizes) of fewer heads like a model's."""
+    op, sizes = heads.MODELS[model]
+    if op == "gated_delta_rule":
+        return op, sizes | {"H": 2, "HV": 2 * sizes["HV"] // sizes["H"]}
+    groups = min(sizes["G"], 4)
+    return op, sizes | {"G": groups, "H": max(4, 2 * groups)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["fused", "split"])
-@pytest.mark.parametrize(("op", "model"), HEADS)
+@pytest.mark.parametrize(
+    "model", ["qwen3.5-4b", "olmo-hybrid", "falcon-h1-7b", "falcon-h1-34b", "falcon-h1-0.5b", "nemotron-h"]
+)
 @pytest.mark.parametrize("time_major", [False, True], ids=["token-major", "channel-first"])
-def test_heads_of_models(dtype, schedule, op, model, time_major, monkeypatch, poisoned):
+def test_heads_of_models(dtype, schedule, model, time_major, monkeypatch, poisoned):
     """In the layouts that projections and transformers' convolution leave."""
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", schedule)
-    problem = MAKERS[op](150, B=2, **HEADS[op, model], state="bank").to(dtype, torch.float32)
+    op, sizes = few_heads(model)
+    problem = MAKERS[op](150, B=2, **sizes, state="bank").to(dtype, torch.float32)
     if time_major:
         for name in {"gated_delta_rule": "qkv", "ssd": "xBC"}[op]:
             problem.tensors[name] = problem.tensors[name].movedim(1, -1).contiguous().movedim(-1, 1)
     assert_within_budget(problem, "triton")
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_scan_with_the_heads_of_every_family(model, poisoned):
+    """Forward and backward, with as many heads as one layer has."""
+    op, sizes = heads.MODELS[model]
+    needs("triton", op)
+    problem = MAKERS[op](66, B=1, **sizes)
+    if model == "olmo-hybrid":
+        problem.tensors["beta"] *= 2
+    assert_within_budget(problem.to(torch.bfloat16, torch.float32), "triton")
 
 
 #: B, T, H, HV, D of flash-linear-attention's own test; there from a zero state

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from cases import MAKERS, error, options_of, step, token
+from cases import FAMILIES, MAKERS, error, options_of, step, token
 from mixers import FINISHES, OPS, ROUNDING, SHAPES, STEPS, double, mixer, to
 from models import MODELS, close, every_model, fails_upstream, mixers
 from test_gpu import no_synchronisation, on_gpu
 from transformers import DynamicCache
 
-from s0kernels import swap_modules
+from s0kernels import heads, swap_modules
+from s0kernels.bench.inputs import mixer_inputs
 from s0kernels.calls import Call
 from s0kernels.ops import registry
 
@@ -74,6 +75,20 @@ def test_a_mixer_step_is_its_parts(op, finish, shape, dtype):
         assert error(found.cpu(), truth) < 3 * ROUNDING[dtype]
     assert error(moved["state"].cpu(), exact["state"]) < 1e-6
     assert error(moved["window"].cpu(), exact["window"]) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@torch.no_grad()
+def test_a_mixer_step_with_the_heads_of_every_family(model):
+    """With as many heads as one layer has."""
+    op, sizes = heads.MODELS[model]
+    for finish in FINISHES[op]:
+        values = mixer_inputs(op, sizes, (3,), states=3) | {n: x for n, x in finish.items() if n == "norm"}
+        inputs, options = to(values, torch.bfloat16), {n: x for n, x in finish.items() if n != "norm"}
+        exact, moved = double(inputs), cuda(inputs)
+        truth, found = run(op, exact, "reference", **options), run(op, moved, "cuda", **options)
+        assert error(found.cpu(), truth) < 3 * ROUNDING[torch.bfloat16]
+        assert error(moved["state"].cpu(), exact["state"]) < 1e-6
 
 
 @every_finish

@@ -4,10 +4,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import MAKERS, STATE_KINDS, error, options_of, step, token
+from cases import (
+    MAKERS,
+    NEARLY_EQUAL,
+    STATE_KINDS,
+    assert_nearly_equal_keys_are_survived,
+    error,
+    options_of,
+    step,
+    token,
+)
 
 from s0kernels.backends.triton.common.launch import recording
 from s0kernels.backends.triton.common.targets import known_target
+from s0kernels.bench.inputs import nearly_equal_keys
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
@@ -109,6 +119,33 @@ def test_gradients_that_cancel_have_room_for_what_a_gpu_rounds_besides(op, names
     a head what is rounded twice on the way shows."""
     problem = MAKERS[op](130, state="shared", seed=seed).to(torch.float16, torch.float32)
     assert_within_budget(problem, names, part=0.7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "among"),
+    [
+        (torch.float16, NEARLY_EQUAL[:1]),
+        pytest.param(torch.float16, NEARLY_EQUAL[1:], marks=pytest.mark.slow),
+        pytest.param(torch.float32, NEARLY_EQUAL, marks=pytest.mark.slow),
+    ],
+    ids=["some, fp16", "others, fp16", "fp32"],
+)
+def test_nearly_equal_keys_are_survived(dtype, among):
+    assert_nearly_equal_keys_are_survived(dtype, lambda problem, weights: problem.gradients("triton", weights), among)
+
+
+@pytest.mark.slow
+def test_few_chunks_that_amplify(schedule):
+    """One of three in one of two sequences: where W has no second part, none is read."""
+    problem = small("gated_delta_rule", lengths=[150, 40], state="each")
+    values = {n: x[:, 64:128] for n, x in problem.tensors.items() if n != "initial_state"}
+    for name, x in nearly_equal_keys(values, 0.03, (2.0, 2.0)).items():
+        problem.tensors[name][:, 64:128] = x
+    problem = problem.to(torch.float16, torch.float32)
+    weights = problem.weights()
+    truth = problem.to(torch.float64).gradients("reference", weights)
+    for name, value in problem.gradients("triton", weights).items():
+        assert error(value, truth[name]) < 4e-3, name
 
 
 @each_op

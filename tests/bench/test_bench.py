@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from s0kernels.bench import inputs, measure
+from s0kernels.bench import measure
 from s0kernels.bench.baselines import BASELINES, Baseline
 from s0kernels.bench.passes import PASSES, Op, Shape, operations, traffic
 from s0kernels.cli import main
+from s0kernels.heads import MODELS
 
 pytestmark = pytest.mark.slow  # of the benchmarks
 
@@ -20,8 +21,8 @@ SMALL = ("bench", "--rounds", "3", "--seconds", "0")
 @pytest.fixture
 def small_models(monkeypatch):
     """Heads that take no time, under the names of the real ones."""
-    monkeypatch.setitem(inputs.MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
-    monkeypatch.setitem(inputs.MODELS, "falcon-h1-7b", ("ssd", {"H": 8, "P": 16, "G": 1, "N": 24}))
+    monkeypatch.setitem(MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
+    monkeypatch.setitem(MODELS, "falcon-h1-7b", ("ssd", {"H": 8, "P": 16, "G": 1, "N": 24}))
     found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0, "bfloat16": 40.0}}
     monkeypatch.setattr(measure, "roofline", lambda *_: found)
 

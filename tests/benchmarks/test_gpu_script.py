@@ -16,8 +16,9 @@ import gpu_scans
 import gpu_tiles
 
 from s0kernels.backends.triton.common.targets import assuming, known_target
-from s0kernels.bench.inputs import FLAGSHIPS, MODELS, scan_inputs
+from s0kernels.bench.inputs import scan_inputs
 from s0kernels.bench.passes import SCANS, Op
+from s0kernels.heads import FLAGSHIPS, MODELS
 
 
 def make_gpu(out, *options):

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import BACKENDS, CHUNKED, MAKERS, STATE_KINDS, USABLE, delta_problem, error, ssd_problem
+from cases import (
+    BACKENDS,
+    CHUNKED,
+    MAKERS,
+    STATE_KINDS,
+    USABLE,
+    assert_nearly_equal_keys_are_survived,
+    delta_problem,
+    error,
+    ssd_problem,
+)
 
 from s0kernels.backends import torch_chunked
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, SSDInputs, SSDOptions, Start, Wanted
@@ -64,6 +74,13 @@ def test_dense_packed_shared_each_and_bank_agree(op, backend):
         found = type(shared)(op, tensors, {**shared.options, **options}).run(backend)
         assert error(found.output.reshape(truth.output.shape), truth.output) < 1e-12
         assert error(found.final_state, truth.final_state) < 1e-12
+
+
+@chunked
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nearly_equal_keys_are_survived(backend, dtype):
+    """With beta at 2 a chunk amplifies what it rounds; the recurrence, a product of reflections, does not."""
+    assert_nearly_equal_keys_are_survived(dtype, lambda problem, weights: problem.gradients(backend, weights))
 
 
 def _gradcheck_problem(op: str, state: str, lengths):

@@ -12,6 +12,7 @@ from torch import Tensor
 from s0kernels.backends import triton as backend
 from s0kernels.backends.triton.common.launch import SCHEDULE
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Pool, SSDInputs, SSDOptions, Start, Wanted
+from s0kernels.heads import MODELS
 
 Calls = dict[str, Callable[[], object]]
 
@@ -82,12 +83,12 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 class DeltaSizes(NamedTuple):
     """Of a call of the gated delta rule."""
 
+    H: int
+    HV: int
+    K: int
+    V: int
     B: int = 8
     T: int = 1024
-    H: int = 16
-    HV: int = 32
-    K: int = 128
-    V: int = 128
     dtype: torch.dtype = torch.bfloat16
 
     op = "gated_delta_rule"
@@ -107,12 +108,12 @@ class DeltaSizes(NamedTuple):
 class SSDSizes(NamedTuple):
     """Of a call of Mamba-2 SSD."""
 
+    H: int
+    P: int
+    G: int
+    N: int
     B: int = 8
     T: int = 1024
-    H: int = 24
-    P: int = 128
-    N: int = 256
-    G: int = 1
     dtype: torch.dtype = torch.bfloat16
 
     op = "ssd"
@@ -193,34 +194,43 @@ def _state_wanted(inputs: str, how: Given) -> set[str]:
     return set() if how.state is None or (how.state == "each" and inputs != "state") else {"initial_state"}
 
 
+def _of(model: str, **changes) -> DeltaSizes | SSDSizes:
+    op, heads = MODELS[model]
+    return {"gated_delta_rule": DeltaSizes, "ssd": SSDSizes}[op](**{**heads, **changes})
+
+
 #: The heads of every family of models, in bf16 where nothing else is said.
 _FAMILIES = {
-    "delta rule 128/128": DeltaSizes(),
-    "delta rule 128/128, few heads": DeltaSizes(B=1, T=8192, H=4, HV=8),
-    "delta rule 64/64 fp16": DeltaSizes(K=64, V=64, dtype=torch.float16),
-    "delta rule 256/256": DeltaSizes(K=256, V=256),
-    "delta rule 128/128 fp32": DeltaSizes(dtype=torch.float32),
-    "Qwen3.5, fewer heads": DeltaSizes(HV=16),
-    "Lara-mini": DeltaSizes(H=8, HV=16),
-    "OLMo-Hybrid": DeltaSizes(H=30, HV=30, K=96, V=192),
-    "Falcon-H1-7B": SSDSizes(),
-    "Falcon-H1-7B, one sequence": SSDSizes(B=1, T=8192),
-    "Falcon-H1-0.5B": SSDSizes(P=64, N=128),
-    "Falcon-H1-1.5B": SSDSizes(H=48, P=64),
-    "Falcon-H1-3B": SSDSizes(H=32),
-    "Falcon-H1-34B": SSDSizes(H=32, G=2),
-    "Bamba, Granite": SSDSizes(H=128, P=64, N=128),
-    "Granite, N 256": SSDSizes(H=128, P=64),
-    "Nemotron-H": SSDSizes(H=128, P=64, N=128, G=8),
-    "Zamba2, 80 heads": SSDSizes(H=80, P=64, N=64),
-    "Zamba2, 112 heads": SSDSizes(H=112, P=64, N=64, G=2),
-    "Mamba-2 2.7B fp16": SSDSizes(H=80, P=64, N=128, dtype=torch.float16),
-    "Falcon-H1-7B fp32": SSDSizes(dtype=torch.float32),
+    "delta rule 128/128": _of("qwen3.5-4b"),
+    "delta rule 128/128, few heads": _of("qwen3.5-4b", B=1, T=8192, H=4, HV=8),
+    "delta rule 64/64 fp16": _of("qwen3.5-4b", K=64, V=64, dtype=torch.float16),
+    "delta rule 256/256": _of("qwen3.5-4b", K=256, V=256),
+    "delta rule 128/128 fp32": _of("qwen3.5-4b", dtype=torch.float32),
+    "Qwen3.5, fewer heads": _of("qwen3.5-0.8b"),
+    "Lara-mini": _of("lara-mini"),
+    "OLMo-Hybrid": _of("olmo-hybrid"),
+    "Falcon-H1-7B": _of("falcon-h1-7b"),
+    "Falcon-H1-7B, one sequence": _of("falcon-h1-7b", B=1, T=8192),
+    "Falcon-H1-0.5B": _of("falcon-h1-0.5b"),
+    "Falcon-H1-1.5B": _of("falcon-h1-1.5b"),
+    "Falcon-H1-3B": _of("falcon-h1-3b"),
+    "Falcon-H1-34B": _of("falcon-h1-34b"),
+    "Bamba, Granite": _of("bamba"),
+    "Granite, N 256": _of("granite-4-h"),
+    "Nemotron-H": _of("nemotron-h"),
+    "Zamba2, 80 heads": _of("zamba2-2.7b"),
+    "Zamba2, 112 heads": _of("zamba2-7b"),
+    "Mamba-2 2.7B fp16": _of("mamba2-2.7b", dtype=torch.float16),
+    "Falcon-H1-7B fp32": _of("falcon-h1-7b", dtype=torch.float32),
 }
 #: What is compiled, by name.
 CASES: dict[str, Callable[[], Calls]] = {
     name: functools.partial(calls_of, sizes) for name, sizes in _FAMILIES.items()
-} | {"Falcon-H1-7B, no optional input": functools.partial(calls_of, SSDSizes(), Given(D=False, z=False, dt_bias=False))}
+} | {
+    "Falcon-H1-7B, no optional input": functools.partial(
+        calls_of, _of("falcon-h1-7b"), Given(D=False, z=False, dt_bias=False)
+    )
+}
 #: the heads of Qwen3.5-4B and those of Falcon-H1-7B
 FLAGSHIPS = ("delta rule 128/128", "Falcon-H1-7B")
 #: cases that are more than other numbers of heads
@@ -247,6 +257,6 @@ def _row(sizes: DeltaSizes | SSDSizes, row: dict) -> Callable[[], Calls]:
 #: Small heads, their optional arguments in pairs.
 PAIRS: dict[str, Callable[[], Calls]] = {
     f"{sizes.op}, options {i}": _row(sizes, row)
-    for sizes in (DeltaSizes(K=64, V=64), SSDSizes(H=80, P=64, N=64))
+    for sizes in (_of("qwen3.5-4b", K=64, V=64), _of("zamba2-2.7b"))
     for i, row in enumerate(pairwise(LEVELS[sizes.op]))
 }

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s0kernels.backends import shared
 from s0kernels.backends.triton.common.launch import cdiv, power_of_two
 from s0kernels.backends.triton.common.targets import dot_precision
 from s0kernels.calls import Start
@@ -109,6 +110,8 @@ def locate_chunk(cu_seqlens, i_c, NSEQ, T, BT: tl.constexpr, BQ: tl.constexpr):
 
 # Chunks
 
+AMPLIFIES = tl.constexpr(shared.AMPLIFIES)
+
 
 @triton.jit
 def load_tile(base, o_row, o_col, stride_row, stride_col, rows, cols):
@@ -168,7 +171,7 @@ def decay_matrix_grad(b_sums, BT: tl.constexpr):
 
 @triton.jit
 def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular [BT, BT] in fp32, BT 16, 32 or 64.
+    """(I + a)^-1 for a strictly lower triangular [BT, BT] in fp32 or fp64, BT 16, 32 or 64.
 
     The 16 x 16 blocks on the diagonal, D, by substitution, all at once. With N = D^-1 (the blocks below them), which
     vanishes to the fourth power, the whole is (I - N) (I + N^2) D^-1.
@@ -178,7 +181,7 @@ def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
     o_n, o_s, o_t = tl.arange(0, NB), tl.arange(0, BS), tl.arange(0, BT)
     on_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
     b_blocks = tl.sum(tl.where(on_diagonal, tl.reshape(b_a, [NB, BS, NB, BS]), 0.0), axis=2)
-    b_x = tl.where((o_s[:, None] == o_s[None, :])[None], tl.full([NB, BS, BS], 1.0, tl.float32), 0.0)
+    b_x = tl.where((o_s[:, None] == o_s[None, :])[None], tl.full([NB, BS, BS], 1.0, b_a.dtype), 0.0)
     for i in range(1, BS):
         here = (o_s == i)[None, :, None]
         b_row = tl.sum(tl.where(here, b_blocks, 0.0), axis=1)
@@ -188,8 +191,9 @@ def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
     b_inv = tl.reshape(b_x, [BT, BT])
     if NB > 1:
         b_below = tl.where(o_t[:, None] // BS > o_t[None, :] // BS, b_a, 0.0)
-        b_n = tl.dot(b_inv, b_below, input_precision=PRECISION)
+        b_n = tl.dot(b_inv, b_below, input_precision=PRECISION, out_dtype=b_a.dtype)
         if NB > 2:
-            b_inv += tl.dot(tl.dot(b_n, b_n, input_precision=PRECISION), b_inv, input_precision=PRECISION)
-        b_inv -= tl.dot(b_n, b_inv, input_precision=PRECISION)
+            b_square = tl.dot(b_n, b_n, input_precision=PRECISION, out_dtype=b_a.dtype)
+            b_inv += tl.dot(b_square, b_inv, input_precision=PRECISION, out_dtype=b_a.dtype)
+        b_inv -= tl.dot(b_n, b_inv, input_precision=PRECISION, out_dtype=b_a.dtype)
     return b_inv

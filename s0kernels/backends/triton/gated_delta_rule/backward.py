@@ -20,9 +20,93 @@ from s0kernels.backends.triton.common.chunks import load_tile, sequence
 from s0kernels.backends.triton.common.launch import launch, strides
 from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.gated_delta_rule.call import Call
-from s0kernels.backends.triton.gated_delta_rule.forward import A_K, A_Q, E_K, LAST, ROWS, Factors, prepare, scan_forward
+from s0kernels.backends.triton.gated_delta_rule.forward import scan_forward
 from s0kernels.backends.triton.gated_delta_rule.input_grads import OF_CHUNKS, Scanned, input_grads
+from s0kernels.backends.triton.gated_delta_rule.prepare import (
+    A_K,
+    A_Q,
+    E_K,
+    LAST,
+    ROWS,
+    Factors,
+    any_in_parts,
+    load_rest,
+    parts_of,
+    prepare,
+    rest,
+)
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Start, Wanted
+
+
+@triton.jit
+def chunks_backward(
+    b_dh,
+    q,
+    k,
+    w,
+    p,
+    gates,
+    do,
+    dv,
+    dh,
+    i_c0,
+    i_hv,
+    i_v,
+    length,
+    at_do,
+    at_v,
+    sq,
+    sk,
+    so,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """dS^T before `length` tokens; `IN_PARTS` as in `chunks_forward`."""
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
+    dtype = q.dtype.element_ty
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    chunks = tl.cdiv(length, BT)
+    for i in tl.range(chunks, num_stages=1 if IN_PARTS else None):
+        i_c = chunks - 1 - i
+        rows = length - i_c * BT
+        i_t = tl.cast(i_c, tl.int64) * BT
+        at = (i_c0 + i_c) * HV + i_hv
+        if dh is not None:
+            tl.store(dh + at * K * V + o_v[:, None] * K + o_k[None, :], b_dh.to(dtype), mask=m_h)
+        b_k = load_tile(k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
+        b_w = tl.load(w + at * PARTS * BT * BT + o_tile)
+        p_gates = gates + at * ROWS * BT + o_t
+        b_dr = tl.dot(b_dh.to(dtype), tl.trans(b_k), input_precision=PRECISION)
+        b_dr *= tl.load(p_gates + E_K * BT)[None, :]
+        b_dh *= tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+        if do is not None:
+            b_q = load_tile(q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
+            b_p = tl.load(p + at * BT * BT + o_tile)
+            b_do = tl.trans(load_tile(do + at_do + i_t * so[1], o_t, o_v, so[1], so[3], rows, V))
+            b_dr = tl.dot(b_do, b_p, b_dr, input_precision=PRECISION)
+            b_read = (b_do.to(tl.float32) * tl.load(p_gates + A_Q * BT)[None, :]).to(dtype)
+            b_dh = tl.dot(b_read, b_q, b_dh, input_precision=PRECISION)
+        b_dv = tl.dot(b_dr.to(dtype), b_w, input_precision=PRECISION)
+        if IN_PARTS:
+            b_dv = tl.dot(b_dr.to(dtype), load_rest(w, gates, at, BT), b_dv)
+            b_dv = tl.dot(rest(b_dr, dtype), b_w, b_dv)
+        if dv is not None:
+            m_v = (o_t < rows)[None, :] & (o_v < V)[:, None]
+            p_dv = dv + at_v + i_t * (HV * V) + o_t[None, :] * (HV * V) + o_v[:, None]
+            tl.store(p_dv, b_dv.to(dtype), mask=m_v)
+        b_dv *= -tl.load(p_gates + A_K * BT)[None, :]
+        b_dh = tl.dot(b_dv.to(dtype), b_k, b_dh, input_precision=PRECISION)
+        if IN_PARTS:
+            b_dh = tl.dot(rest(b_dv, dtype), b_k, b_dh)
+    return b_dh
 
 
 @triton.jit
@@ -61,9 +145,10 @@ def scan_backward(
     i_q, i_hv = i_qh // HV, i_qh % HV
     i_h = i_hv // (HV // H)
     i_b, bos, length, i_c0, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
     dtype = q.dtype.element_ty
+    PARTS: tl.constexpr = parts_of(dtype)
     b_dh = tl.zeros([BV, BK], tl.float32)
     if dht is not None:
         p_dht = dht + tl.cast(i_q, tl.int64) * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
@@ -73,37 +158,18 @@ def scan_backward(
     i_b, bos, i_c0 = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_c0, tl.int64)
     p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
     p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
+    at_do = i_b * so[0] + bos * so[1] + i_hv * so[2]
     at_v = ((i_b * T + bos) * HV + i_hv) * V
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    chunks = tl.cdiv(length, BT)
-    for i in range(chunks):
-        i_c = chunks - 1 - i
-        rows = length - i_c * BT
-        i_t = tl.cast(i_c, tl.int64) * BT
-        at = (i_c0 + i_c) * HV + i_hv
-        if dh is not None:
-            tl.store(dh + at * K * V + o_v[:, None] * K + o_k[None, :], b_dh.to(dtype), mask=m_h)
-        b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
-        b_w = tl.load(w + at * BT * BT + o_tile)
-        p_gates = gates + at * ROWS * BT + o_t
-        b_dr = tl.dot(b_dh.to(dtype), tl.trans(b_k), input_precision=PRECISION)
-        b_dr *= tl.load(p_gates + E_K * BT)[None, :]
-        b_dh *= tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
-        if do is not None:
-            b_q = load_tile(p_q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
-            b_p = tl.load(p + at * BT * BT + o_tile)
-            p_do = do + i_b * so[0] + (bos + i_t) * so[1] + i_hv * so[2]
-            b_do = tl.trans(load_tile(p_do, o_t, o_v, so[1], so[3], rows, V))
-            b_dr = tl.dot(b_do, b_p, b_dr, input_precision=PRECISION)
-            b_read = (b_do.to(tl.float32) * tl.load(p_gates + A_Q * BT)[None, :]).to(dtype)
-            b_dh = tl.dot(b_read, b_q, b_dh, input_precision=PRECISION)
-        b_dv = tl.dot(b_dr.to(dtype), b_w, input_precision=PRECISION)
-        if dv is not None:
-            m_v = (o_t < rows)[None, :] & (o_v < V)[:, None]
-            p_dv = dv + at_v + i_t * (HV * V) + o_t[None, :] * (HV * V) + o_v[:, None]
-            tl.store(p_dv, b_dv.to(dtype), mask=m_v)
-        b_dv = (b_dv * -tl.load(p_gates + A_K * BT)[None, :]).to(dtype)
-        b_dh = tl.dot(b_dv, b_k, b_dh, input_precision=PRECISION)
+    if PARTS > 1 and any_in_parts(gates, i_c0, i_hv, length, HV, BT):
+        b_dh = chunks_backward(
+            *(b_dh, p_q, p_k, w, p, gates, do, dv, dh, i_c0, i_hv, i_v, length, at_do, at_v, sq, sk, so),
+            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, True),
+        )
+    else:
+        b_dh = chunks_backward(
+            *(b_dh, p_q, p_k, w, p, gates, do, dv, dh, i_c0, i_hv, i_v, length, at_do, at_v, sq, sk, so),
+            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, False),
+        )
     if dh0 is not None:
         tl.store(dh0 + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_dh, mask=m_h)
 

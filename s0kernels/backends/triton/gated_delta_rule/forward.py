@@ -19,126 +19,101 @@ and what was loaded on its right, so a step of the chain waits for no shared mem
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import (
-    decay_matrix,
-    invert_unit_lower,
-    load_tile,
-    load_tokens,
-    locate_chunk,
-    sequence,
-)
+from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, sequence
 from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, launch, power_of_two
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.gated_delta_rule.call import Call
+from s0kernels.backends.triton.gated_delta_rule.prepare import (
+    A_K,
+    A_Q,
+    E_K,
+    LAST,
+    ROWS,
+    Factors,
+    any_in_parts,
+    load_rest,
+    parts_of,
+    prepare,
+    rest,
+)
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
-# The rows of `gates`, [chunks, HV, ROWS, BT] in fp32.
-A_Q = tl.constexpr(0)  # scale rq G
-A_K = tl.constexpr(1)  # rk G
-E_K = tl.constexpr(2)  # rk beta E
-LAST = tl.constexpr(3)  # G, whose last is G_C
-R_Q = tl.constexpr(4)  # rq
-R_K = tl.constexpr(5)  # rk
-TO_END = tl.constexpr(6)  # rk E
-ROWS = tl.constexpr(7)
-
 
 @triton.jit
-def row_norm(b_x, NORMALISE: tl.constexpr):
-    """rsqrt(sum(x^2) + 1e-6) of each row, or 1."""
-    b_x = b_x.to(tl.float32)
-    b_sum = tl.sum(b_x * b_x, axis=1)
-    return tl.rsqrt(b_sum + 1e-6) if NORMALISE else tl.full(b_sum.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def gated_delta_rule_prepare_fwd_kernel(
-    q,  # [B, T, H, K], any strides sq, as k
+def chunks_forward(
+    b_h,
+    q,
     k,
-    g,  # [B, T, HV], any strides sg, as beta
-    beta,
-    cu_seqlens,
-    w,  # [chunks, HV, BT, BT], dtype of q, as p
+    v,
+    w,
     p,
-    gates,  # [chunks, HV, ROWS, BT]
-    scale,
-    T,
-    NSEQ,
+    gates,
+    o,
+    r,
+    h,
+    i_c0,
+    i_hv,
+    i_v,
+    length,
+    at_o,
     sq,
     sk,
-    sg,
-    sb,
-    H: tl.constexpr,
+    sv,
     HV: tl.constexpr,
     K: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    V: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    BQ: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
-    """A program per (chunk, value head)."""
-    i_c, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
-    if rows <= 0:
-        return
-    i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
-    i_h = i_hv // (HV // H)
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
-    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
-    b_k = load_tile(k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2], o_t, o_k, sk[1], sk[3], rows, K)
-    b_g = load_tokens(g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
-    b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
-    b_rq, b_rk = row_norm(b_q, NORMALISE), row_norm(b_k, NORMALISE)
-    b_decay = decay_matrix(b_g, BT)
-    b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
-    b_to_end = b_rk * tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)
-    p_gates = gates + at * ROWS * BT + o_t
-    tl.store(p_gates + A_Q * BT, scale * b_rq * b_from_start)
-    tl.store(p_gates + A_K * BT, b_rk * b_from_start)
-    tl.store(p_gates + E_K * BT, b_beta * b_to_end)
-    tl.store(p_gates + LAST * BT, b_from_start)
-    tl.store(p_gates + R_Q * BT, b_rq)
-    tl.store(p_gates + R_K * BT, b_rk)
-    tl.store(p_gates + TO_END * BT, b_to_end)
-
-    o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
-    b_decay *= (b_rk * b_beta)[None, :]
-    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    tl.store(p + o_tile, (b_qk * b_decay * (scale * b_rq)[:, None]).to(p.dtype.element_ty))
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_rk[:, None]
-    b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk, 0.0), BT, PRECISION)
-    tl.store(w + o_tile, b_w.to(w.dtype.element_ty))
-
-
-class Factors(NamedTuple):
-    """What `prepare` computes for all chunks."""
-
-    w: Tensor
-    p: Tensor
-    gates: Tensor
-
-
-def prepare(call: Call) -> Factors:
-    (q, k, _, g, beta), chunks = call.inputs, call.chunks
-    gates = chunks.empty(chunks.count, call.HV, ROWS.value, chunks.size, dtype=torch.float32)
-    factors = Factors(call.intra(), call.intra(), gates)
-    launch(
-        gated_delta_rule_prepare_fwd_kernel,
-        chunks.count * call.HV,
-        *(q, k, g, beta, chunks.start.cu_seqlens, *factors, call.options.scale, chunks.T, chunks.sequences),
-        *(q.stride(), k.stride(), g.stride(), beta.stride()),
-        NORMALISE=call.options.use_qk_l2norm,
-        **call.constants,
-        tiles=call.tiles("prepare"),
-    )
-    return factors
+    """S^T after `length` tokens. `IN_PARTS`: the products with W, and what is written to S, have operands in two."""
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
+    dtype = q.dtype.element_ty
+    o_o = o_t[None, :] * (HV * V) + o_v[:, None]
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    # two parts are not pipelined, which would take shared memory from what runs without them
+    for i_c in tl.range(tl.cdiv(length, BT), num_stages=1 if IN_PARTS else None):
+        rows = length - i_c * BT
+        i_t = tl.cast(i_c, tl.int64) * BT
+        at = (i_c0 + i_c) * HV + i_hv
+        if h is not None:
+            tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
+        b_k = load_tile(k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
+        b_v = load_tile(v + i_t * sv[1], o_t, o_v, sv[1], sv[3], rows, V)
+        b_w = tl.load(w + at * PARTS * BT * BT + o_tile)
+        p_gates = gates + at * ROWS * BT + o_t
+        b_hd = b_h.to(dtype)
+        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT)[None, :]
+        b_err = tl.trans(b_v).to(tl.float32) - b_err
+        b_r = tl.dot(b_err.to(dtype), tl.trans(b_w), input_precision=PRECISION)
+        if IN_PARTS:
+            b_w_rest = load_rest(w, gates, at, BT)
+            b_r = tl.dot(b_err.to(dtype), tl.trans(b_w_rest), b_r)
+            b_r = tl.dot(rest(b_err, dtype), tl.trans(b_w), b_r)
+        m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
+        if r is not None:
+            tl.store(r + at_o + i_t * (HV * V) + o_o, b_r.to(dtype), mask=m_o)
+        if o is not None:
+            b_q = load_tile(q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
+            b_p = tl.load(p + at * BT * BT + o_tile)
+            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT)[None, :]
+            b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
+            tl.store(o + at_o + i_t * (HV * V) + o_o, b_o.to(dtype), mask=m_o)
+        b_write = b_r * tl.load(p_gates + E_K * BT)[None, :]
+        b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+        b_h = tl.dot(b_write.to(dtype), b_k, b_h * b_last, input_precision=PRECISION)
+        if IN_PARTS:
+            b_h = tl.dot(rest(b_write, dtype), b_k, b_h)
+    return b_h
 
 
 @triton.jit
@@ -180,9 +155,10 @@ def scan_forward(
     i_q, i_hv = i_qh // HV, i_qh % HV
     i_h = i_hv // (HV // H)
     i_b, bos, length, i_c0, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
     dtype = q.dtype.element_ty
+    PARTS: tl.constexpr = parts_of(dtype)
     b_h = tl.zeros([BV, BK], tl.float32)
     if h0 is not None:
         row, zero, none = state_row(indices, i_q, S)
@@ -196,34 +172,16 @@ def scan_forward(
     p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
     p_v = v + i_b * sv[0] + bos * sv[1] + i_hv * sv[2]
     at_o = ((i_b * T + bos) * HV + i_hv) * V
-    o_o = o_t[None, :] * (HV * V) + o_v[:, None]
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    for i_c in range(tl.cdiv(length, BT)):
-        rows = length - i_c * BT
-        i_t = tl.cast(i_c, tl.int64) * BT
-        at = (i_c0 + i_c) * HV + i_hv
-        if h is not None:
-            tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
-        b_k = load_tile(p_k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
-        b_v = load_tile(p_v + i_t * sv[1], o_t, o_v, sv[1], sv[3], rows, V)
-        b_w = tl.load(w + at * BT * BT + o_tile)
-        p_gates = gates + at * ROWS * BT + o_t
-        b_hd = b_h.to(dtype)
-        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT)[None, :]
-        b_err = (tl.trans(b_v).to(tl.float32) - b_err).to(dtype)
-        b_r = tl.dot(b_err, tl.trans(b_w), input_precision=PRECISION)
-        m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
-        if r is not None:
-            tl.store(r + at_o + i_t * (HV * V) + o_o, b_r.to(dtype), mask=m_o)
-        if o is not None:
-            b_q = load_tile(p_q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
-            b_p = tl.load(p + at * BT * BT + o_tile)
-            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT)[None, :]
-            b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
-            tl.store(o + at_o + i_t * (HV * V) + o_o, b_o.to(dtype), mask=m_o)
-        b_write = (b_r * tl.load(p_gates + E_K * BT)[None, :]).to(dtype)
-        b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
-        b_h = tl.dot(b_write, b_k, b_h * b_last, input_precision=PRECISION)
+    if PARTS > 1 and any_in_parts(gates, i_c0, i_hv, length, HV, BT):
+        b_h = chunks_forward(
+            *(b_h, p_q, p_k, p_v, w, p, gates, o, r, h, i_c0, i_hv, i_v, length, at_o, sq, sk, sv),
+            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, True),
+        )
+    else:
+        b_h = chunks_forward(
+            *(b_h, p_q, p_k, p_v, w, p, gates, o, r, h, i_c0, i_hv, i_v, length, at_o, sq, sk, sv),
+            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, False),
+        )
     if ht is not None:
         tl.store(ht + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
 

@@ -30,7 +30,7 @@ from s0kernels.backends.triton.common.chunks import (
 )
 from s0kernels.backends.triton.common.launch import empty_grads, launch, power_of_two, strides
 from s0kernels.backends.triton.gated_delta_rule.call import Call
-from s0kernels.backends.triton.gated_delta_rule.forward import A_K, A_Q, LAST, R_K, R_Q, ROWS, TO_END
+from s0kernels.backends.triton.gated_delta_rule.prepare import A_K, A_Q, LAST, R_K, R_Q, ROWS, TO_END
 
 #: the inputs whose gradients are computed here
 OF_CHUNKS = {"q", "k", "g", "beta"}

@@ -1,0 +1,211 @@
+"""What the forward and the backward of the gated delta rule take of q, k, g and beta, for all chunks at once.
+
+In the symbols of `forward`: W, P, and factors of the rows. W amplifies what is rounded where keys are nearly equal and
+beta is near 2, which the sums of squares of its rows show. There it is computed anew with finer products, written in
+two parts, and the scans of that head and sequence have their operands in two parts, too. Otherwise they run as if there
+were none of this.
+"""
+
+# of Triton's language, which is not quite Python:
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s0kernels.backends.triton.common.chunks import (
+    AMPLIFIES,
+    decay_matrix,
+    invert_unit_lower,
+    load_tile,
+    load_tokens,
+    locate_chunk,
+)
+from s0kernels.backends.triton.common.launch import launch
+from s0kernels.backends.triton.gated_delta_rule.call import Call
+
+# The rows of `gates`, [chunks, HV, ROWS, BT] in fp32.
+A_Q = tl.constexpr(0)  # scale rq G
+A_K = tl.constexpr(1)  # rk G
+E_K = tl.constexpr(2)  # rk beta E
+LAST = tl.constexpr(3)  # G, whose last is G_C
+R_Q = tl.constexpr(4)  # rq
+R_K = tl.constexpr(5)  # rk
+TO_END = tl.constexpr(6)  # rk E
+TWO_PARTS = tl.constexpr(7)  # the first of the row: 1 where W is in two parts, else 0
+ROWS = tl.constexpr(8)
+
+
+@triton.jit
+def row_norm(b_x, NORMALISE: tl.constexpr):
+    """rsqrt(sum(x^2) + 1e-6) of each row, or 1."""
+    b_x = b_x.to(tl.float32)
+    b_sum = tl.sum(b_x * b_x, axis=1)
+    return tl.rsqrt(b_sum + 1e-6) if NORMALISE else tl.full(b_sum.shape, 1.0, tl.float32)
+
+
+@triton.constexpr_function
+def parts_of(dtype):
+    """In how many parts W may be."""
+    return 1 if dtype == tl.float32 else 2
+
+
+@triton.jit
+def rest(b_x, dtype: tl.constexpr):
+    """What rounding to `dtype` takes away."""
+    return (b_x - b_x.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def fine_inverse(
+    k,
+    g,
+    beta,
+    sk,
+    sg,
+    sb,
+    rows,
+    K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """W with finer products, for inputs in fp32 in fp64. Everything anew, by other loads than those before: so nothing
+    waits for this in registers where it is not needed."""
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    mask = (o_t < rows)[:, None] & (o_k < K)[None, :]
+    p_k = k + o_t[:, None] * sk[1] + o_k[None, :] * sk[3]
+    b_k = tl.load(p_k, mask=mask, other=0.0, eviction_policy="evict_first")
+    b_g = tl.load(g + o_t * sg[1], mask=o_t < rows, other=0.0, eviction_policy="evict_first")
+    b_beta = tl.load(beta + o_t * sb[1], mask=o_t < rows, other=0.0, eviction_policy="evict_first")
+    b_rk = row_norm(b_k, NORMALISE)
+    b_factor = decay_matrix(b_g.to(tl.float32), BT) * (b_rk * b_beta.to(tl.float32))[None, :] * b_rk[:, None]
+    b_factor = tl.where(o_t[:, None] > o_t[None, :], b_factor, 0.0)
+    if b_k.dtype == tl.float32:
+        b_k = b_k.to(tl.float64)
+        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float64)
+        return invert_unit_lower(b_kk * b_factor.to(tl.float64), BT, PRECISION)
+    else:
+        b_kk = tl.dot(b_k, tl.trans(b_k))
+        return invert_unit_lower(b_kk * b_factor, BT, "tf32x3" if PRECISION == "tf32" else PRECISION)
+
+
+@triton.jit
+def gated_delta_rule_prepare_fwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
+    k,
+    g,  # [B, T, HV], any strides sg, as beta
+    beta,
+    cu_seqlens,
+    w,  # [chunks, HV, PARTS, BT, BT], dtype of q
+    p,  # [chunks, HV, BT, BT]
+    gates,  # [chunks, HV, ROWS, BT]
+    scale,
+    T,
+    NSEQ,
+    sq,
+    sk,
+    sg,
+    sb,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BQ: tl.constexpr,
+):
+    """A program per (chunk, value head)."""
+    i_c, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    i_b, i_t, rows = locate_chunk(cu_seqlens, i_c, NSEQ, T, BT, BQ)
+    if rows <= 0:
+        return
+    i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
+    i_h = i_hv // (HV // H)
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    dtype = q.dtype.element_ty
+    PARTS: tl.constexpr = parts_of(dtype)
+    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
+    b_k = load_tile(k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2], o_t, o_k, sk[1], sk[3], rows, K)
+    b_g = load_tokens(g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
+    b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
+    b_rq, b_rk = row_norm(b_q, NORMALISE), row_norm(b_k, NORMALISE)
+    b_decay = decay_matrix(b_g, BT)
+    b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
+    b_to_end = b_rk * tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)
+    p_gates = gates + at * ROWS * BT + o_t
+    tl.store(p_gates + A_Q * BT, scale * b_rq * b_from_start)
+    tl.store(p_gates + A_K * BT, b_rk * b_from_start)
+    tl.store(p_gates + E_K * BT, b_beta * b_to_end)
+    tl.store(p_gates + LAST * BT, b_from_start)
+    tl.store(p_gates + R_Q * BT, b_rq)
+    tl.store(p_gates + R_K * BT, b_rk)
+    tl.store(p_gates + TO_END * BT, b_to_end)
+
+    o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
+    b_decay *= (b_rk * b_beta)[None, :]
+    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    tl.store(p + o_tile, (b_qk * b_decay * (scale * b_rq)[:, None]).to(p.dtype.element_ty))
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_rk[:, None]
+    b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk, 0.0), BT, PRECISION)
+    amplifies = tl.max(tl.sum(b_w * b_w, axis=1)) > AMPLIFIES
+    if dtype != tl.bfloat16 and amplifies:  # in bf16 what else is rounded is as large
+        p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
+        p_g, p_beta = g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2]
+        b_w = fine_inverse(p_k, p_g, p_beta, sk, sg, sb, rows, K, NORMALISE, PRECISION, BT, BK).to(tl.float32)
+    p_w = w + at * PARTS * BT * BT + o_t[:, None] * BT + o_t[None, :]
+    tl.store(p_w, b_w.to(dtype))
+    if PARTS > 1:
+        tl.store(gates + at * ROWS * BT + TWO_PARTS * BT, tl.where(amplifies, 1.0, 0.0))
+        if amplifies:
+            tl.store(p_w + BT * BT, rest(b_w, dtype))
+
+
+class Factors(NamedTuple):
+    """What `prepare` computes for all chunks."""
+
+    w: Tensor
+    p: Tensor
+    gates: Tensor
+
+
+def prepare(call: Call) -> Factors:
+    (q, k, _, g, beta), chunks = call.inputs, call.chunks
+    gates = chunks.empty(chunks.count, call.HV, ROWS.value, chunks.size, dtype=torch.float32)
+    w = chunks.empty(chunks.count, call.HV, 2 if q.element_size() == 2 else 1, chunks.size, chunks.size)
+    factors = Factors(w, call.intra(), gates)
+    launch(
+        gated_delta_rule_prepare_fwd_kernel,
+        chunks.count * call.HV,
+        *(q, k, g, beta, chunks.start.cu_seqlens, *factors, call.options.scale, chunks.T, chunks.sequences),
+        *(q.stride(), k.stride(), g.stride(), beta.stride()),
+        NORMALISE=call.options.use_qk_l2norm,
+        **call.constants,
+        tiles=call.tiles("prepare"),
+    )
+    return factors
+
+
+@triton.jit
+def any_in_parts(gates, i_c0, i_hv, length, HV: tl.constexpr, BT: tl.constexpr):
+    """Whether W is in two parts in any chunk of a head and sequence."""
+    found = 0.0
+    for i in range(0, tl.cdiv(length, BT), 64):
+        o_c = i + tl.arange(0, 64)
+        p_fine = gates + ((i_c0 + o_c) * HV + i_hv) * ROWS * BT + TWO_PARTS * BT
+        found = tl.maximum(found, tl.max(tl.load(p_fine, mask=o_c * BT < length, other=0.0)))
+    return found > 0.0
+
+
+@triton.jit
+def load_rest(w, gates, at, BT: tl.constexpr):
+    """The second part of W; zero where there is none."""
+    o_t = tl.arange(0, BT)
+    fine = tl.load(gates + at * ROWS * BT + TWO_PARTS * BT) > 0.0
+    o_tile = o_t[:, None] * BT + o_t[None, :]
+    return tl.load(w + (2 * at + 1) * BT * BT + o_tile, mask=fine, other=0.0)

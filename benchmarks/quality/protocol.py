@@ -96,7 +96,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def judge(base: Base, items: Sequence[Item], completions: Sequence[Sequence[str]]) -> list[list[bool]]:
     """Which completions are right; each distinct one is scored once."""
     pairs = list({(i, text): None for i, texts in enumerate(completions) for text in texts})
-    verdicts = dict(zip(pairs, base.task.score([items[i] for i, _ in pairs], [t for _, t in pairs]), strict=True))
+    verdicts = {(i, text): base.task.right(items[i], text) for i, text in pairs}
     return [[verdicts[i, text] for text in texts] for i, texts in enumerate(completions)]
 
 

@@ -22,11 +22,11 @@ import experiments
 import tables
 import torch
 from protocol import SEEDS, Base, Results, as_chat
-from sandbox import confinement
 from tasks import TASKS, get_task
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels.bench import measure
+from s0kernels.tuning.verify.sandbox import confinement
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"

@@ -20,11 +20,11 @@ import torch
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels.files import replace_file
+from s0kernels.tuning.verify.sandbox import confinement
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
 from protocol import Base, evaluate, examples, solutions  # noqa: E402
-from sandbox import confinement  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}

@@ -24,6 +24,7 @@ import tables  # noqa: E402
 from methods import S0, LoRA, Nothing, Prompt, StateOffset  # noqa: E402
 from tasks import Item, Task, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402
+from test_tasks import scores  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
 from s0kernels.tuning.data import read_tasks  # noqa: E402
@@ -76,8 +77,8 @@ class Letters(Task):
         items = [Item(f"{i}", f"{'ab' * i}say:", "a", {}) for i in range(1, 9)]
         return items[:4], items[4:]
 
-    def score(self, items, completions):
-        return [text[:1] in "aeiou" and text != "" for text in completions]
+    def right(self, item, completion):
+        return completion[:1] in "aeiou" and completion != ""
 
 
 def base(name: str) -> protocol.Base:
@@ -238,8 +239,8 @@ def test_boundary_problems_have_right_references():
     problems = make_problems()
     assert len({problem.key for problem in problems}) == len(problems)
     for items in (tune, heldout):
-        assert all(task.score(items, [item.reference for item in items]))
-    assert not any(task.score(tune, [problem.bodies["mistake"] for problem in problems[::2]]))
+        assert all(scores(task, items, [item.reference for item in items]))
+    assert not any(scores(task, tune, [problem.bodies["mistake"] for problem in problems[::2]]))
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,25 @@ class Journal:
         elif whole != content:
             replace_file(file, whole)
 
-    def decided(self, run: str, problems: Iterable[Problem]) -> dict[str, dict[str, Any]]:
-        """What is decided about `problems`, by key. A ValueError names one whose prompt is another now."""
-        known = self._entries.get(run, {})
-        for problem in problems:
-            if problem.key in known and known[problem.key]["prompt"] != problem.digest:
+    def decided(self, run: str, problems: Sequence[Problem]) -> dict[str, dict[str, Any]]:
+        """What is decided about `problems`, by key.
+
+        Raises:
+            ValueError: the prompt of one was another then, or something is decided about a problem that is not here.
+        """
+        known, named = self._entries.get(run, {}), {problem.key: problem for problem in problems}
+        other = next((key for key in known if key not in named), None)
+        if other is not None:
+            raise ValueError(
+                f"{self._file} is about other problems: {other!r} is not among these; name another file or remove it"
+            )
+        for key, problem in named.items():
+            if key in known and known[key]["prompt"] != problem.digest:
                 raise ValueError(
                     f"{self._file}: the prompt of problem {problem.id!r} is another than that which was decided about; "
                     "name another file, or give changed problems another id"
                 )
-        return {problem.key: known[problem.key] for problem in problems if problem.key in known}
+        return {key: known[key] for key in named if key in known}
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         lines = []

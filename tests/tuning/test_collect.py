@@ -266,6 +266,8 @@ def test_files_of_other_runs_are_refused(tmp_path):
         collect(trainer("falcon"), out=out)
     with pytest.raises(ValueError, match="the prompt of problem 'p3' is another than that which was decided about"):
         collect(one, [{**p, "prompt": p["prompt"] + "!" * (p["id"] == "p3")} for p in PROBLEMS], out=out)
+    with pytest.raises(ValueError, match="is about other problems: 'p0' is not among these"):
+        collect(one, PROBLEMS[1:], out=out)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     collect(one, checker=lambda problem, answer: True, out=out)  # the checker is not recorded
     (tmp_path / "found.state.jsonl").write_text("[3]\n")

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s0kernels.messages import some
+from s0kernels.tuning.problems import read_problems
+from s0kernels.tuning.processes import processes
 from s0kernels.tuning.sampling import Sampling
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
@@ -17,6 +20,10 @@ _PROBLEMS = (
 )
 #: of sampling, as `collect` and `evaluate` take them
 _NAMES = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "chat_template_kwargs", "seed", "rows")
+#: of them, those of an answer without noise
+_GREEDY = ("max_new_tokens", "stop", "chat_template_kwargs", "rows")
+#: of the problems that `tune --collect` is given, each so many is held out
+_EVERY = 4
 
 
 def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +48,21 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     add_checker(parser)
     add_sampling(parser, 1)
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("problems instead of solutions")
+    group.add_argument(
+        "--collect", action="store_true", help=f"DATA are problems, which are sampled first: {_PROBLEMS}"
+    )
+    group.add_argument(
+        "--heldout",
+        type=Path,
+        help="problems to evaluate by, a file or directory as DATA (default: every fourth of DATA, not learned from)",
+    )
+    group.add_argument("--solutions", type=int, help="how many to learn from, one a problem (default: 48)")
+    add_checker(parser)
+    add_sampling(parser, Sampling().samples)
 
 
 def add_checker(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +110,11 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def sampling(options: argparse.Namespace) -> Sampling:
+    """Checked, but for the number of rows."""
+    return Sampling(**{name: value for name, value in sampling_options(options).items() if name != "rows"})
+
+
 def checker(options: argparse.Namespace) -> Any:
     from s0kernels.tuning.verify.checkers import Answer, ByProblem, Command, Python
 
@@ -103,20 +130,17 @@ def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any,
     from transformers import AutoTokenizer
 
     from s0kernels.tuning.loading import find_model, load_tokenizer
-    from s0kernels.tuning.problems import read_problems
     from s0kernels.tuning.trainer import S0Trainer
 
-    sampling = Sampling(**{name: x for name, x in sampling_options(options).items() if name != "rows"})
+    kwargs = sampling(options).chat_template_kwargs
     found = find_model(options.model, {})
     tokenizer = load_tokenizer(AutoTokenizer, options.model, found)
     for file in files:
-        read_problems(file, tokenizer, sampling.chat_template_kwargs, check)
+        read_problems(file, tokenizer, kwargs, check)
     return S0Trainer.from_pretrained(options.model, config, **found)
 
 
 def run_collect(options: argparse.Namespace) -> None:
-    from s0kernels.tuning.processes import processes
-
     check = checker(options)
     trainer = open_trainer(options, [options.problems], check)
     began = time.perf_counter()
@@ -128,8 +152,6 @@ def run_collect(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace, table: Table) -> None:
-    from s0kernels.tuning.processes import processes
-
     alphas = _alphas(options)
     check = checker(options)
     files = [file for file in (options.development, options.problems) if file is not None]
@@ -158,6 +180,69 @@ def run_evaluate(options: argparse.Namespace, table: Table) -> None:
         print("an alpha that is chosen by these problems is to be judged by others: --development")
     else:
         print_evaluation(one_of(found), table)
+
+
+def check_tune_options(options: argparse.Namespace) -> None:
+    for name in ("heldout", "solutions", "check", "checker", *_NAMES):
+        if getattr(options, name) is not None and not options.collect:
+            flag = "command" if name == "checker" else name.replace("_", "-")
+            raise ValueError(f"--{flag} is about problems, and --collect is missing")
+
+
+def split(
+    files: Mapping[str | None, Path],
+    others: Mapping[str | None, Path] | None,
+    tokenizer: Any,
+    options: Mapping[str, Any] | None,
+    check: Any,
+) -> tuple[dict[str | None, list], dict[str | None, list]]:
+    """(to learn from, held out) by task: held out are `others`, or every fourth. `options` are the template's."""
+    parts: tuple[dict, dict] = ({}, {})
+    if others is not None and list(others) != list(files):
+        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, and has {some(others)}")
+    for name, file in files.items():
+        rows = [{**p.record, "id": p.id} for p in read_problems(file, tokenizer, options, check)]
+        if others is not None:
+            kept = [{**p.record, "id": p.id} for p in read_problems(others[name], tokenizer, options, check)]
+        elif len(rows) < _EVERY:
+            raise ValueError(f"{file} has {len(rows)} problems, too few to hold some out; give --heldout")
+        else:
+            rows, kept = [row for i, row in enumerate(rows, 1) if i % _EVERY], rows[_EVERY - 1 :: _EVERY]
+        parts[0][name], parts[1][name] = rows, kept
+    return parts
+
+
+def find_solutions(
+    trainer: Any, problems: Mapping[str | None, list], output: Path, check: Any, options: argparse.Namespace
+) -> Any:
+    """What `train` takes: those of one task, or of several by name; they are written beside the states."""
+    found = {}
+    for name, rows in problems.items():
+        out = output / (name or "") / "solutions.jsonl"
+        began = time.perf_counter()
+        wanted = {} if options.solutions is None else {"solutions": options.solutions}
+        found[name] = trainer.collect(rows, check, out=out, **wanted, **sampling_options(options))
+        if processes().is_main_process:
+            print(f"{len(found[name])} solutions in {out}, {time.perf_counter() - began:.0f} s")
+    return found.get(None, found)
+
+
+def print_heldout(
+    trainer: Any,
+    problems: Mapping[str | None, list],
+    output: Path,
+    check: Any,
+    options: argparse.Namespace,
+    table: Table,
+) -> None:
+    """A table of the held-out problems for each task, by the likeliest answers."""
+    greedy = {name: x for name, x in sampling_options(options).items() if name in _GREEDY}
+    for name, rows in problems.items():
+        out = output / (name or "") / "heldout.jsonl"
+        found = trainer.evaluate(rows, check=check, task=name, out=out, **greedy)
+        if processes().is_main_process:
+            print("" if name is None else f"{name}\n", end="")
+            print_evaluation(found, table)
 
 
 def one_of(found: Mapping[Any, Any]) -> Any:

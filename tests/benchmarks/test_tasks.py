@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from models import tokenizer
 from surroundings import ROOT, python
 
 pytestmark = pytest.mark.slow  # of the benchmarks
@@ -19,12 +18,12 @@ pytestmark = pytest.mark.slow  # of the benchmarks
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path[:0] = [str(QUALITY), str(ROOT / "examples" / "tiny")]
 
-import protocol  # noqa: E402
 import run  # noqa: E402
 from problems import make_problems  # noqa: E402
 from tasks import TASKS, get_task, spider  # noqa: E402
 from tasks.records import read_records  # noqa: E402
 
+from s0kernels.tuning.sampling import cut  # noqa: E402
 from s0kernels.tuning.verify.sandbox import Sandbox  # noqa: E402
 
 EVAL = ROOT / ".deps" / "eval"
@@ -128,28 +127,6 @@ def test_command_line_of_tasks(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run.main()
         assert message in capsys.readouterr().err
-
-
-def test_chat():
-    from tasks import Item
-    from tokenizers.processors import TemplateProcessing
-
-    tok, items = tokenizer(), [Item("1", "Say a.", "", {})]
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; give the task style=complete"):
-        protocol.as_chat(tok, items)
-    tok.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}"
-    )
-    (chat,) = protocol.as_chat(tok, items)
-    assert chat.prompt == f"{tok.bos_token or ''}<user>Say a.<assistant>"
-    assert (chat.name, items[0].prompt) == ("1", "Say a.")
-    tok.bos_token = "<eos>"
-    assert protocol.as_chat(tok, items)[0].prompt == "<eos><user>Say a.<assistant>"
-    tok.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", tok.bos_token_id)])
-    (chat,) = protocol.as_chat(tok, items)  # now tokenizing puts one in front, and two would be one too many
-    assert tok(chat.prompt)["input_ids"].count(tok.bos_token_id) == 1
-    assert chat.prompt == "<user>Say a.<assistant>"
 
 
 # MATH-500 and GSM8K
@@ -268,7 +245,7 @@ def test_spider(tmp_path, databases):
         assert scores(task, items * len(wrong), wrong) == [False] * len(wrong), query
     plain, items = spider_task(tmp_path, databases, "SELECT name FROM pets", style="complete")
     assert items[0].prompt.endswith("-- Which?\nSELECT")
-    assert protocol.cut(" name FROM pets;\nSELECT", plain.stop) == " name FROM pets"
+    assert cut(" name FROM pets;\nSELECT", plain.stop) == " name FROM pets"
     assert scores(plain, items * 3, [items[0].reference, " name FROM pets", " id FROM pets"]) == [True, True, False]
 
 

@@ -247,3 +247,52 @@ def test_mistakes_are_said_before_the_model_is_loaded(place, capsys, monkeypatch
         assert message in capsys.readouterr().err
     assert main(["collect", str(place / "model"), str(place / "none.jsonl"), str(place / "out")]) == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_tune_goes_from_problems_to_a_table(place, capsys, monkeypatch):
+    options = ["--collect", "--command", PROGRAM, "--max-new-tokens", "6", "--steps", "1", "--temperature", "1.5"]
+    files = [str(place / name) for name in ("model", "problems.jsonl", "out")]
+    assert main(["tune", *files, *options]) == 0
+    out = capsys.readouterr().out.splitlines()
+    found = [json.loads(line) for line in (place / "out" / "solutions.jsonl").read_text().splitlines()]
+    assert out[0].startswith(f"{len(found)} solutions in {place / 'out' / 'solutions.jsonl'}, ")
+    assert out[1].startswith("loss ")
+    assert out[3].split() == ["3", "problems", "pass@1"]
+    assert out[-1] == f"states in {place / 'out'}"
+    heldout = [json.loads(line) for line in (place / "out" / "heldout.jsonl").read_text().splitlines()][1:]
+    assert {entry["id"] for entry in heldout} == {"p3", "p7", "p11"}
+    assert not {record["id"] for record in found} & {"p3", "p7", "p11"}
+    one = S0Trainer.from_pretrained(str(place / "model"))
+    one.load(place / "out")
+    monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("done again"))
+    assert main(["tune", *files, *options]) == 0, "what is decided is not done again"
+    assert capsys.readouterr().out.splitlines()[3:] == out[3:]
+
+
+def test_tune_takes_problems_of_several_tasks(place, capsys):
+    for folder in ("problems", "others"):
+        (place / folder).mkdir()
+        for name, part in (("a", PROBLEMS[:4]), ("b", PROBLEMS[4:8])):
+            (place / folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    options = ["--collect", "--command", "true", "--max-new-tokens", "3", "--steps", "1", "--samples", "1"]
+    files = [str(place / name) for name in ("model", "problems", "out")]
+    assert main(["tune", *files, *options, "--heldout", str(place / "others"), "--solutions", "2"]) == 0
+    out = capsys.readouterr().out
+    assert len((place / "out" / "b" / "solutions.jsonl").read_text().splitlines()) == 2
+    assert out.count("4 problems") == 2
+    assert out.index("\na\n4 problems") < out.index("\nb\n4 problems")
+
+
+def test_mistakes_of_tune_with_problems(place, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (place / "few.jsonl").write_text("\n".join(map(json.dumps, PROBLEMS[:3])))
+    for file, options, message in (
+        ("problems.jsonl", ["--samples", "3"], "--samples is about problems, and --collect is missing"),
+        ("problems.jsonl", ["--command", "true"], "--command is about problems, and --collect is missing"),
+        ("problems.jsonl", ["--collect", "--check", "tests"], "problems.jsonl:1, id 'p0': tests must be code"),
+        ("few.jsonl", ["--collect", "--command", "true"], "few.jsonl has 3 problems, too few to hold some out"),
+        ("few.jsonl", ["--collect", "--command", "true", "--heldout", "nowhere.jsonl"], "no nowhere.jsonl"),
+    ):
+        assert main(["tune", str(place / "model"), str(place / file), str(place / "out"), *options]) == 1
+        assert message in capsys.readouterr().err
+    assert not (place / "out").exists()

@@ -7,6 +7,7 @@ TRITONS := $(addprefix .deps/triton-,$(shell $(VERSIONS) others triton))
 METHOD := .deps/s0-tuning
 ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
+SERVE := .deps/serve
 ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -21,7 +22,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.install
 	$(PYTEST) -m "not slow"
 
 # The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
-test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
+test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(SERVE)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
 		PYTHONPATH=$(CURDIR)/$$transformers $(PYTEST) $(OF_TRANSFORMERS) || exit 1; \
@@ -29,7 +30,7 @@ test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.in
 	$(VENV)/bin/python tests/newest.py
 
 OF_TRANSFORMERS := tests/modules tests/states $(addprefix tests/tuning/test_,$(addsuffix .py,trainer training checkpoints \
-	processes data head memory))
+	processes data head memory collect evaluation))
 
 # Every Triton kernel for every chip with every tested Triton, as far as the file of results is behind; from nothing at
 # most 40 minutes on two idle cores.
@@ -176,6 +177,14 @@ $(EVAL)/.installed:
 		propcache==0.5.4 pyarrow==26.0.1 pytablewriter==1.2.1 pytz==2026.6 requests==2.34.2 rouge-score==0.1.2 \
 		sacrebleu==2.6.0 scikit-learn==1.9.1 six==1.17.0 sqlitedict==2.1.0 tabledata==1.3.5 tabulate==0.10.0 \
 		tcolorpy==0.1.7 threadpoolctl==3.8.0 typepy==1.3.5 urllib3==2.8.0 word2number==1.1 xxhash==4.1.0 yarl==1.25.1
+	touch $@
+
+# What `transformers serve` needs beside transformers, for one test.
+$(SERVE)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(SERVE)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(SERVE) \
+		fastapi==0.165.0 opentelemetry-api==1.45.2 starlette==1.10.0 uvicorn==0.54.0
 	touch $@
 
 clean:

@@ -1,18 +1,22 @@
 """Verified solutions, sampled from the frozen model."""
 
+import contextlib
 import itertools
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from s0kernels.files import replace_file
+from s0kernels.tuning.checks import closing
 from s0kernels.tuning.deciding import Chunks, Entries, Source, Work, decide, open_journal, verdict
 from s0kernels.tuning.problems import Problem
 from s0kernels.tuning.processes import Processes
+from s0kernels.tuning.server import Server
 from s0kernels.tuning.verify.checkers import Checker
 
 #: of answers in an error, and of how many problems
@@ -88,6 +92,12 @@ def collect(work: Work, source: Source, wanted: int) -> list[dict[str, Any]]:
     if not solutions:
         raise RuntimeError(_none(work, entries))
     return solutions
+
+
+def collect_from(server: str, model: str | None, tokenizer: Any, work: Work, wanted: int) -> list[dict[str, Any]]:
+    """Sampled by a server; the file has to agree with its model's name."""
+    with contextlib.closing(Server(server, model, work.sampling, tokenizer)) as source, closing(work.check):
+        return collect(replace(work, settings={"served_model": source.model}), source, wanted)
 
 
 def _first_right(check: Checker, problem: Problem, chunks: Chunks) -> dict[str, Any]:

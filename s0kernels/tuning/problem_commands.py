@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from s0kernels.messages import some
+from s0kernels.tuning import checks
+from s0kernels.tuning.collect import collect_from
+from s0kernels.tuning.deciding import Work
+from s0kernels.tuning.loading import find_model, load_tokenizer
 from s0kernels.tuning.problems import read_problems
 from s0kernels.tuning.processes import processes
 from s0kernels.tuning.sampling import Sampling
@@ -31,6 +35,7 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("problems", type=Path, help=_PROBLEMS)
     parser.add_argument("output", type=Path, help="file for the solutions, JSON lines that tune takes")
     parser.add_argument("--solutions", type=int, default=48, help="how many to keep, one a problem (default: 48)")
+    add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
 
@@ -61,8 +66,17 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems to evaluate by, a file or directory as DATA (default: every fourth of DATA, not learned from)",
     )
     group.add_argument("--solutions", type=int, help="how many to learn from, one a problem (default: 48)")
+    add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling by a server")
+    group.add_argument(
+        "--server", metavar="URL", help="with OpenAI's API, as http://localhost:8000/v1; MODEL has the tokenizer"
+    )
+    group.add_argument("--served-model", metavar="NAME", help="the model's name there (default: the only one it has)")
 
 
 def add_checker(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +143,6 @@ def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any,
     """The trainer, after the problems have been read with its tokenizer alone."""
     from transformers import AutoTokenizer
 
-    from s0kernels.tuning.loading import find_model, load_tokenizer
     from s0kernels.tuning.trainer import S0Trainer
 
     kwargs = sampling(options).chat_template_kwargs
@@ -142,13 +155,31 @@ def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any,
 
 def run_collect(options: argparse.Namespace) -> None:
     check = checker(options)
-    trainer = open_trainer(options, [options.problems], check)
     began = time.perf_counter()
-    found = trainer.collect(
-        options.problems, check, solutions=options.solutions, out=options.output, **sampling_options(options)
-    )
+    if options.server is None:
+        if options.served_model is not None:
+            raise ValueError("--served-model is a server's, and --server is missing")
+        trainer = open_trainer(options, [options.problems], check)
+        given = {"solutions": options.solutions, "out": options.output, **sampling_options(options)}
+        found = trainer.collect(options.problems, check, **given)
+    else:
+        found = _from_server(options, check)
     if processes().is_main_process:
         print(f"{len(found)} solutions in {options.output}, {time.perf_counter() - began:.0f} s")
+
+
+def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]]:
+    """Without loading the model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    if options.solutions < 1:
+        raise ValueError(f"--solutions must be at least 1, got {options.solutions}")
+    tokenizer, how = load_tokenizer(AutoTokenizer, options.model, find_model(options.model, {})), sampling(options)
+    problems = read_problems(options.problems, tokenizer, how.chat_template_kwargs, check)
+    rows = checks.size("rows", options.rows)
+    work = Work(problems, check, how, {}, rows, torch.device("cpu"), options.output, True)
+    return collect_from(options.server, options.served_model, tokenizer, work, options.solutions)
 
 
 def run_evaluate(options: argparse.Namespace, table: Table) -> None:
@@ -183,7 +214,7 @@ def run_evaluate(options: argparse.Namespace, table: Table) -> None:
 
 
 def check_tune_options(options: argparse.Namespace) -> None:
-    for name in ("heldout", "solutions", "check", "checker", *_NAMES):
+    for name in ("heldout", "solutions", "server", "served_model", "check", "checker", *_NAMES):
         if getattr(options, name) is not None and not options.collect:
             flag = "command" if name == "checker" else name.replace("_", "-")
             raise ValueError(f"--{flag} is about problems, and --collect is missing")
@@ -220,7 +251,8 @@ def find_solutions(
     for name, rows in problems.items():
         out = output / (name or "") / "solutions.jsonl"
         began = time.perf_counter()
-        wanted = {} if options.solutions is None else {"solutions": options.solutions}
+        named = ("solutions", "server", "served_model")
+        wanted = {name: value for name in named if (value := getattr(options, name)) is not None}
         found[name] = trainer.collect(rows, check, out=out, **wanted, **sampling_options(options))
         if processes().is_main_process:
             print(f"{len(found[name])} solutions in {out}, {time.perf_counter() - began:.0f} s")

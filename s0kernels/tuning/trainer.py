@@ -16,7 +16,7 @@ from s0kernels.tuning import checks
 from s0kernels.tuning.batches import Batch, make_batches
 from s0kernels.tuning.chat import end_token
 from s0kernels.tuning.checkpoint import Checkpoint, describe_run
-from s0kernels.tuning.collect import collect
+from s0kernels.tuning.collect import collect, collect_from
 from s0kernels.tuning.data import Example, Examples, read_tasks
 from s0kernels.tuning.deciding import Work
 from s0kernels.tuning.evaluation import digest, evaluate, evaluation
@@ -190,6 +190,8 @@ class S0Trainer(Holder):
         seed: int = 42,
         rows: int | None = None,
         out: str | os.PathLike[str] | None = None,
+        server: str | None = None,
+        served_model: str | None = None,
         progress: bool = True,
     ) -> list[dict[str, Any]]:
         """Verified solutions, sampled from the frozen model without S0, whatever is active: what `train` takes.
@@ -214,6 +216,9 @@ class S0Trainer(Holder):
             out: a file for the solutions, as JSON lines; each is written when it is found. Beside it, with the suffix
                 `.state.jsonl`, is what is decided about each problem. Started again the run goes on from there; other
                 settings of sampling are refused.
+            server: the URL of a server with OpenAI's API, as http://localhost:8000/v1, which samples instead of the
+                trainer's model; `rows` requests at a time. What is said of the seed does not hold then.
+            served_model: the model's name there; None: the only one it has.
             progress: show a bar, with the yield.
 
         Returns:
@@ -222,7 +227,7 @@ class S0Trainer(Holder):
 
         Raises:
             TypeError, ValueError: a problem is none, or lacks what its checker needs; `out` is of another run.
-            RuntimeError: none is right, with what the model answered to the first; the checker failed.
+            RuntimeError: none is right, with what the model answered to the first; the checker or the server failed.
         """
         self._refuse_while_training("collect")
         wanted = checks.positive("solutions", solutions)
@@ -230,6 +235,10 @@ class S0Trainer(Holder):
             samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed
         )  # fmt: skip
         work = self._work(problems, check, sampling, rows, out, progress)
+        if server is not None:
+            return collect_from(server, served_model, self.tokenizer, work, wanted)
+        if served_model is not None:
+            raise ValueError("S0Trainer.collect: served_model is a server's, and there is no server")
         with self._sampling_from(None), checks.closing(check):
             return collect(work, self._sampler(work), wanted)
 

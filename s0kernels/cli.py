@@ -90,6 +90,8 @@ def _how_to_resume(options: argparse.Namespace) -> str:
         return f"; the same command goes on from {options.out}"
     if options.command != "tune":
         return ""
+    if options.collect:
+        return f"; what is decided about problems is in {options.output}, and the same command goes on from there"
     if options.checkpoint is None:
         return "; nothing was kept: with --checkpoint FILE the same command goes on from the last step"
     if options.checkpoint.exists():

@@ -80,10 +80,12 @@ def _is_solved(entry: Mapping[str, Any] | None) -> bool:
 
 def collect(work: Work, source: Source, wanted: int) -> list[dict[str, Any]]:
     """See `S0Trainer.collect`."""
-    main = Processes().is_main
-    file = None if work.out is None else state_file(work.out)
+    processes, file = Processes(), None
+    if work.out is not None:
+        out, file = Path(work.out), state_file(work.out)
+        processes.together(lambda: _refuse_foreign(out, file), range(1))
     journal = open_journal(file, {"what": "collect", **work.sampling.settings(), **work.settings})
-    found = Solutions(work, wanted, main)
+    found = Solutions(work, wanted, processes.is_main)
     try:
         entries = decide(work.problems, source, journal, work.plan("collect", _first_right, found.enough, found.tell))
     finally:
@@ -92,6 +94,16 @@ def collect(work: Work, source: Source, wanted: int) -> list[dict[str, Any]]:
     if not solutions:
         raise RuntimeError(_none(work, entries))
     return solutions
+
+
+def _refuse_foreign(out: Path, state: Path) -> None:
+    """Refuse to write over solutions that are somebody else's."""
+    if out.is_dir():
+        raise ValueError(f"S0Trainer: out must name a file, and {out} is a directory")
+    if out.exists() and out.read_bytes().strip() and not state.exists():
+        raise ValueError(
+            f"{out} is there, without {state.name} beside it to go on from; name another file or remove it"
+        )
 
 
 def collect_from(server: str, model: str | None, tokenizer: Any, work: Work, wanted: int) -> list[dict[str, Any]]:

@@ -100,7 +100,9 @@ def evaluate(work: Work, source: Source, runs: Runs) -> dict[str, Entries]:
     found: dict[str, Entries] = {}
     for name, attached in runs.items():
         shown = work.progress and main
-        with tqdm(total=len(work.problems), desc=f"evaluating {name}", unit="problem", disable=not shown) as bar:
+        with tqdm(
+            total=len(work.problems), desc=f"evaluating {name.partition(' (')[0]}", unit="problem", disable=not shown
+        ) as bar:
 
             def tell(entries: Entries, bar: tqdm = bar) -> None:
                 share = _mean([_share(entry) for entry in entries.values()]) if entries else 0.0

@@ -324,7 +324,7 @@ class S0Trainer(Holder):
         alphas = checks.alphas(alpha, self.alpha)
         work = self._work(data, check, sampling, rows, out, progress)
         runs: dict[str, Callable] = {"base": lambda: self._sampling_from(None)}
-        names = [] if states is None else [f"S0, alpha {a:g}, {digest(states, task)}" for a in alphas]
+        names = [] if states is None else [f"S0, alpha {a:g} ({digest(states, task)})" for a in alphas]
         for name, a in zip(names, alphas, strict=False):
             runs[name] = functools.partial(self._sampling_from, states, a, task)
         with checks.closing(check):

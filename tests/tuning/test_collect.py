@@ -278,6 +278,16 @@ def test_files_of_other_runs_are_refused(tmp_path):
         collect(one, out=tmp_path / "x.jsonl")
 
 
+def test_solutions_of_others_are_not_written_over(tmp_path):
+    out = tmp_path / "found.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"found\.jsonl is there, without found\.state\.jsonl beside it to go on from"):
+        collect(trainer(), out=out)
+    assert out.read_text() == "mine\n"
+    with pytest.raises(ValueError, match="out must name a file"):
+        collect(trainer(), out=tmp_path)
+
+
 # Problems
 
 

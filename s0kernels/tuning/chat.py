@@ -1,5 +1,6 @@
 """Prompts and replies as a tokenizer's chat template writes them."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ def write(messages: Sequence[Mapping], where: str, tokenizer: Any, **options: An
         return tokenizer.apply_chat_template(list(messages), **{**options, "tokenize": False})
     except Exception as error:  # a template may raise whatever it likes
         raise ValueError(f"{where}: the tokenizer cannot write it as a conversation: {error}") from error
+
+
+def template_digest(tokenizer: Any) -> str | None:
+    """By which a file knows a template; None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
 
 
 def write_prompt(messages: Any, options: Any, where: str, tokenizer: Any) -> str:

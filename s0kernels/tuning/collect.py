@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from s0kernels.files import replace_file
 from s0kernels.tuning.checks import closing
 from s0kernels.tuning.deciding import Chunks, Entries, Source, Work, decide, open_journal, verdict
-from s0kernels.tuning.problems import Problem
+from s0kernels.tuning.problems import Problem, prompt_format
 from s0kernels.tuning.processes import Processes
 from s0kernels.tuning.server import Server
 from s0kernels.tuning.verify.checkers import Checker
@@ -109,7 +109,8 @@ def _refuse_foreign(out: Path, state: Path) -> None:
 def collect_from(server: str, model: str | None, tokenizer: Any, work: Work, wanted: int) -> list[dict[str, Any]]:
     """Sampled by a server; the file has to agree with its model's name."""
     with contextlib.closing(Server(server, model, work.sampling, tokenizer)) as source, closing(work.check):
-        return collect(replace(work, settings={"served_model": source.model}), source, wanted)
+        settings = {"served_model": source.model, "prompt_format": prompt_format(work.problems, tokenizer)}
+        return collect(replace(work, settings=settings), source, wanted)
 
 
 def _first_right(check: Checker, problem: Problem, chunks: Chunks) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from s0kernels.tuning.chat import write_prompt
+from s0kernels.tuning.chat import template_digest, write_prompt
 from s0kernels.tuning.data import records
 from s0kernels.tuning.tokens import encode
 
@@ -87,6 +87,11 @@ def _check(problem: Problem, where: str, check: Any) -> None:
             needs(problem.record)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, id {problem.id!r}: {error}") from error
+
+
+def prompt_format(problems: Iterable[Problem], tokenizer: Any) -> str:
+    """For a file: how prompts are written, as texts or by which template."""
+    return f"template {template_digest(tokenizer)}" if chats(problems) else "text"
 
 
 def chats(problems: Iterable[Problem]) -> list[list[Mapping[str, Any]]]:

@@ -96,13 +96,14 @@ class Sampler:
     ):
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._ends, self._pad, self._padded = list(ends), pad, padded
-        self._most = _MOST_ROWS
+        self._most, self._device = _MOST_ROWS, model.get_input_embeddings().weight.device
         # a model that keeps something of a prompt itself, beside the cache, cannot be given a cache that was repeated
         keeps = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._can_share = padded and not keeps and takes_cache(model)
 
     def rows(self, longest: int, asked: int | None, device: torch.device) -> int:
         """How many rows go through the model at a time, with prompts of at most `longest` tokens."""
+        self._device = device
         limit = None if asked is not None else allowed(device, None)
         if asked is not None or limit is None:
             self._most = asked or _MOST_ROWS
@@ -150,7 +151,7 @@ class Sampler:
     def _batch(self, rows: Sequence[Row]) -> list[Completion]:
         from transformers import GenerationConfig
 
-        device = self._model.get_input_embeddings().weight.device
+        device = self._device
         width = max(len(row.ids) for row in rows)
         config = GenerationConfig(
             max_new_tokens=self._sampling.max_new_tokens,

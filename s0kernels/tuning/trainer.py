@@ -26,7 +26,7 @@ from s0kernels.tuning.loading import find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, Frozen, Learner
 from s0kernels.tuning.losses import mean_losses
 from s0kernels.tuning.memory import Make, most_tokens
-from s0kernels.tuning.problems import chats, read_problems
+from s0kernels.tuning.problems import chats, prompt_format, read_problems
 from s0kernels.tuning.processes import processes
 from s0kernels.tuning.sampling import Sampler, Sampling, end_tokens
 from s0kernels.tuning.verify.checkers import Checker
@@ -256,7 +256,8 @@ class S0Trainer(Holder):
         rows = checks.size("rows", rows)
         found = read_problems(problems, self.tokenizer, sampling.chat_template_kwargs, check)
         about = base_model(self.model)
-        settings = {"model": about.get("weights") or about.get("name")}
+        model = about.get("weights") or about.get("name")
+        settings = {"model": model, "prompt_format": prompt_format(found, self.tokenizer)}
         return Work(found, check, sampling, settings, rows, self.device, out, progress)
 
     def _sampler(self, work: Work) -> Sampler:

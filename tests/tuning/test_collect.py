@@ -389,6 +389,16 @@ def test_messages_go_through_the_template_and_train_takes_what_is_found():
     assert tok.decode(example.ids).startswith("<user>Hi.<eos><assistant>(think)")
 
 
+def test_another_template_is_another_run(tmp_path):
+    tok = chatting()
+    one, out = S0Trainer(MODELS["qwen"](), tok, S0Config()), tmp_path / "found.jsonl"
+    problems = [{"messages": [{"role": "user", "content": "Hi"}]}]
+    collect(one, problems, checker=lambda problem, answer: True, out=out)
+    tok.chat_template = TEMPLATE.replace("<{{", "({{")
+    with pytest.raises(ValueError, match=r"prompt_format: 'template .*' there, 'template .*' here"):
+        collect(one, problems, checker=lambda problem, answer: True, out=out)
+
+
 def test_the_end_token_is_learned_where_a_completion_has_ended():
     tok, messages = chatting(), [{"role": "user", "content": "Hi"}]
     for record, end in (

@@ -75,6 +75,7 @@ def test_the_function_under_test():
     ):
         verify.python.check_problem({"tests": tests})
         assert verify.python({"tests": tests}, "def f(x): return x")
+    assert verify.python({"tests": "assert candidate(1) == f(1) == 1", "entry_point": "f"}, "def f(x): return x")
     for problem, message in (
         ({}, "tests must be code, got None"),
         ({"tests": ["assert f(1)"]}, "tests must be code, got"),
@@ -84,6 +85,8 @@ def test_the_function_under_test():
         ({"tests": "def check(candidate):\n    assert candidate(1)"}, "entry_point is missing"),
         ({"tests": "assert f(1)", "entry_point": "f(1)"}, "entry_point must be the name of a function, got 'f\\(1\\)'"),
         ({"tests": "assert f(1)", "prefix": 3}, "prefix must be code, got 3"),
+        ({"tests": "assert f(1)", "entry_point": "g"}, "the tests do not call entry_point, 'g'"),
+        ({"tests": "assert candidate(1)"}, "entry_point is missing"),
     ):
         with pytest.raises(ValueError, match=message):
             verify.python.check_problem(problem)

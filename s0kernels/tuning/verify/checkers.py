@@ -34,7 +34,8 @@ Checker = Callable[[Mapping[str, Any], str], bool]
 class Python:
     """Runs the tests of a problem on the function that the answer is, in the sandbox.
 
-    `problem["tests"]` is code: it defines `check(candidate)`, as HumanEval's does, or asserts, as MBPP's does.
+    `problem["tests"]` is code: it defines `check(candidate)`, as HumanEval's does, or asserts, as MBPP's does,
+    which find the function by its name and as `candidate`.
     `problem["entry_point"]` is the name of the function; where it is missing, the tests have to make it plain, by
     calling `check` with it, or by calling one function that is neither a builtin nor their own. Thoughts before the
     answer are removed. Of an answer with code blocks the one that has the function is taken. A body alone is put behind
@@ -56,7 +57,8 @@ class Python:
     def __call__(self, problem: Mapping[str, Any], answer: str) -> bool:
         tests, name, prefix = _read_tests(problem)
         if not _defines_check(ast.parse(tests)):
-            tests = f"def check(candidate):\n    exec(compile({tests!r}, '<tests>', 'exec'), globals())\n"
+            run = f"exec(compile({tests!r}, '<tests>', 'exec'), globals())"
+            tests = f"def check(found):\n    global candidate\n    candidate = found\n    {run}\n"
         return self._sandbox.run(Program(extracted(prefix, name, answer), name, tests, prefix)).passed
 
     def check_problem(self, problem: Mapping[str, Any]) -> None:
@@ -85,6 +87,9 @@ def _read_tests(problem: Mapping[str, Any]) -> tuple[str, str, str]:
         (name,) = found
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"entry_point must be the name of a function, got {name!r}")
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if not _defines_check(tree) and not {name, "candidate"} & named:
+        raise ValueError(f"the tests do not call entry_point, {name!r}")
     return tests, name, prefix
 
 
@@ -105,7 +110,7 @@ def _called(tree: ast.Module) -> list[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             own |= {(name.asname or name.name).partition(".")[0] for name in node.names}
     names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
-    return sorted(names - own - set(dir(builtins)))
+    return sorted(names - own - set(dir(builtins)) - {"candidate"})
 
 
 class Answer:

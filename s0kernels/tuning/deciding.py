@@ -109,6 +109,8 @@ def decide(problems: Sequence[Problem], source: Source, journal: Journal, plan: 
             def work(mine: list[Problem] = mine) -> list[dict[str, Any]]:
                 before = judged.copy()
                 judged[:] = _begin(mine, source, plan, rows, pool)
+                if plan.samples > rows:  # it is judged already
+                    before, judged[:] = before + judged, []
                 return [future.result() for future in before]
 
             entries = [entry for part in processes.together(work) for entry in part]

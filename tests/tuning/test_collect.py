@@ -251,6 +251,20 @@ def test_what_is_interrupted_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
     assert set(sampled) == {"new"}
 
 
+def test_what_is_judged_at_once_is_written_at_once(tmp_path):
+    """Where a problem's samples do not fit, what an interruption costs is one problem."""
+    out = tmp_path / "found.jsonl"
+
+    def breaks(problem, answer):
+        if problem["id"] == "p3":
+            raise ZeroDivisionError
+        return True
+
+    with pytest.raises(RuntimeError, match="problem 'p3'"):
+        collect(trainer(), checker=breaks, out=out, rows=2)
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["p0", "p1", "p2"]
+
+
 def test_files_of_other_runs_are_refused(tmp_path):
     one, out = trainer(), tmp_path / "found.jsonl"
     collect(one, out=out)

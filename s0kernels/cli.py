@@ -25,8 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="every usable backend against the recurrence in fp64, on every device")
     check.set_defaults(run=_check)
 
-    tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions")
+    collect = commands.add_parser("collect", help="sample solutions of problems, and keep those that pass their tests")
+    collect.set_defaults(run=_collect)
+
+    tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions, or of problems")
     tune.set_defaults(run=_tune)
+
+    evaluate = commands.add_parser("evaluate", help="how many problems the base solves, and how many S0")
+    evaluate.set_defaults(run=_evaluate)
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without learned states")
     generate.add_argument("model", help="a model directory, or its name on the hub")
@@ -56,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         add_tune_arguments(tune)
 
+    if given[:1] in (["collect"], ["evaluate"]):
+        from s0kernels.tuning import problem_commands
+
+        problem_commands.add_collect_arguments(collect)
+        problem_commands.add_evaluate_arguments(evaluate)
+
     options = parser.parse_args(given)
     try:
         return options.run(options) or 0
@@ -72,8 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _how_to_resume(options: argparse.Namespace) -> str:
+    if options.command == "collect":
+        return f"; the same command goes on from {options.output}"
+    if options.command == "evaluate" and options.out is not None:
+        return f"; the same command goes on from {options.out}"
     if options.command != "tune":
         return ""
+    if options.collect:
+        return f"; what is decided about problems is in {options.output}, and the same command goes on from there"
     if options.checkpoint is None:
         return "; nothing was kept: with --checkpoint FILE the same command goes on from the last step"
     if options.checkpoint.exists():
@@ -176,6 +194,18 @@ def _tune(options: argparse.Namespace) -> None:
     from s0kernels.tuning.command import run
 
     run(options, tables.plain)
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from s0kernels.tuning.problem_commands import run_collect
+
+    run_collect(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from s0kernels.tuning.problem_commands import run_evaluate
+
+    run_evaluate(options, tables.plain)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -41,6 +41,17 @@ def replace_file(file: Path, content: bytes) -> None:
         raise
 
 
+def append(file: Path, content: bytes) -> None:
+    """Write behind what is there, and flush; a crash may leave a part of `content`."""
+    with open(file, "ab", buffering=0) as stream:
+        stream.write(content)
+        try:
+            os.fsync(stream.fileno())
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise _naming(file, error) from error
+
+
 def _write_new(file: Path, content: bytes) -> Path:
     """A file beside `file`, flushed, with the permissions that a new one gets."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 _HF = ("transformers", "accelerate", "tqdm")
 _EXTRAS = dict.fromkeys(_HF, "hf") | {"triton": "dev", "peft": "quality", "scipy": "quality", "matplotlib": "bench"}
+_EXTRAS |= {"math_verify": "verify", "openai": "server"}
 
 
 def advice(error: ImportError) -> str:

@@ -22,7 +22,7 @@ FLOORS = (
     ("modules",),
     ("states", "compat"),
     ("tuning", "bench"),
-    ("data",),
+    ("data", "verify"),
     ("cli",),
     ("__main__",),
 )

@@ -13,10 +13,11 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from methods import S0, LoRA, Nothing, Prompt, StateOffset, offset
-from protocol import SAMPLING, SEEDS, Base, Results, complete, evaluate, judge, pass_at_k, solutions
+from protocol import SEEDS, Base, Results, answers, evaluate, solutions
 from tqdm import tqdm
 
 from s0kernels.modules.arguments import cache_argument, cache_of
+from s0kernels.tuning.evaluation import pass_at_k
 
 LEARNING_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2": (0.07, 0.2, 0.4, 0.65, 1.0, 1.5, 2.0)}
@@ -42,9 +43,9 @@ class Run:
     found: Results  # the solutions and the chosen settings, shared by all experiments
     folder: Path  # for what can be thrown away
 
-    def solutions(self, seed: int, most: int | None = None) -> list[tuple[str, str]]:
-        found = self.found.get(str(seed), lambda: {"pairs": solutions(self.base, seed)})
-        return [tuple(pair) for pair in found["pairs"]][: most or self.base.task.solutions]
+    def solutions(self, seed: int, most: int | None = None) -> list[dict]:
+        found = self.found.get(str(seed), lambda: {"solutions": solutions(self.base, seed)})
+        return found["solutions"][: most or self.base.task.solutions]
 
     @property
     def s0(self) -> S0:
@@ -78,14 +79,14 @@ def best(run: Run, label: str, method, setting: str, values: Sequence[float]):
     The paper's settings are for models a thousand times larger; here each method also gets the best of several.
     """
     seed = SEEDS[0]
-    pairs = run.solutions(seed)
-    learned = {prompt for prompt, _ in pairs}
-    unused = [item for item in run.base.tune if item.prompt not in learned] or run.base.tune
+    found = run.solutions(seed)
+    learned = {record["id"] for record in found}
+    unused = [item for item in run.base.tune if item.name not in learned] or run.base.tune
 
     def make() -> dict:
         shares = {}
         for value in tqdm(values, desc=f"{label}: best {setting}", leave=False):
-            for _, model in replace(method, **{setting: value}).tune(run.base, {seed: pairs}):
+            for _, model in replace(method, **{setting: value}).tune(run.base, {seed: found}):
                 shares[str(value)] = evaluate(run.base, model, unused, f"{label}, {value}", method.padded)["pass@1"]
         return {"shares": shares, "problems": len(unused)}
 
@@ -158,11 +159,12 @@ def variants(run: Run) -> None:
 
 def offset_cost(base: Base, rounds: int = 300) -> dict:
     """Milliseconds per generated token at batch 1, with the state alone and with an offset, taken in turns."""
-    prompt = base.tokenizer(base.heldout[0].prompt, return_tensors="pt").to(base.trainer.device)
+    (problem,) = base.read(base.heldout[:1])
+    prompt = torch.tensor([problem.ids], device=base.trainer.device)
 
     def decode() -> Callable[[], float]:
-        cache = cache_of(base.model(**prompt, use_cache=True))
-        token = prompt["input_ids"][:, -1:]
+        cache = cache_of(base.model(input_ids=prompt, use_cache=True))
+        token = prompt[:, -1:]
 
         def step() -> float:
             begin = time.perf_counter()
@@ -193,7 +195,8 @@ def boundary(run: Run) -> None:
     """Problems of kinds that the base has never seen, learned from written solutions: there are no right ones to
     steer towards."""
     for seed in run.seeds:
-        run.found.get(str(seed), lambda: {"pairs": [(item.prompt, item.reference) for item in run.base.tune]})
+        written = [{**run.base.problem(x), "completion": x.reference, "ended": True} for x in run.base.tune]
+        run.found.get(str(seed), lambda written=written: {"solutions": written})
     grid(run, [Variant("no tuning", Nothing()), Variant("S0", run.s0)])
 
 
@@ -206,10 +209,9 @@ def passk(run: Run, samples: int = 20) -> None:
         if not missing:
             continue
         for seed, model in method.tune(run.base, {s: run.solutions(s) for s in missing}):
-            torch.manual_seed(seed)
-            label = f"{name}, seed {seed}: {samples} samples"
-            texts = complete(run.base, model, run.base.heldout, label, num_return_sequences=samples, **SAMPLING)
-            right = [sum(row) for row in judge(run.base, run.base.heldout, texts)]
+            label, sampled = f"{name}, seed {seed}", {"samples": samples, "greedy": False, "seed": seed}
+            found = answers(run.base, model, run.base.heldout, label, method.padded, **sampled)
+            right = [sum(entry["right"]) for entry in found]
             shares = {f"pass@{k}": sum(pass_at_k(samples, n, k) for n in right) / len(right) for k in (1, 5, 10)}
             run.results.put(f"{name}/{seed}", {**shares, "samples": samples, "right": right})
 
@@ -227,10 +229,10 @@ def _divergence(base: Base, name: str) -> dict:
     """`name` is that of the active S0. Prompt by prompt: all distributions over a large vocabulary fit nowhere."""
     tenths: list[list[float]] = [[] for _ in range(10)]
     first, last = [], []
-    for item in tqdm(base.heldout, desc=f"divergence, {name}", leave=False):
-        new = _log_probabilities(base, item.prompt)
+    for problem in tqdm(base.read(base.heldout), desc=f"divergence, {name}", leave=False):
+        new = _log_probabilities(base, problem.ids)
         base.trainer.deactivate()
-        old = _log_probabilities(base, item.prompt)
+        old = _log_probabilities(base, problem.ids)
         base.trainer.activate(name)
         kl = F.kl_div(old, new, log_target=True, reduction="none").sum(-1).clamp(min=0).tolist()
         for place, value in enumerate(kl):
@@ -241,9 +243,9 @@ def _divergence(base: Base, name: str) -> dict:
 
 
 @torch.no_grad()
-def _log_probabilities(base: Base, prompt: str) -> torch.Tensor:
-    ids = torch.tensor([base.tokenizer(prompt)["input_ids"]], device=base.trainer.device)
-    return base.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+def _log_probabilities(base: Base, ids: list[int]) -> torch.Tensor:
+    rows = torch.tensor([ids], device=base.trainer.device)
+    return base.model(input_ids=rows, use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def first(run: Run) -> None:

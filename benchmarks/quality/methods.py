@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from protocol import Base, examples, fingerprint
+from protocol import Base, fingerprint
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from s0kernels.modules.mixer import S0Mixer
 from s0kernels.tuning.batches import make_batches
 from s0kernels.tuning.data import read_tasks
 
-Data = Mapping[int, list[tuple[str, str]]]
+Data = Mapping[int, list[dict]]
 Tuned = Iterator[tuple[int, nn.Module]]
 TOKENS_PER_BATCH = 4096
 
@@ -66,7 +66,7 @@ class S0:
         trainer = base.trainer
         before, trainer.config = trainer.config, replace(trainer.config, alpha=self.alpha, normalize=self.normalize)
         try:
-            named = {f"seed {seed}": examples(base, pairs) for seed, pairs in data.items()}
+            named = {f"seed {seed}": found for seed, found in data.items()}
             scale = trainer.alpha if self.at_alpha else 1.0
             run = fingerprint([base.name, named, scale, self.layers])
             trainer.train(
@@ -117,9 +117,9 @@ class LoRA:
 
     def tune(self, base: Base, data: Data) -> Tuned:
         lr = self.lr or (1e-4 if base.arch == "mamba2" else 5e-4)
-        for seed, pairs in data.items():
+        for seed, found in data.items():
             with _adapted(base, self.config(base), seed) as model:
-                fit(base, model, _trainable(model), pairs, self.steps, lr, f"LoRA r{self.rank}, seed {seed}")
+                fit(base, model, _trainable(model), found, self.steps, lr, f"LoRA r{self.rank}, seed {seed}")
                 yield seed, model
 
 
@@ -141,9 +141,9 @@ class Prompt:
         return self.tokens * base.model.get_input_embeddings().embedding_dim
 
     def tune(self, base: Base, data: Data) -> Tuned:
-        for seed, pairs in data.items():
+        for seed, found in data.items():
             with _adapted(base, self.config(base), seed) as model:
-                fit(base, model, _trainable(model), pairs, self.steps, self.lr, f"prompt, seed {seed}")
+                fit(base, model, _trainable(model), found, self.steps, self.lr, f"prompt, seed {seed}")
                 yield seed, model
 
 
@@ -163,9 +163,9 @@ class StateOffset:
 
     def tune(self, base: Base, data: Data) -> Tuned:
         scale = base.trainer.alpha if self.alpha is None else self.alpha
-        for seed, pairs in data.items():
+        for seed, found in data.items():
             with offset(base.model) as offsets:
-                fit(base, base.model, offsets, pairs, self.steps, self.lr, f"offset, seed {seed}", self.l2)
+                fit(base, base.model, offsets, found, self.steps, self.lr, f"offset, seed {seed}", self.l2)
                 with torch.no_grad():
                     for x in offsets:
                         x *= scale  # learned raw and used at the scale of S0
@@ -230,7 +230,7 @@ def fit(
     base: Base,
     model: nn.Module,
     parameters: list[Tensor],
-    pairs: list[tuple[str, str]],
+    found: list[dict],
     steps: int,
     lr: float,
     label: str,
@@ -238,7 +238,7 @@ def fit(
 ) -> list[float]:
     """The trainer's loop for other parameters than S0: the same loss over all examples at every step, Adam, and the
     gradient clipped to norm 1. Returns the losses."""
-    _, read = read_tasks(examples(base, pairs), base.tokenizer, base.trainer.config.max_length)
+    _, read = read_tasks(found, base.tokenizer, base.trainer.config.max_length)
     batches = make_batches(read, TOKENS_PER_BATCH, None, base.model, base.pad, base.trainer.device)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     losses = []
@@ -246,9 +246,9 @@ def fit(
     for _ in tqdm(range(steps), desc=label, unit="step", leave=False):
         loss = 0.0
         for batch in batches:
-            found = batch.losses(model)[0] / len(read)
-            found.backward()
-            loss += float(found.detach())
+            share = batch.losses(model)[0] / len(read)
+            share.backward()
+            loss += float(share.detach())
         if l2:
             (l2 * sum(p.square().sum() for p in parameters)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

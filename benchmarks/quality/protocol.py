@@ -7,25 +7,28 @@ method's paper (arXiv 2604.01168); a seed decides what is sampled, and with it e
 
 import hashlib
 import json
-import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 from tasks import Item, Task
 from torch import nn
-from tqdm import tqdm
 
 from s0kernels import S0States, S0Trainer
 from s0kernels.bench.measure import write_json
+from s0kernels.tuning.chat import end_token
+from s0kernels.tuning.deciding import Work
+from s0kernels.tuning.evaluation import evaluate as evaluate_runs
+from s0kernels.tuning.problems import Problem, chats, read_problems
+from s0kernels.tuning.sampling import Sampler, Sampling, end_tokens
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+MOST = 50  # solutions that an experiment may ask for, where the task wants less
 
 
 @dataclass
@@ -55,107 +58,64 @@ class Base:
     def tokenizer(self):
         return self.trainer.tokenizer
 
+    def problem(self, item: Item) -> dict:
+        """What the trainer takes."""
+        asked = {"messages": [{"role": "user", "content": item.prompt}]} if self.task.chat else {"prompt": item.prompt}
+        return {"id": item.name, **asked}
 
-@torch.no_grad()
-def complete(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool = True, **options) -> list:
-    """The completions of each item, as many as `num_return_sequences` asks for. `model` may wrap the base's own.
+    def read(self, items: Sequence[Item]) -> list[Problem]:
+        """With their prompts as the model reads them."""
+        return read_problems([self.problem(item) for item in items], self.tokenizer)
+
+    def check(self, problem: Mapping, answer: str) -> bool:
+        return self.task.right(self._items[problem["id"]], answer)
+
+    @cached_property
+    def _items(self) -> dict[str, Item]:
+        return {item.name: item for item in (*self.tune, *self.heldout)}
+
+
+def solutions(base: Base, seed: int) -> list[dict]:
+    """What training takes: verified solutions of the tuning problems, at most one each, in an order that the seed
+    decides: what a run takes is the beginning."""
+    items = random.Random(seed).sample(list(base.tune), len(base.tune))
+    return base.trainer.collect(
+        [base.problem(item) for item in items],
+        base.check,
+        samples=base.task.samples,
+        solutions=max(base.task.solutions, MOST),
+        max_new_tokens=base.task.max_new_tokens,
+        stop=base.task.stop,
+        seed=seed,
+        rows=base.rows,
+    )
+
+
+def answers(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool, **options) -> list[dict]:
+    """Of each item its "answers", and which of them are "right". `model` may wrap the base's own, and starts from what
+    is attached; without options of sampling it gives the likeliest answer.
 
     `padded=False` puts only prompts of one length into a batch, for models that cannot have pads.
     """
-    each = options.get("num_return_sequences", 1)
-    size = max(1, base.rows // each)
-    encoded = [base.tokenizer(item.prompt)["input_ids"] for item in items]
-    order = sorted(range(len(items)), key=lambda i: len(encoded[i]))
-    groups = [list(same) for _, same in groupby(order, lambda i: 0 if padded else len(encoded[i]))]
-    batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-    found: list[list[str]] = [[] for _ in items]
-    for batch in tqdm(batches, desc=label, unit="batch", leave=False):
-        width = max(len(encoded[i]) for i in batch)
-        ids = torch.tensor([[base.pad] * (width - len(encoded[i])) + encoded[i] for i in batch])
-        mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch])
-        made = model.generate(
-            input_ids=ids.to(base.trainer.device),
-            attention_mask=mask.to(base.trainer.device),
-            max_new_tokens=base.task.max_new_tokens,
-            pad_token_id=base.pad,
-            **options,
-        )
-        texts = base.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-        texts = [cut(text, base.task.stop) for text in texts]
-        for place, i in enumerate(batch):
-            found[i] = texts[place * each : (place + 1) * each]
-    return found
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
-    ends = [place for place in (text.find(mark) for mark in stop) if place >= 0]
-    return text[: min(ends)] if ends else text
-
-
-def judge(base: Base, items: Sequence[Item], completions: Sequence[Sequence[str]]) -> list[list[bool]]:
-    """Which completions are right; each distinct one is scored once."""
-    pairs = list({(i, text): None for i, texts in enumerate(completions) for text in texts})
-    verdicts = dict(zip(pairs, base.task.score([items[i] for i, _ in pairs], [t for _, t in pairs]), strict=True))
-    return [[verdicts[i, text] for text in texts] for i, texts in enumerate(completions)]
-
-
-def solutions(base: Base, seed: int, samples: int | None = None) -> list[tuple[str, str]]:
-    """(prompt, completion) of at most one verified solution per tuning problem, the first of its samples that passed
-    (as many as the task says, if None), in an order that the seed decides: what a run takes is the beginning."""
-    torch.manual_seed(seed)
-    each = base.task.samples if samples is None else samples
-    texts = complete(base, base.model, base.tune, f"sample, seed {seed}", num_return_sequences=each, **SAMPLING)
-    passed = judge(base, base.tune, texts)
-    pairs = [
-        (item.prompt, found[good.index(True)])
-        for item, found, good in zip(base.tune, texts, passed, strict=True)
-        if any(good)
-    ]
-    if not pairs:
-        raise RuntimeError(f"{base.name}: of {each} samples for each of {len(base.tune)} problems none is right")
-    random.Random(seed).shuffle(pairs)
-    return pairs
-
-
-def as_chat(tokenizer, items: Sequence[Item]) -> list[Item]:
-    """With prompts as the tokenizer's template has a user say them, and no thinking where it can be turned off."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template; give the task style=complete")
-    bos = tokenizer.bos_token or ""
-    twice = bos and tokenizer(bos)["input_ids"].count(tokenizer.bos_token_id) > 1  # tokenizing puts one in front
-    found = []
-    for item in items:
-        turn = [{"role": "user", "content": item.prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        found.append(replace(item, prompt=text.removeprefix(bos) if twice else text))
-    return found
-
-
-def examples(base: Base, pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """What the trainer takes. Apart, because a token of the whole text may reach across their border."""
-    return [{"prompt": prompt, "completion": text + base.tokenizer.eos_token} for prompt, text in pairs]
+    given = {"samples": 1, "greedy": True, **options}
+    sampling = Sampling(max_new_tokens=base.task.max_new_tokens, stop=base.task.stop, **given)
+    problems = base.read(items)
+    ends = [end_token(messages, None, base.name, base.tokenizer) for messages in chats(problems)[:1]]
+    source = Sampler(model, base.tokenizer, sampling, end_tokens(base.model, base.tokenizer, ends), base.pad, padded)
+    work = Work(problems, base.check, sampling, {}, base.rows, base.trainer.device, None, True)
+    found = evaluate_runs(work, source, {label: nullcontext})[label]
+    return [found[problem.key] for problem in problems]
 
 
 def evaluate(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool = True) -> dict:
     """Greedy completions of the problems, and which of them are right."""
-    texts = complete(base, model, items, label, padded, do_sample=False)
-    passed = [row[0] for row in judge(base, items, texts)]
+    found = answers(base, model, items, label, padded)
+    passed = [entry["right"][0] for entry in found]
     return {
         "pass@1": sum(passed) / len(passed),
         "passed": "".join("01"[ok] for ok in passed),
-        "completions": [row[0] for row in texts],
+        "completions": [entry["answers"][0] for entry in found],
     }
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that at least one of k samples, drawn from `samples` of which `right` are right, is right.
-
-    The unbiased estimator of Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374), eq. 1.
-    """
-    if not 0 <= right <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass_at_k: right and k must lie within the samples, got {right=}, {k=}, {samples=}")
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 @dataclass(frozen=True)

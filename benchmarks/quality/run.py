@@ -21,12 +21,12 @@ from pathlib import Path
 import experiments
 import tables
 import torch
-from protocol import SEEDS, Base, Results, as_chat
-from sandbox import confinement
+from protocol import SEEDS, Base, Results
 from tasks import TASKS, get_task
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels.bench import measure
+from s0kernels.tuning.verify.sandbox import confinement
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -65,10 +65,11 @@ def model_folder(name: str, output: Path) -> str:
 def prepare(experiment: str, name: str, options: argparse.Namespace) -> experiments.Run:
     given = {} if experiment == "boundary" else options.task_option
     task = get_task("boundary" if experiment == "boundary" else options.task, given)
-    parts = [items[: options.limit] for items in task.load()]
+    tune, heldout = [items[: options.limit] for items in task.load()]
     trainer = S0Trainer.from_pretrained(model_folder(name, options.output), S0Config(max_length=LONGEST))
     trainer.model.requires_grad_(False)
-    tune, heldout = [as_chat(trainer.tokenizer, items) for items in parts] if task.chat else parts
+    if task.chat and not getattr(trainer.tokenizer, "chat_template", None):
+        raise ValueError(f"the tokenizer of {name} has no chat template; give the task style=complete")
     short = name.rstrip("/").rsplit("/", 1)[-1]
     base = Base(short, trainer, task, tune, heldout, options.rows)
     seeds = SEEDS[: options.seeds or DEFAULT_SEEDS.get(experiment, 3)]

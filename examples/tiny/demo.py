@@ -20,11 +20,11 @@ import torch
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels.files import replace_file
+from s0kernels.tuning.verify.sandbox import confinement
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
-from protocol import Base, evaluate, examples, solutions  # noqa: E402
-from sandbox import confinement  # noqa: E402
+from protocol import Base  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
@@ -54,31 +54,35 @@ def run(name: str, model: Path, output: Path, options: argparse.Namespace) -> di
     trainer.model.requires_grad_(False)
     task = get_task("tiny")
     base = Base(name, trainer, task, *task.load())
-    before = evaluate(base, trainer.model, base.heldout, f"{name}: greedy, base")
-
-    pairs = solutions(base, options.seed, options.samples)[: options.solutions]
-    data = examples(base, pairs)
+    answering = {"max_new_tokens": task.max_new_tokens, "rows": base.rows}
+    data = trainer.collect(
+        [base.problem(item) for item in base.tune],
+        base.check,
+        samples=options.samples,
+        solutions=options.solutions,
+        seed=options.seed,
+        **answering,
+    )
     one_by_one, batched = step_seconds(trainer, data, 1), step_seconds(trainer, data, 4096)
     began = time.perf_counter()
     trainer.train(data)
     seconds = time.perf_counter() - began
-    trainer.activate()
-    after = evaluate(base, trainer.model, base.heldout, f"{name}: greedy, S0")
+    found = trainer.evaluate([base.problem(item) for item in base.heldout], check=base.check, **answering)
 
     folder = output / model.name
     trainer.save(folder)
     again = in_a_new_process(model, folder, [item.prompt for item in base.heldout], task.max_new_tokens)
     return {
         "model": name,
-        "base": before["pass@1"],
-        "s0": after["pass@1"],
+        "base": found.base,
+        "s0": found.s0,
         "problems": len(base.heldout),
-        "solutions": len(pairs),
+        "solutions": len(data),
         "train_seconds": seconds,
         "bytes": (folder / "states.safetensors").stat().st_size,
         "step_batched_seconds": batched,
         "step_one_by_one_seconds": one_by_one,
-        "reloaded_identical": again == after["completions"],
+        "reloaded_identical": again == [row["s0"][0] for row in found.answers],
         "losses": [entry["loss"] for entry in trainer.history],
         "alpha": trainer.alpha,
         "seed": options.seed,

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -37,9 +36,9 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from s0kernels.tuning.verify.sandbox import Job, verify
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1] / "benchmarks" / "quality"))
-from sandbox import Job, verify  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 512

@@ -105,6 +105,11 @@ def cache_argument(module: nn.Module) -> str:
     return found[0]
 
 
+def takes_cache(module: nn.Module) -> bool:
+    """Whether `cache_argument` has a name for it."""
+    return any(name in _named(module) for name in CACHES)
+
+
 def cache_of(output: Mapping[str, Any]) -> Any:
     """The cache in what a model of transformers returns, under this version's name, or None."""
     return next((output[name] for name in CACHES if name in output), None)

@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from s0kernels.config import S0Config
+from s0kernels.tuning.problem_commands import (
+    add_tune_arguments,
+    check_tune_options,
+    checker,
+    find_solutions,
+    print_heldout,
+    sampling,
+    split,
+)
+from s0kernels.tuning.processes import processes
 
 #: arguments of S0Trainer.train that can be given
 _OF_TRAIN = ("scale", "layers", "tokens_per_batch", "max_memory", "packed", "checkpoint", "checkpoint_every")
@@ -55,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--packed", action=argparse.BooleanOptionalAction, help="examples end to end instead of padded")
     run.add_argument("--checkpoint", type=Path, help="file to save the run to, and to resume it from if it is there")
     run.add_argument("--checkpoint-every", type=int, help="steps (default: 1)")
+    add_tune_arguments(parser)
 
 
 def settings(options: argparse.Namespace) -> tuple[S0Config, dict[str, Any]]:
@@ -133,6 +144,7 @@ def _bytes(value: Any) -> int:
 def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> None:
     """`table` makes one of a head and rows."""
     config, train = settings(options)
+    check_tune_options(options)
     data = _files(options.data)
 
     from transformers import AutoTokenizer
@@ -142,19 +154,35 @@ def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Se
     from s0kernels.states import states_size
     from s0kernels.tuning.data import read_tasks
     from s0kernels.tuning.loading import find_model, load_tokenizer
-    from s0kernels.tuning.processes import processes
 
     found = find_model(options.model, {})
-    read_tasks(data, load_tokenizer(AutoTokenizer, options.model, found), config.max_length)
+    tokenizer = load_tokenizer(AutoTokenizer, options.model, found)
+    check, heldout = None, {}
+    if options.collect:
+        check = checker(options)
+        others = None if options.heldout is None else _by_task(_files(options.heldout))
+        problems, heldout = split(_by_task(data), others, tokenizer, sampling(options).chat_template_kwargs, check)
+    else:
+        problems = {}
+        read_tasks(data, tokenizer, config.max_length)
     check_output(options.output, states_size(options.model, len(data) if isinstance(data, dict) else 1))
     trainer = S0Trainer.from_pretrained(options.model, config, **found)
     if train.get("scale") == "alpha":
         train["scale"] = trainer.alpha
+    if options.collect:
+        data = find_solutions(trainer, problems, options.output, check, options)
     result = trainer.train(data, **train)
     trainer.save(options.output)
     if processes().is_main_process:
         _report(trainer, data, result["final_loss"], train.get("scale", 1.0), table)
+    if options.collect:
+        print_heldout(trainer, heldout, options.output, check, options, table)
+    if processes().is_main_process:
         print(f"states in {options.output}")
+
+
+def _by_task(files: Path | dict[str, Path]) -> dict[Any, Path]:
+    return files if isinstance(files, dict) else {None: files}
 
 
 def _report(trainer: Any, data: Any, last: float, scale: float, table: Callable) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s0kernels.messages import some
 from s0kernels.states import files
+from s0kernels.tuning.chat import chat_options, check_messages, end_token, write, write_prompt
+from s0kernels.tuning.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,19 +69,23 @@ def read_examples(
     - `(text, prompt_length)`: a text, and the number of its first tokens that are the prompt; as a mapping
       `{"text": ..., "prompt_length": ...}`,
     - `{"prompt": ..., "completion": ...}`: two strings, or two lists of chat messages,
-    - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion.
+    - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion,
+    - `{"messages": [...], "completion": ...}`: messages, and the text that was the reply to them, as of `collect`.
 
-    Further keys are ignored, but for `chat_template_kwargs`, which go to the tokenizer's template. A `datasets.Dataset`
-    with such columns will do. No end token is added to strings. Whatever a template writes after the generation prompt
-    is learned: of models that think, `{"enable_thinking": False}` keeps the end of an empty thought out of it.
+    Further keys are ignored, but for two. `chat_template_kwargs` go to the tokenizer's template. Behind a completion
+    that is a text, `"ended": True` has the end token learned: the template's end of turn, or the tokenizer's; none is
+    added without it. A `datasets.Dataset` with such columns will do. Before a text that replies to messages the
+    template turns thinking off where it can, unless `chat_template_kwargs` say otherwise. Of a conversation whatever
+    the template writes after the generation prompt is learned: of models that think, `{"enable_thinking": False}` keeps
+    the end of an empty thought out of it.
     """
-    records = list(_records(data, name))
-    if not records:
+    found = list(records(data, name))
+    if not found:
         raise ValueError(f"S0Trainer: {name if not isinstance(data, (str, os.PathLike)) else data} is empty")
-    return [_read(record, where, tokenizer, max_length, task) for where, record in records]
+    return [_read(record, where, tokenizer, max_length, task) for where, record in found]
 
 
-def _records(data: Any, name: str) -> Iterator[tuple[str, Any]]:
+def records(data: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(data, (str, os.PathLike)):
         yield from _lines(Path(data))
         return
@@ -123,7 +129,9 @@ def _parse_line(line: str, file: Path, number: int) -> Any:
 def _read(record: Any, where: str, tokenizer: Any, max_length: int, task: int) -> Example:
     if isinstance(record, Mapping):
         keys = set(record)
-        if "messages" in keys:
+        if "messages" in keys and record.get("completion") is not None:
+            ids, length = _reply(record["messages"], record["completion"], record, where, tokenizer)
+        elif "messages" in keys:
             ids, length = _conversation(record["messages"], None, record, where, tokenizer)
         elif {"prompt", "completion"} <= keys:
             ids, length = _completion(record["prompt"], record["completion"], record, where, tokenizer)
@@ -158,7 +166,8 @@ def _pair(text: Any, length: Any, where: str, tokenizer: Any) -> tuple[list[int]
 
 def _completion(prompt: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _join(prompt, completion, where, tokenizer)
+        ids, length = _join(prompt, completion, where, tokenizer)
+        return ([*ids, end_token(None, None, where, tokenizer)] if _ended(record, where) else ids), length
     if isinstance(prompt, str) or isinstance(completion, str):
         raise TypeError(
             f"{where}: prompt and completion must both be strings or both be messages, got "
@@ -167,28 +176,38 @@ def _completion(prompt: Any, completion: Any, record: Mapping, where: str, token
     return _conversation(prompt, completion, record, where, tokenizer)
 
 
+def _reply(messages: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
+    """A text that a model wrote when it was shown `messages`."""
+    if not isinstance(completion, str):
+        raise TypeError(f"{where}: the completion of messages must be a text, got {type(completion).__name__}")
+    options = record.get("chat_template_kwargs")
+    prompt = write_prompt(messages, options, where, tokenizer)
+    ids, length = _join(prompt, completion, where, tokenizer, add_special_tokens=False)
+    return ([*ids, end_token(messages, options, where, tokenizer)] if _ended(record, where) else ids), length
+
+
+def _ended(record: Mapping, where: str) -> bool:
+    ended = record.get("ended")
+    if ended is not None and not isinstance(ended, bool):
+        raise TypeError(f"{where}: ended must be true or false, got {ended!r}")
+    return bool(ended)
+
+
 def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
     """As the template writes it; what it writes before the reply when asked for one is the prompt."""
     for part in (messages,) if reply is None else (messages, reply):
-        if not isinstance(part, (list, tuple)) or not part or not all(isinstance(each, Mapping) for each in part):
-            raise TypeError(f"{where}: messages must be a list of mappings with role and content, got {part!r}")
+        check_messages(part, where)
     if reply is None:
         messages, reply = messages[:-1], messages[-1:]
     if reply[-1].get("role") != "assistant" or not messages:
         raise ValueError(f"{where}: the last message must be the assistant's, after at least one other")
-    options = record.get("chat_template_kwargs") or {}
-    if not isinstance(options, Mapping):
-        raise TypeError(f"{where}: chat_template_kwargs must be a mapping, got {type(options).__name__}")
-    options = {**options, "tokenize": False}
-    try:
-        prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
-        whole = tokenizer.apply_chat_template([*messages, *reply], **options)
-    except Exception as error:  # a template may raise whatever it likes
-        raise ValueError(f"{where}: the tokenizer cannot write it as a conversation: {error}") from error
+    options = chat_options(record.get("chat_template_kwargs"), where)
+    prompt = write(messages, where, tokenizer, **{**options, "add_generation_prompt": True})
+    whole = write([*messages, *reply], where, tokenizer, **options)
     if not whole.startswith(prompt):
         raise ValueError(
             f"{where}: the chat template does not write the prompt in the same way with the reply and without it, "
-            f"so there is no telling them apart; give prompt and completion as strings"
+            f"so there is no telling them apart; give messages and the completion as a text"
         )
     return _join(prompt, whole[len(prompt) :], where, tokenizer, add_special_tokens=False)
 
@@ -200,28 +219,3 @@ def _join(prompt: str, completion: str, where: str, tokenizer: Any, **options: b
     if ids[: len(start)] != start:
         ids = start + encode(completion, where, tokenizer, add_special_tokens=False)
     return ids, len(start)
-
-
-def encode(text: str, where: str, tokenizer: Any, **options: bool) -> list[int]:
-    """Tokens of a text, whole, whatever the tokenizer's own limit is; what it puts behind texts (an end token) not,
-    because they go on."""
-    check_tokenizer(tokenizer)
-    try:
-        ids = [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
-        if not ids or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
-            return ids
-        return ids[: len(ids) - _suffix_length(tokenizer, **options)]
-    except (TypeError, UnicodeError) as error:  # of a text with half a surrogate pair, as JSON can hold
-        raise ValueError(f"{where} has a text that the tokenizer does not take: {text[:80]!r}") from error
-
-
-def _suffix_length(tokenizer: Any, **options: bool) -> int:
-    """How many tokens it puts behind any text, found with a short one."""
-    whole, bare = (tokenizer("0", **added)["input_ids"] for added in (options, {"add_special_tokens": False}))
-    starts = [i for i in range(len(whole)) if bare and list(whole[i : i + len(bare)]) == list(bare)]
-    return len(whole) - starts[0] - len(bare) if starts else 0
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    if not callable(tokenizer):
-        raise TypeError(f"S0Trainer: tokenizer must be the model's tokenizer, got {tokenizer!r}")

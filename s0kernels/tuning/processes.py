@@ -2,7 +2,8 @@
 
 import atexit
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,13 +40,32 @@ class Processes:
         all_values = gather(torch.tensor([values], device=self._state.device))
         return all_values.amin(0).tolist()  # pyright: ignore[reportAttributeAccessIssue] (likewise)
 
-    def alike(self, value: object) -> bool:
-        """Whether all have the same."""
+    def share(self, value: Any) -> list[Any]:
+        """The value of each, in their order."""
         if self.count == 1:
-            return True
+            return [value]
         from accelerate.utils import gather_object
 
-        return all(other == value for other in gather_object([value]))
+        return list(gather_object([value]))
+
+    def alike(self, value: object) -> bool:
+        """Whether all have the same."""
+        return all(other == value for other in self.share(value))
+
+    def together(self, work: Callable[[], Any], where: range | None = None) -> list[Any]:
+        """What `work` returns in each, or in those of `where` alone. An error in one is an error in all."""
+        found, failure = None, None
+        try:
+            found = work() if where is None or self.index in where else None
+        except Exception as error:
+            failure = error
+        told = self.share((found, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        for index, (_, text) in enumerate(told):
+            if text is not None:
+                raise RuntimeError(f"process {index} has failed: {text}")
+        return [value for value, _ in told]
 
 
 def processes() -> "PartialState":

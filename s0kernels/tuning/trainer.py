@@ -1,37 +1,38 @@
 """S0 tuning: learn the initial states of a frozen hybrid model from a few verified solutions."""
 
 import contextlib
-import math
+import functools
 import numbers
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from s0kernels.config import S0Config
-from s0kernels.messages import some
-from s0kernels.modules.families import DEFAULT_ALPHA
-from s0kernels.modules.swap import find_site, layer_devices, swap_modules
-from s0kernels.states import S0States, files
+from s0kernels.modules.swap import base_model
+from s0kernels.states import S0States
+from s0kernels.tuning import checks
 from s0kernels.tuning.batches import Batch, make_batches
+from s0kernels.tuning.chat import end_token
 from s0kernels.tuning.checkpoint import Checkpoint, describe_run
-from s0kernels.tuning.data import Example, Examples, check_names, encode, read_tasks
+from s0kernels.tuning.collect import collect, collect_from
+from s0kernels.tuning.data import Example, Examples, read_tasks
+from s0kernels.tuning.deciding import Work
+from s0kernels.tuning.evaluation import digest, evaluate, evaluation
 from s0kernels.tuning.forwards import Asked
+from s0kernels.tuning.holder import Holder
 from s0kernels.tuning.loading import find_model, load_tokenizer
-from s0kernels.tuning.loop import Callback, EvalMode, Frozen, Learner
-from s0kernels.tuning.memory import Make, Sizes, for_each, halved, most_tokens
+from s0kernels.tuning.loop import Callback, Frozen, Learner
+from s0kernels.tuning.losses import mean_losses
+from s0kernels.tuning.memory import Make, most_tokens
+from s0kernels.tuning.problems import chats, prompt_format, read_problems
 from s0kernels.tuning.processes import processes
+from s0kernels.tuning.sampling import Sampler, Sampling, end_tokens
+from s0kernels.tuning.verify.checkers import Checker
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-class S0Trainer:
+class S0Trainer(Holder):
     """Trains the initial states of a model, and uses them. The API of the `s0-tuning` package.
 
     Args:
@@ -42,23 +43,6 @@ class S0Trainer:
     The base weights get no gradient and do not change. Started in several processes (`accelerate launch`, `torchrun`),
     each trains on a share of the batches and all end with the same states.
     """
-
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: S0Config | None = None):
-        self.model = swap_modules(model)
-        self.tokenizer = tokenizer
-        if config is not None and not isinstance(config, S0Config):
-            raise TypeError(f"S0Trainer: config must be an S0Config, got {type(config).__name__}")
-        self.config = S0Config() if config is None else config
-        site = find_site(self.model)
-        assert site is not None  # it has just been swapped
-        self._arch = site.arch
-        #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping); with several
-        #: tasks also losses and grad_norms by task, of which loss is the mean
-        self.history: list[dict[str, Any]] = []
-        self._states: S0States | None = None
-        self._attached: S0States | None = None
-        self._selection: str | list[str] | None = None
-        self._training = False
 
     @classmethod
     def from_pretrained(cls, model_name: str, config: S0Config | None = None, **model_kwargs: Any) -> "S0Trainer":
@@ -80,33 +64,6 @@ class S0Trainer:
         tokenizer = load_tokenizer(AutoTokenizer, model_name, model_kwargs)
         model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
-
-    @property
-    def device(self) -> torch.device:
-        device = next(self.model.parameters()).device
-        return next(iter(layer_devices(self.model).values())) if device.type == "meta" else device
-
-    @property
-    def states(self) -> S0States | None:
-        """The trained or loaded states, unscaled; None before `train` or `load`."""
-        return self._states
-
-    @property
-    def tasks(self) -> list[str] | None:
-        """Names of the tasks, in the order in which `states` holds them; None where there is one without a name."""
-        return None if self._states is None else self._states.names
-
-    @property
-    def alpha(self) -> float:
-        """The scale that `activate` uses: the config's, or the default of the architecture."""
-        return DEFAULT_ALPHA[self._arch] if self.config.alpha is None else self.config.alpha
-
-    @property
-    def active(self) -> bool:
-        """Whether sequences start from this trainer's states; another may have attached its own to the model."""
-        site = find_site(self.model)
-        attachment = None if site is None else site.attachment
-        return attachment is not None and attachment.owner is self._attached
 
     # Training
 
@@ -170,15 +127,15 @@ class S0Trainer:
             RuntimeError: a perturbed S0 leaves the logits as they are, or the loss or its gradient is not finite.
         """
         self._refuse_while_training("train")
-        callbacks = _check_callbacks(callbacks)
-        every = _check_positive("checkpoint_every", checkpoint_every)
-        scale = _check_scale(scale)
-        asked = Asked(_check_size("tokens_per_batch", tokens_per_batch), _check_size("max_memory", max_memory))
+        callbacks = checks.callbacks(callbacks)
+        every = checks.positive("checkpoint_every", checkpoint_every)
+        scale = checks.scale(scale)
+        asked = Asked(checks.size("tokens_per_batch", tokens_per_batch), checks.size("max_memory", max_memory))
         tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
         with torch.inference_mode(False), torch.enable_grad():
             make = self._make(packed, at_least=processes().num_processes)
             states = S0States.for_model(self.model, tasks or 1)
-            learning = _check_layers(layers, states)
+            learning = checks.layers(layers, states)
             for layer in states:
                 states[layer].requires_grad_(layer in learning)
             run = describe_run(examples, tasks, self.config, states, scale)
@@ -215,55 +172,169 @@ class S0Trainer:
             if was_active:
                 self._reactivate(selection)
 
-    def _refuse_while_training(self, method: str) -> None:
-        if self._training:
-            raise RuntimeError(f"S0Trainer.{method} cannot be called while training, from a callback or another thread")
+    # Problems
+
+    def collect(
+        self,
+        problems: Any,
+        check: Checker,
+        *,
+        samples: int = 16,
+        solutions: int = 48,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 42,
+        rows: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        server: str | None = None,
+        served_model: str | None = None,
+        progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Verified solutions, sampled from the frozen model without S0, whatever is active: what `train` takes.
+
+        Args:
+            problems: a list, a file of JSON lines or a `datasets.Dataset` of mappings with `prompt`, a text, or
+                `messages`, which go through the tokenizer's template, without thinking where it can be turned off; with
+                an `id`, or their place counts as that; and with what the checker needs.
+            check: any callable `(problem, answer) -> bool`, as those of `s0kernels.verify`: `problem` is the mapping,
+                `answer` the text of a completion, unchanged. An exception in it ends the run and names the problem. It
+                is called in a thread, while the model samples.
+            samples: of each problem. The first that is right is kept, so there is at most one solution a problem.
+            solutions: of the problems that are solved so many are kept, the first in their order; the run stops when it
+                is decided which they are.
+            max_new_tokens, temperature, top_p, top_k: of sampling, as in transformers; `top_k=0`: all tokens.
+            stop: texts; a completion ends before the first of them that it has.
+            chat_template_kwargs: go to the template, and into the solutions, so that training uses them as well.
+            seed: the noise of sampling belongs to seed, problem, sample and position. So the same seed finds the same,
+                however problems are batched, interrupted or dealt out to processes, up to the model's own rounding.
+            rows: sequences that go through the model at a time; None: as many as memory has room for. With less than
+                memory has, they are halved.
+            out: a file for the solutions, as JSON lines; each is written when it is found. Beside it, with the suffix
+                `.state.jsonl`, is what is decided about each problem. Started again the run goes on from there; other
+                settings of sampling are refused.
+            server: the URL of a server with OpenAI's API, as http://localhost:8000/v1, which samples instead of the
+                trainer's model; `rows` requests at a time. What is said of the seed does not hold then.
+            served_model: the model's name there; None: the only one it has.
+            progress: show a bar, with the yield.
+
+        Returns:
+            `{"id", "prompt" or "messages", "completion", "ended"}` each; `ended` is whether the model ended it itself,
+            and then training learns the end token.
+
+        Raises:
+            TypeError, ValueError: a problem is none, or lacks what its checker needs; `out` is of another run.
+            RuntimeError: none is right, with what the model answered to the first; the checker or the server failed.
+        """
+        self._refuse_while_training("collect")
+        wanted = checks.positive("solutions", solutions)
+        sampling = Sampling(
+            samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed
+        )  # fmt: skip
+        work = self._work(problems, check, sampling, rows, out, progress)
+        if server is not None:
+            return collect_from(server, served_model, self.tokenizer, work, wanted)
+        if served_model is not None:
+            raise ValueError("S0Trainer.collect: served_model is a server's, and there is no server")
+        with self._sampling_from(None), checks.closing(check):
+            return collect(work, self._sampler(work), wanted)
+
+    def _work(
+        self,
+        problems: Any,
+        check: Checker,
+        sampling: Sampling,
+        rows: int | None,
+        out: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> Work:
+        if not callable(check):
+            raise TypeError(f"S0Trainer: check must be a function of a problem and an answer, got {check!r}")
+        rows = checks.size("rows", rows)
+        found = read_problems(problems, self.tokenizer, sampling.chat_template_kwargs, check)
+        about = base_model(self.model)
+        model = about.get("weights") or about.get("name")
+        settings = {"model": model, "prompt_format": prompt_format(found, self.tokenizer)}
+        return Work(found, check, sampling, settings, rows, self.device, out, progress)
+
+    def _sampler(self, work: Work) -> Sampler:
+        options = work.sampling.chat_template_kwargs
+        ends = {end_token(messages, options, "problems", self.tokenizer) for messages in chats(work.problems)[:1]}
+        ends = end_tokens(self.model, self.tokenizer, sorted(ends))
+        return Sampler(self.model, self.tokenizer, work.sampling, ends, self.pad_token_id)
 
     def evaluate(
         self,
-        data: Examples | Mapping[str, Examples],
+        data: Any,
         *,
+        check: Checker | None = None,
+        task: str | None = None,
+        alpha: float | Sequence[float] | None = None,
         tokens_per_batch: int | None = None,
         packed: bool | None = None,
-    ) -> float | dict[str, float]:
-        """The loss of `train` (without the L2 term) on `data`, with the states as they are active now.
+        samples: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 42,
+        rows: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """How many problems the base solves and how many S0; without `check`, the loss of examples.
 
-        A mapping from names to data gives a loss for each; where states with names are attached, each is from its own.
-        In several processes each evaluates all of it. `tokens_per_batch=None`: as many as a forward gets faster with.
-        A forward that runs out of memory is done again with half.
+        With `check`, `data` are problems, and `samples` and what follows are as for `collect`; one sample is the
+        likeliest answer, without noise. The base is the model without S0. S0 is what the trainer holds, active or not,
+        `task` of several, at `alpha`, or at `trainer.alpha`; where it holds none there is the base alone. Afterwards it
+        is as active as before. `alpha` may be a list, to choose from on problems that are not those of the final
+        figure: the base is then done once. `out` is a file of JSON lines from which a run that was interrupted goes on.
+
+        Without `check` it is the loss of `train` (without the L2 term) on `data`, with the states as they are active
+        now. A mapping from names to data gives a loss for each; where states with names are attached, each is from its
+        own. In several processes each evaluates all of it. `tokens_per_batch=None`: as many as a forward gets faster
+        with. A forward that runs out of memory is done again with half.
+
+        Returns:
+            an `Evaluation` with `base`, `s0` (shares from 0 to 1), `pass_at_k`, `rows` and `answers`, of several alphas
+            a dict of them by alpha; without `check` a float, or a dict of floats by name.
         """
-        tokens = _check_size("tokens_per_batch", tokens_per_batch) or most_tokens(self.model, self.device)
-        make = self._make(packed)
-        tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
-        site = find_site(self.model)
-        current = None if site is None else site.current()
-        states, scale = (current.owner, current.scale) if current is not None else (None, 1.0)
-        states = states if isinstance(states, S0States) else None
-        named = states if states is not None and states.names is not None and tasks is not None else None
-        several = current is not None and isinstance(current.tasks, Tensor)
-        several = several or (self._training and states is not None and states.tasks > 1)
-        if several and named is None:
-            raise ValueError("S0Trainer.evaluate: data must be a mapping from names where several tasks are in use")
-        sizes, head = Sizes(tokens), None
-        losses = torch.zeros(len(tasks or [None]), dtype=torch.float64)
-
-        def add(batch: Batch) -> None:
-            nonlocal head
-            names = [tasks[task] for task in batch.tasks] if tasks else None
-            with contextlib.nullcontext() if named is None else named.attached(self.model, scale, names):
-                head = batch.head(self.model) if head is None else head
-                losses.add_(batch.losses(self.model, len(losses), head).cpu())
-
-        def less(batch: Batch) -> Callable[[list[Example]], list[Batch]] | None:
-            nonlocal sizes
-            found = halved(sizes, batch, make, False)
-            sizes = found or sizes
-            return None if found is None else lambda examples: make(examples, found.tokens)
-
-        with EvalMode(self.model), torch.no_grad():
-            for_each(make(examples, tokens), add, less)
-        losses /= torch.bincount(torch.tensor([example.task for example in examples]))
-        return float(losses[0]) if tasks is None else dict(zip(tasks, losses.tolist(), strict=True))
+        sampling = Sampling(
+            samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed, samples == 1
+        )  # fmt: skip
+        if check is None:
+            if (sampling, rows, out, task, alpha) != (Sampling(1, greedy=True), None, None, None, None):
+                raise ValueError("S0Trainer.evaluate: without check it is the loss, and nothing is sampled")
+            tokens = checks.size("tokens_per_batch", tokens_per_batch) or most_tokens(self.model, self.device)
+            make = self._make(packed)
+            tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
+            losses = mean_losses(self.model, tasks, examples, make, tokens, self._training)
+            return losses[0] if tasks is None else dict(zip(tasks, losses, strict=True))
+        if tokens_per_batch is not None or packed is not None:
+            raise ValueError("S0Trainer.evaluate: tokens_per_batch and packed are for the loss, without check")
+        if task is not None and not isinstance(task, str):
+            raise TypeError(f"S0Trainer.evaluate: task must be a name, got {task!r}")
+        if task is not None or self._states is not None:
+            self._select(task, "evaluate")
+        states = None if self._states is None else self._usable("evaluate")
+        alphas = checks.alphas(alpha, self.alpha)
+        work = self._work(data, check, sampling, rows, out, progress)
+        runs: dict[str, Callable] = {"base": lambda: self._sampling_from(None)}
+        names = [] if states is None else [f"S0, alpha {a:g} ({digest(states, task)})" for a in alphas]
+        for name, a in zip(names, alphas, strict=False):
+            runs[name] = functools.partial(self._sampling_from, states, a, task)
+        with checks.closing(check):
+            found = evaluate(work, self._sampler(work), runs)
+        base = found.pop("base")
+        if not found:
+            return evaluation(work.problems, samples, None, base, None)
+        each = {a: evaluation(work.problems, samples, a, base, found[n]) for n, a in zip(names, alphas, strict=True)}
+        return each[alphas[0]] if alpha is None or isinstance(alpha, numbers.Real) else each
 
     def _make(self, packed: bool | None, at_least: int = 1) -> Make:
         """What makes batches within a budget of tokens; within a smaller one where there would be fewer than
@@ -278,212 +349,3 @@ class S0Trainer:
                 tokens = min(tokens, sum(len(example.ids) for example in examples)) // 2
 
         return make
-
-    @property
-    def pad_token_id(self) -> int:
-        """What stands at pads, which nothing reads."""
-        ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-        return next((i for i in ids if i is not None), 0)
-
-    # Using
-
-    def activate(self, task: str | Sequence[str] | None = None) -> None:
-        """Start every sequence from the trained states times `alpha`, until `deactivate`.
-
-        `task` names one of several tasks, or one for each row of the batches to come.
-        """
-        self._refuse_while_training("activate")
-        selection = self._select(task, "activate")
-        states = self._usable("activate")
-        states.attach(self.model, self.alpha, selection)
-        if self._attached is not None and self._attached is not states:
-            self.deactivate()
-        states.requires_grad_(False)  # using the states builds no graph
-        self._attached, self._selection = states, selection
-
-    def deactivate(self) -> None:
-        """Start from zero states again."""
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached.requires_grad_(True)
-            self._attached = None
-
-    def _learned(self, method: str) -> S0States:
-        if self._states is None:
-            raise RuntimeError(f"S0Trainer.{method}: there are no states; call train() or load() first")
-        return self._states
-
-    def _usable(self, method: str) -> S0States:
-        """The states as they are to be used, but for the scale."""
-        states = self._learned(method)
-        if not self.config.normalize:
-            return states
-        norms = states.norms()
-        units = {layer: states[layer].detach() / _or_one(norms[layer])[:, None, None, None] for layer in norms}
-        return S0States(units, states.arch, states.base_model, states.names)
-
-    def _select(self, task: str | Sequence[str] | None, method: str) -> str | list[str] | None:
-        """`task`, checked against the states that there are."""
-        states = self._learned(method)
-        if task is None:
-            if states.tasks > 1:
-                have = some(states.names or ())
-                raise ValueError(f"S0Trainer.{method}: task must name one of {have}, or one for each row")
-            return None
-        names = [task] if isinstance(task, str) else task
-        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"S0Trainer.{method}: task must be a name or a list of names, got {task!r}")
-        unknown = [name for name in names if name not in (states.names or ())]
-        if unknown:
-            have = "the one there is has no name" if states.names is None else f"they are {some(states.names)}"
-            raise ValueError(f"S0Trainer.{method}: task: none is called {unknown[0]!r}; {have}")
-        return task if isinstance(task, str) else list(names)
-
-    def _reactivate(self, selection: str | list[str] | None) -> None:
-        """Go on with other states, if they have the tasks that were active."""
-        with contextlib.suppress(ValueError):
-            self.activate(selection)
-
-    def generate(
-        self,
-        prompt: str | list[str],
-        max_new_tokens: int = 512,
-        *,
-        task: str | Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> str | list[str]:
-        """Continue a prompt, or a list of prompts as one left-padded batch; the new text only.
-
-        `task` names the task to start from, or one for each prompt, for this call alone; None: what is active.
-        `kwargs` go to `model.generate`. Several returned sequences per prompt come one after the other.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise TypeError(f"S0Trainer.generate: prompt must be a string or a list of them, got {prompt!r}")
-        encoded = [encode(text, "S0Trainer.generate: prompt", self.tokenizer) for text in prompts]
-        if not all(encoded):
-            raise ValueError(f"S0Trainer.generate: prompt {prompts[encoded.index([])]!r} has no tokens")
-        selection = None if task is None else self._select(task, "generate")
-        if isinstance(selection, list) and len(selection) != len(prompts):
-            raise ValueError(f"S0Trainer.generate: task names {len(selection)} tasks for {len(prompts)} prompts")
-        pad = kwargs.pop("pad_token_id", None)
-        pad = self.pad_token_id if pad is None else pad
-        width = max(len(ids) for ids in encoded)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device="cpu")
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device="cpu")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if selection is not None:
-                stack.enter_context(self._usable("generate").attached(self.model, self.alpha, selection))
-            model: Any = self.model
-            out = model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                **kwargs,
-            )
-        sequences = getattr(out, "sequences", out)
-        texts = self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
-        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
-
-    # Files
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write states and config to the directory `path`; of several tasks each to a directory in it that has its
-        name, with their names in `tasks.json`. What was there before gives way as a whole. See `S0States.save`. Of
-        several processes the first writes, and the others do not wait for it."""
-        states = self._learned("save")
-        if not processes().is_main_process:
-            return
-        folder = Path(path)
-        names = states.names or [""]
-        with ThreadPoolExecutor(min(len(names), 16)) as pool:  # they wait for the disk most of the time
-            saved = [
-                pool.submit(states.save, folder / name, task=task, config=self.config)
-                for task, name in enumerate(names)
-            ]
-        errors = [error for each in saved if (error := each.exception()) is not None]
-        if errors:  # the other tasks may have had more luck
-            raise errors[0]
-        files.write_tasks(folder, states.names)
-
-    def load(self, path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> None:
-        """Read states and config from a directory. Where states are active, the new ones take their place if they have
-        the tasks that are active.
-
-        A directory that holds directories of states gives several tasks, with their names; a mapping from names to
-        directories names them. They are used at one scale, so their configs have to agree on it.
-        """
-        self._refuse_while_training("load")
-        found = S0States.load_many(_folders(path), self.model)
-        loaded = {name: states for name, (states, _) in found.items()}
-        configs = {name: self.config if c is None else S0Config.from_dict(c) for name, (_, c) in found.items()}
-        named = {name: states for name, states in loaded.items() if name is not None}
-        states = S0States.stack(named) if named else loaded[None]
-        first, config = next(iter(configs.items()))
-        for name, other in configs.items():
-            if (other.alpha, other.normalize) != (config.alpha, config.normalize):
-                raise ValueError(
-                    f"S0Trainer.load: task {first!r} is to be used with alpha {config.alpha} and normalize "
-                    f"{config.normalize}, task {name!r} with {other.alpha} and {other.normalize}"
-                )
-        was_active, selection = self.active, self._selection
-        self.deactivate()
-        self._states, self.config = states, config
-        if was_active:
-            self._reactivate(selection)
-
-
-def _folders(path: str | os.PathLike[str] | Mapping) -> dict[str | None, Path]:
-    """Directories of states by task; None is the name of a single one."""
-    if isinstance(path, Mapping):
-        if not path:
-            raise ValueError("S0Trainer.load: path is empty")
-        check_names(path)
-        return {name: Path(folder) for name, folder in path.items()}
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"S0Trainer.load: path must be a path or a mapping from names to paths, got {path!r}")
-    return files.find_tasks(Path(path))
-
-
-def _check_positive(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"S0Trainer: {name} must be a positive int, got {value!r}")
-    return number
-
-
-def _check_size(name: str, value: int | None) -> int | None:
-    return None if value is None else _check_positive(name, value)
-
-
-def _check_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"S0Trainer: scale must be a finite number other than 0, got {scale!r}")
-    return float(scale)
-
-
-def _check_layers(layers: Sequence[int] | None, states: S0States) -> list[int]:
-    if layers is None:
-        return list(states)
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
-        raise TypeError(f"S0Trainer: layers must be a list of layer numbers, or None for all, got {layers!r}")
-    unknown = [layer for layer in layers if isinstance(layer, bool) or layer not in list(states)]
-    if unknown:
-        raise ValueError(f"S0Trainer: layers: {unknown[0]!r} has no state; the layers that do are {list(states)}")
-    return sorted(set(layers))
-
-
-def _check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
-    if not isinstance(callbacks, (list, tuple)) or not all(callable(callback) for callback in callbacks):
-        raise TypeError(f"S0Trainer: callbacks must be a list of functions, got {callbacks!r}")
-    return list(callbacks)
-
-
-def _or_one(norms: Tensor) -> Tensor:
-    """A state that is zero stays so."""
-    return norms.where(norms > 0, 1.0)

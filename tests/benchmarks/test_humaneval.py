@@ -5,10 +5,10 @@ import sys
 import textwrap
 
 import pytest
-from test_tasks import EVAL, jsonl, needs_eval, run  # which puts the experiments on the path
+from test_tasks import EVAL, jsonl, needs_eval, run, scores  # which puts the experiments on the path
 
 from problems import make_problems  # isort: skip
-from tasks import get_task, humaneval  # isort: skip
+from tasks import get_task  # isort: skip
 
 pytestmark = pytest.mark.slow  # of the benchmarks
 
@@ -42,8 +42,8 @@ def test_humaneval(tmp_path):
         assert items[0].prompt.endswith(PROBLEMS[0]["prompt"])
         assert (items[0].prompt == PROBLEMS[0]["prompt"]) == (style == "complete")
         assert bool(task.stop) == (style == "complete")
-        assert task.score(items, [item.reference for item in items]) == [True, True]
-        assert task.score(items[::-1] * 2, ["    return x * 2", "    return x + 2", "", "    return x + x\n"]) == [
+        assert scores(task, items, [item.reference for item in items]) == [True, True]
+        assert scores(task, items[::-1] * 2, ["    return x * 2", "    return x + 2", "", "    return x + x\n"]) == [
             *(False, False),  # the second problem, whose function has no x
             *(False, True),
         ]
@@ -64,7 +64,7 @@ def test_shapes_of_answers(tmp_path):
         right += [f"First:\n```sh\npip install x\n```\n```python\n{whole}```\n```python\nprint()\n```"]
         right += [f"1. So:\n{textwrap.indent(f'```python{chr(10)}{whole}```', '   ')}\n2. Done."]
         right += [f"```python\n{whole.rstrip()}  # ``` and\n    # ```\n```\nDone.", f"```python\n{whole.rstrip()}```"]
-        assert task.score([item] * len(right), right) == [True] * len(right)
+        assert scores(task, [item] * len(right), right) == [True] * len(right)
         function = item.data["entry_point"]
         wrong = [
             "",
@@ -80,17 +80,7 @@ def test_shapes_of_answers(tmp_path):
             "```python\n```",
             body.replace("return", "print"),
         ]
-        assert task.score([item] * len(wrong), wrong) == [False] * len(wrong)
-
-
-def test_indentation():
-    for body in ("return [\n    1,\n]", "if x:\n    return 1\nreturn 2", "if x:  # a: b\n    return 1", "a = 1"):
-        there = textwrap.indent(body, "    ")
-        assert humaneval.indented(body) == humaneval.indented(there) == there
-    assert humaneval.indented("  # a\n  if x:\n\n    return 1\n") == "    # a\n    if x:\n\n      return 1"
-    assert humaneval.indented(" \n    # a\n# b\n    return 1") == "    # a\n# b\n    return 1"
-    for body in ("    a = 1\n    return a", "    if x:\n        return 1\n    return 2"):
-        assert humaneval.indented(body) == humaneval.indented(body.strip()) == body
+        assert scores(task, [item] * len(wrong), wrong) == [False] * len(wrong)
 
 
 def test_published_scoring(tmp_path):
@@ -98,11 +88,11 @@ def test_published_scoring(tmp_path):
     file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
     items, _ = get_task("humaneval", {"data": file}).load()
     task = get_task("humaneval", {"data": file, "scoring": "published"})
-    assert task.score(items, [item.reference for item in items]) == [False, False]
+    assert scores(task, items, [item.reference for item in items]) == [False, False]
     whole = [item.data["prompt"] + item.reference for item in items]
-    assert task.score(items, whole) == [True, True]
-    assert task.score(items, [f"```python\n{text}```" for text in whole]) == [True, True]
-    assert task.score(items, [f"Sure: ```python\n{text}```" for text in whole]) == [False, False]
+    assert scores(task, items, whole) == [True, True]
+    assert scores(task, items, [f"```python\n{text}```" for text in whole]) == [True, True]
+    assert scores(task, items, [f"Sure: ```python\n{text}```" for text in whole]) == [False, False]
 
 
 @needs_eval
@@ -112,11 +102,11 @@ def test_all_problems_of_humaneval():
     tune, heldout = task.load()
     assert (len(tune), len(heldout)) == (80, 84)
     items = tune + heldout
-    assert task.score(items, [item.reference for item in items]) == [True] * 164
-    assert task.score(items, ["    return None"] * 164) == [False] * 164
+    assert scores(task, items, [item.reference for item in items]) == [True] * 164
+    assert scores(task, items, ["    return None"] * 164) == [False] * 164
     published = get_task("humaneval", {"data": task.data, "scoring": "published"})
-    assert published.score(items, [item.reference for item in items]) == [False] * 164
-    assert published.score(items, [item.data["prompt"] + item.reference for item in items]) == [True] * 164
+    assert scores(published, items, [item.reference for item in items]) == [False] * 164
+    assert scores(published, items, [item.data["prompt"] + item.reference for item in items]) == [True] * 164
 
 
 def as_humaneval(problem) -> dict:

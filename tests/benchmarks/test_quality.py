@@ -24,17 +24,9 @@ import tables  # noqa: E402
 from methods import S0, LoRA, Nothing, Prompt, StateOffset  # noqa: E402
 from tasks import Item, Task, get_task  # noqa: E402
 from tasks.boundary import make_problems  # noqa: E402
+from test_tasks import scores  # noqa: E402
 
 from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
-from s0kernels.tuning.data import read_tasks  # noqa: E402
-
-
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
-    for samples, right, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (7, 3, 7)):
-        draws = list(itertools.combinations([True] * right + [False] * (samples - right), k))
-        assert protocol.pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    with pytest.raises(ValueError, match="right and k must lie within the samples"):
-        protocol.pass_at_k(5, 2, 6)
 
 
 def test_comparison():
@@ -76,8 +68,8 @@ class Letters(Task):
         items = [Item(f"{i}", f"{'ab' * i}say:", "a", {}) for i in range(1, 9)]
         return items[:4], items[4:]
 
-    def score(self, items, completions):
-        return [text[:1] in "aeiou" and text != "" for text in completions]
+    def right(self, item, completion):
+        return completion[:1] in "aeiou" and completion != ""
 
 
 def base(name: str) -> protocol.Base:
@@ -87,7 +79,10 @@ def base(name: str) -> protocol.Base:
     return protocol.Base(name, trainer, Letters(), *Letters().load(), rows=3)
 
 
-PAIRS = {42: [("abc:", "aa"), ("say:", "ea")], 7: [("xyz:", "ii")]}
+PAIRS = {
+    seed: [{"prompt": prompt, "completion": text, "ended": True} for prompt, text in pairs]
+    for seed, pairs in {42: [("abc:", "aa"), ("say:", "ea")], 7: [("xyz:", "ii")]}.items()
+}
 METHODS = {
     "nothing": Nothing(),
     "s0": S0(alpha=1.0),
@@ -134,7 +129,7 @@ def test_the_other_methods_learn(name):
         losses = methods.fit(one, one.model, offsets, PAIRS[42], 5, 1e-2, "", 1e-4)
     assert losses[-1] < losses[0]
     trainer = S0Trainer(one.model, one.tokenizer, S0Config(n_steps=1))
-    trainer.train(protocol.examples(one, PAIRS[42]), progress=False)
+    trainer.train(PAIRS[42], progress=False)
     assert trainer.history[0]["loss"] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -166,14 +161,25 @@ def test_an_offset_is_a_state_that_does_not_fade(name):
     assert torch.allclose(found, truth, atol=1e-5)
 
 
-def test_completions_do_not_depend_on_how_they_are_batched():
+def test_answers_are_those_of_the_trainer():
     one = base("qwen")
-    texts = protocol.complete(one, one.model, one.heldout, "", do_sample=False)
-    assert protocol.complete(one, one.model, one.heldout, "", padded=False, do_sample=False) == texts
-    twice = protocol.complete(one, one.model, one.heldout, "", num_return_sequences=2, do_sample=True, top_k=1)
-    assert twice == [row * 2 for row in texts]
-    assert protocol.cut("one\ntwo# three", ["#", "\n"]) == "one"
-    assert protocol.cut("one", []) == "one"
+    found = protocol.answers(one, one.model, one.heldout, "", True)
+    assert found == protocol.answers(one, one.model, one.heldout, "", False)
+    problems = [one.problem(item) for item in one.heldout]
+    expected = one.trainer.evaluate(problems, check=one.check, max_new_tokens=3, stop=["\n"], progress=False)
+    assert [entry["answers"] for entry in found] == [row["base"] for row in expected.answers]
+    assert [entry["right"] for entry in found] == [[row["base"] == 1.0] for row in expected.rows]
+    several = protocol.answers(one, one.model, one.heldout, "", True, samples=3, greedy=False, seed=1)
+    assert [len(entry["answers"]) for entry in several] == [3] * 4
+
+
+def test_a_seed_decides_the_solutions_and_their_order():
+    one = base("falcon")
+    found = protocol.solutions(one, 42)
+    assert found == protocol.solutions(one, 42)
+    assert {record["id"] for record in found} <= {item.name for item in one.tune}
+    assert found != protocol.solutions(one, 7)
+    assert all(one.check(record, record["completion"]) for record in found)
 
 
 def small_run(folder: Path, experiment: str) -> experiments.Run:
@@ -181,7 +187,8 @@ def small_run(folder: Path, experiment: str) -> experiments.Run:
     results = protocol.Results(folder / f"{experiment}-qwen-letters.json", {"model": "qwen", "task": "letters"}, {})
     found = protocol.Results(folder / "cache" / "found.json", {"model": "qwen"}, {})
     for seed in (42, 7):
-        found.get(str(seed), lambda: {"pairs": [(one.tune[i].prompt, "aa") for i in range(2)]})
+        written = [{**one.problem(one.tune[i]), "completion": "aa", "ended": True} for i in range(2)]
+        found.get(str(seed), lambda written=written: {"solutions": written})
     return experiments.Run(one, (42, 7), results, found, folder / "cache")
 
 
@@ -192,9 +199,10 @@ def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
     for name, experiment in experiments.ALL.items():
         experiment(small_run(tmp_path, name))
         with monkeypatch.context() as patch:
-            patch.setattr(protocol, "complete", lambda *_, **__: pytest.fail("generated again"))
-            patch.setattr(experiments, "complete", protocol.complete)
-            patch.setattr(experiments, "_log_probabilities", protocol.complete)
+            again = lambda *_, **__: pytest.fail("generated again")  # noqa: E731
+            patch.setattr(protocol, "answers", again)
+            patch.setattr(experiments, "answers", again)
+            patch.setattr(experiments, "_log_probabilities", again)
             experiment(small_run(tmp_path, name))
         text = tables.table(name, tmp_path)
         assert "qwen, letters" in text
@@ -211,7 +219,8 @@ def test_every_experiment_runs_once_and_can_be_shown(tmp_path, monkeypatch):
 
 def test_settings_are_chosen_where_every_problem_was_learned_from(tmp_path):
     run_ = small_run(tmp_path, "main")
-    run_.found.cells["42"] = {"pairs": [(item.prompt, "aa") for item in run_.base.tune]}
+    every = [{**run_.base.problem(item), "completion": "aa", "ended": True} for item in run_.base.tune]
+    run_.found.cells["42"] = {"solutions": every}
     assert experiments.best(run_, "S0", run_.s0, "alpha", (0.5,)).alpha == 0.5
 
 
@@ -221,16 +230,6 @@ def test_first_names_the_seeds_that_main_lacks(tmp_path):
         experiments.first(small_run(tmp_path, "first"))
 
 
-def test_examples_begin_with_the_tokens_of_the_prompt():
-    """However the tokenizer joins the two: a completion is learned after what was there when it was generated."""
-    one = base("qwen")
-    apart = [one.tokenizer(text)["input_ids"] for text in ("ab\n", "\ncd")]
-    one.tokenizer.add_tokens(["\n\n"])
-    (example,) = read_tasks(protocol.examples(one, [("ab\n", "\ncd")]), one.tokenizer, 99)[1]
-    assert example.ids == [*apart[0], *apart[1], one.tokenizer.eos_token_id]
-    assert example.prompt_length == len(apart[0])
-
-
 def test_boundary_problems_have_right_references():
     task = get_task("boundary")
     tune, heldout = task.load()
@@ -238,8 +237,8 @@ def test_boundary_problems_have_right_references():
     problems = make_problems()
     assert len({problem.key for problem in problems}) == len(problems)
     for items in (tune, heldout):
-        assert all(task.score(items, [item.reference for item in items]))
-    assert not any(task.score(tune, [problem.bodies["mistake"] for problem in problems[::2]]))
+        assert all(scores(task, items, [item.reference for item in items]))
+    assert not any(scores(task, tune, [problem.bodies["mistake"] for problem in problems[::2]]))
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

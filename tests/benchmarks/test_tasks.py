@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from models import tokenizer
 from surroundings import ROOT, python
 
 pytestmark = pytest.mark.slow  # of the benchmarks
@@ -19,14 +18,20 @@ pytestmark = pytest.mark.slow  # of the benchmarks
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path[:0] = [str(QUALITY), str(ROOT / "examples" / "tiny")]
 
-import protocol  # noqa: E402
 import run  # noqa: E402
 from problems import make_problems  # noqa: E402
 from tasks import TASKS, get_task, spider  # noqa: E402
 from tasks.records import read_records  # noqa: E402
 
+from s0kernels.tuning.sampling import cut  # noqa: E402
+from s0kernels.tuning.verify.sandbox import Sandbox  # noqa: E402
+
 EVAL = ROOT / ".deps" / "eval"
 needs_eval = pytest.mark.skipif(not EVAL.is_dir(), reason="nothing is in .deps/eval; `make test` puts it there")
+
+
+def scores(task, items, completions) -> list[bool]:
+    return [task.right(item, text) for item, text in zip(items, completions, strict=True)]
 
 
 def jsonl(file: Path, rows: list) -> str:
@@ -87,7 +92,9 @@ tune, heldout = get_task("gsm8k", dict(tune={str(folder)!r}, heldout={str(folder
 print(len(tune), len(heldout), repr(tune[199].prompt), repr(heldout[2].reference), heldout[2].data["answer"])
 """
     done = python("-c", code, path=EVAL, cwd=tmp_path)
-    assert done.stdout.strip() == ("200 3 'Problem: train 199?\\nSolution:' ' It is 2.\\n#### 2,000' 2000"), done.stderr
+    assert done.stdout.strip() == ("200 3 'Problem: train 199?\\nSolution:' ' It is 2.\\n#### 2,000' 2,000"), (
+        done.stderr
+    )
 
 
 def test_options():
@@ -122,111 +129,40 @@ def test_command_line_of_tasks(monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_chat():
-    from tasks import Item
-    from tokenizers.processors import TemplateProcessing
-
-    tok, items = tokenizer(), [Item("1", "Say a.", "", {})]
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; give the task style=complete"):
-        protocol.as_chat(tok, items)
-    tok.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}"
-    )
-    (chat,) = protocol.as_chat(tok, items)
-    assert chat.prompt == f"{tok.bos_token or ''}<user>Say a.<assistant>"
-    assert (chat.name, items[0].prompt) == ("1", "Say a.")
-    tok.bos_token = "<eos>"
-    assert protocol.as_chat(tok, items)[0].prompt == "<eos><user>Say a.<assistant>"
-    tok.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", tok.bos_token_id)])
-    (chat,) = protocol.as_chat(tok, items)  # now tokenizing puts one in front, and two would be one too many
-    assert tok(chat.prompt)["input_ids"].count(tok.bos_token_id) == 1
-    assert chat.prompt == "<user>Say a.<assistant>"
-
-
 # MATH-500 and GSM8K
 
-ANSWERS = r"""
-import sys
-sys.path.insert(0, QUALITY)
-from tasks import get_task
-from tasks.answers import same_answers
 
-if __name__ == "__main__":
-    math = get_task("math500", dict(data="math.jsonl"))
-    items = sum(math.load(), [])
-    assert math.score(items, [item.reference for item in items]) == [True] * len(items), "references of MATH-500"
-    right = [r"\boxed{2}:</think>\boxed{0.5}", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
-    wrong = [r"\boxed{2}", r"\boxed{(\pi/2, 3)}", r"\boxed{Eve}", r"\boxed{2.83}"]
-    print(*(math.score(items, answers) for answers in (right, wrong, [""] * 4)))
-    # the first two cannot be computed: one is given up, one refused, and the third is compared all the same
-    print(same_answers([("7", r"\boxed{9^{9^{9^{9}}}}"), ("7", "(" * 5000), ("7", "so 7")], seconds=3.0))
-    gsm = get_task("gsm8k", dict(tune="gsm.jsonl", heldout="gsm.jsonl"))
-    items = gsm.load()[1]
-    assert gsm.score(items, [item.reference for item in items]) == [True] * len(items), "references of GSM8K"
-    right = ["5 + 6 = 11\n#### 11", "#### $1,250\nHope that helps, 3 times!"]
-    steps = ["#### Step 1: add\n5 + 6\n#### **11**", "#### 1. Convert\n#### \\$1,250.00"]
-    for answers in (right, steps, ["I get 11.", "1250 dollars"], ["#### 12", "#### 125"], ["#### 11 apples", "####"]):
-        print(gsm.score(items, answers))
-"""
-
-
-@needs_eval
 def test_answers_of_mathematics(tmp_path):
     answers = ("\\frac{1}{2}", "\\left( 3, \\frac{\\pi}{2} \\right)", "\\text{Evelyn}", "2\\sqrt{2}")
     rows = [
         {"problem": f"{i}?", "solution": f"It is $\\boxed{{{a}}}$.", "answer": a, "unique_id": f"test/{i}"}
         for i, a in enumerate(answers)
     ]
-    jsonl(tmp_path / "math.jsonl", rows)
+    math = get_task("math500", {"data": jsonl(tmp_path / "math.jsonl", rows)})
+    items = [item for part in math.load() for item in part]
+    assert scores(math, items, [item.reference for item in items]) == [True] * 4
+    right = [r"\boxed{2}:</think>\boxed{0.5}", r"\boxed{(3,\,\pi / 2)}", r"\boxed{\text{Evelyn}}", r"it is $2\sqrt 2$"]
+    wrong = [r"\boxed{2}", r"\boxed{(\pi/2, 3)}", r"\boxed{Eve}", r"\boxed{2.83}"]
+    for texts, expected in ((right, True), (wrong, False), ([""] * 4, False)):
+        assert scores(math, items, texts) == [expected] * 4
     rows = [{"question": f"{a}?", "answer": f"5 + 6 = <<5+6=11>>11\n#### {a}"} for a in ("11", "1,250")]
-    jsonl(tmp_path / "gsm.jsonl", rows)
-    script = tmp_path / "answers.py"
-    script.write_text(ANSWERS.replace("QUALITY", repr(str(QUALITY))))
-    done = python(str(script), path=EVAL, cwd=tmp_path)
-    assert done.stdout.splitlines() == [
-        f"{[True] * 4} {[False] * 4} {[False] * 4}",
-        "[False, False, True]",
-        *("[True, True]", "[True, True]", "[True, True]", "[False, False]", "[True, False]"),
-    ], done.stderr
-
-
-GIVEN_UP = r"""
-import os, signal, sys, threading, time
-sys.path.insert(0, QUALITY)
-from tasks.answers import same_answers
-
-if __name__ != "__main__":
-    time.sleep(2.5)  # a process that takes longer to start than an answer may take
-else:
-    endless = ("7", r"\boxed{9^{9^{9^{9}}}}")
-    print(same_answers([("7", "so 7"), endless, ("7", "so 7"), ("7", "so 7")], seconds=1.5))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
-    threading.Timer(4.0, os.kill, [os.getpid(), signal.SIGINT]).start()
-    began = time.monotonic()
-    try:
-        same_answers([endless] * 30, seconds=1.5)
-    except KeyboardInterrupt:
-        print(time.monotonic() - began < 20)
-"""
-
-
-@needs_eval
-def test_answers_that_are_given_up_cost_no_others(tmp_path):
-    script = tmp_path / "answers.py"
-    script.write_text(GIVEN_UP.replace("QUALITY", repr(str(QUALITY))))
-    done = python(str(script), path=EVAL, cwd=tmp_path)
-    assert done.stdout.splitlines() == ["[True, False, True, True]", "True"], done.stderr
-
-
-def test_mathematics_need_their_packages(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    rows = [{"question": "1?", "answer": "#### 1"}]
     file = jsonl(tmp_path / "gsm.jsonl", rows)
+    gsm = get_task("gsm8k", {"tune": file, "heldout": file})
+    items = gsm.load()[1]
+    assert scores(gsm, items, [item.reference for item in items]) == [True] * 2
+    for texts, expected in (
+        (["5 + 6 = 11\n#### 11", "#### $1,250\nHope that helps, 3 times!"], [True, True]),
+        (["#### Step 1: add\n5 + 6\n#### **11**", "#### 1. Convert\n#### \\$1,250.00"], [True, True]),
+        (["I get 11.", "1250 dollars"], [True, True]),
+        (["#### 12", "#### 125"], [False, False]),
+        (["#### 11 apples", "####"], [True, False]),
+    ):
+        assert scores(gsm, items, texts) == expected
+
+
+def test_what_is_wrong_with_mathematics_is_said(tmp_path):
+    file = jsonl(tmp_path / "gsm.jsonl", [{"question": "1?", "answer": "1"}])
     task = get_task("gsm8k", {"tune": file, "heldout": file})
-    with pytest.raises(ImportError, match="answers are compared by math-verify: pip install"):
-        task.score(task.load()[1], ["#### 1"])
-    jsonl(tmp_path / "gsm.jsonl", [{"question": "1?", "answer": "1"}])
     with pytest.raises(ValueError, match=r"gsm\.jsonl: the answer of train/0 has no ####"):
         task.load()
 
@@ -305,28 +241,27 @@ def test_spider(tmp_path, databases):
         texts += [f"To select what is there with names, use:\n\n{text}" for text in (query, *right)]
         texts += [f"```sql\n-- select these; with care\n{text}```" for text in (query, *right)]
         texts += [f"Run `{query}`.", f"```{query}```\nIt selects.", f"Well</think>{query}", query.lower()]
-        assert task.score(items * len(texts), texts) == [True] * len(texts), query
-        assert task.score(items * len(wrong), wrong) == [False] * len(wrong), query
+        assert scores(task, items * len(texts), texts) == [True] * len(texts), query
+        assert scores(task, items * len(wrong), wrong) == [False] * len(wrong), query
     plain, items = spider_task(tmp_path, databases, "SELECT name FROM pets", style="complete")
     assert items[0].prompt.endswith("-- Which?\nSELECT")
-    assert protocol.cut(" name FROM pets;\nSELECT", plain.stop) == " name FROM pets"
-    assert plain.score(items * 3, [items[0].reference, " name FROM pets", " id FROM pets"]) == [True, True, False]
+    assert cut(" name FROM pets;\nSELECT", plain.stop) == " name FROM pets"
+    assert scores(plain, items * 3, [items[0].reference, " name FROM pets", " id FROM pets"]) == [True, True, False]
 
 
 def test_hostile_queries(tmp_path, databases, monkeypatch):
     """Each is wrong and leaves the database as it was, which the fixture checks."""
     task, items = spider_task(tmp_path, databases, "SELECT name FROM pets WHERE 0")  # no rows, as these have
     texts = [text.replace("FILE", str(databases / "new")) for text in HOSTILE]
-    found = task.score(items * len(texts), texts)
+    found = scores(task, items * len(texts), texts)
     assert found == [False] * len(texts)
     assert not (databases / "new").exists()
     bomb = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-    real = spider.evaluate
-    monkeypatch.setattr(spider, "evaluate", lambda calls, **options: real(calls, **{**options, "timeout": 1.0}))
-    assert task.score(items, [bomb]) == [False]
+    monkeypatch.setattr(spider, "SANDBOX", Sandbox(timeout=1.0, memory_mb=1024, result_mb=64))
+    assert scores(task, items, [bomb]) == [False]
     many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
     monkeypatch.setattr(spider, "same_rows", lambda gold, found, ordered: len(found))
-    assert task.score(items, [many]) == [1]  # no more rows than show that they are too many
+    assert scores(task, items, [many]) == [1]  # no more rows than show that they are too many
     with pytest.raises(ValueError, match=r"train/0: the data set's own query fails: .*no such column"):
         spider_task(tmp_path, databases, "SELECT missing FROM pets")
 
@@ -358,7 +293,7 @@ from tasks import get_task
 TASK = get_task("tiny")
 ITEMS = {{item.name: item for item in TASK.load()[1]}}
 def score(doc, results):
-    return {{"passed": float(TASK.score([ITEMS[doc["key"]]], results)[0])}}
+    return {{"passed": float(TASK.right(ITEMS[doc["key"]], results[0]))}}
 """
 
 

@@ -127,3 +127,54 @@ def test_processes_of_the_tests_run_what_is_tested():
     """Which of two versions of transformers, for one."""
     done = python("-c", "import transformers; print(transformers.__version__)", cwd="/")
     assert done.stdout.strip() == transformers.__version__, done.stderr
+
+
+DEALT_OUT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from s0kernels.tuning.processes import Processes
+from test_collect import OPTIONS, PROBLEMS, check
+from test_evaluation import learned
+place, folder = Processes(), sys.argv[1]
+one, answered = learned("falcon"), []
+one.model.register_forward_hook(lambda *_: answered.append(1))
+found = one.collect(PROBLEMS, check, rows=4, out=f"{folder}/found.jsonl", **OPTIONS)
+few = one.collect(PROBLEMS, check, rows=8, solutions=3, **OPTIONS)
+evaluation = one.evaluate(PROBLEMS, check=check, rows=2, max_new_tokens=6, out=f"{folder}/e.jsonl", progress=False)
+assert all(other == (found, few) for other in place.share((found, few)))
+
+def breaks(problem, answer):
+    if problem["id"] == "p5":
+        raise ZeroDivisionError("broken")
+    return False
+
+for out in (f"{folder}/breaks.jsonl",) * 2:  # also when it goes on
+    try:
+        one.collect(PROBLEMS, breaks, rows=4, out=out, **OPTIONS)
+    except RuntimeError as error:
+        message = str(error)
+assert "failed on problem 'p5': ZeroDivisionError: broken" in message, message
+assert all(place.share(bool(answered))), "each does a share"
+if place.is_main:
+    with open(f"{folder}/all.json", "w") as file:
+        json.dump([found, few, evaluation.to_dict(), evaluation.answers], file)
+"""
+
+
+@pytest.mark.slow
+@on_cpu_cores
+def test_problems_are_dealt_out_and_the_list_is_the_same(tmp_path):
+    (tmp_path / "dealt.py").write_text(DEALT_OUT)
+    files = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"] if count > 1 else []
+        done = python(*launcher, str(tmp_path / "dealt.py"), str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+        names = ("all.json", "found.jsonl", "found.state.jsonl", "e.jsonl")
+        files[count] = {name: sorted((folder / name).read_text().splitlines()) for name in names}
+        assert (folder / "found.jsonl").read_text().splitlines() == [
+            json.dumps(record) for record in json.loads((folder / "all.json").read_text())[0]
+        ]
+    assert files[1] == files[2]

@@ -4,19 +4,19 @@ Data and tests: Chen et al., Evaluating Large Language Models Trained on Code (a
 0 to 79 and 80 to 163, is that of the S0 paper, as is asking through the chat template without thinking.
 """
 
-import re
-import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sandbox import Program, verify
+from s0kernels import verify
+from s0kernels.tuning.verify.sandbox import Program, Sandbox
+from s0kernels.tuning.verify.shapes import without_thoughts
 
 from .records import read_records
-from .task import THOUGHTS, Item, Styled, code_blocks
+from .task import Item, Styled
 
 TUNE = 80  # the first problems
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 ASK = "Write the body of this Python function. Answer with code alone, without explanation or Markdown.\n\n"
+SANDBOX = Sandbox(timeout=10.0, memory_mb=1024)
 
 
 @dataclass
@@ -47,48 +47,13 @@ class HumanEval(Styled):
         ]
         return items[:TUNE], items[TUNE:]
 
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        whole = published if self.scoring == "published" else extracted
-        programs = [
-            Program(
-                whole(item.data["prompt"], item.data["entry_point"], text),
-                item.data["entry_point"],
-                item.data["test"],
-                prelude=item.data["prompt"],
-            )
-            for item, text in zip(items, completions, strict=True)
-        ]
-        return [verdict.passed for verdict in verify(programs, timeout=10.0, memory_mb=1024, progress=True)]
+    def right(self, item: Item, completion: str) -> bool:
+        prompt, name, tests = (item.data[field] for field in ("prompt", "entry_point", "test"))
+        if self.scoring == "published":
+            return SANDBOX.run(Program(published(prompt, completion), name, tests, prelude=prompt)).passed
+        return verify.python({"tests": tests, "entry_point": name, "prefix": prompt}, completion)
 
 
-def published(prompt: str, function: str, answer: str) -> str:
-    text = THOUGHTS.sub("", answer).strip().removeprefix("```python").removesuffix("```")
+def published(prompt: str, answer: str) -> str:
+    text = without_thoughts(answer).strip().removeprefix("```python").removesuffix("```")
     return prompt + text.strip() + "\n"
-
-
-def extracted(prompt: str, function: str, answer: str) -> str:
-    """The program that an answer stands for; the prompt, whose last function has a docstring alone, is its start."""
-    text = THOUGHTS.sub("", answer)
-    whole = re.compile(rf"^(async\s+)?def\s+{function}\b", re.MULTILINE)
-    if blocks := code_blocks(text):
-        text = next((block for block in blocks if whole.search(textwrap.dedent(block))), blocks[0])
-    dedented = textwrap.dedent(text)
-    body = re.search(r"^return\b", dedented, re.MULTILINE)  # it may begin with a function of the same name
-    if whole.search(dedented) and not body:
-        return f"{prompt}\n{dedented}\n"
-    return prompt + indented(text) + "\n"
-
-
-def indented(body: str) -> str:
-    """A function's body, moved to four spaces as a whole, or with the indentation that its first line alone lost."""
-    first, *rest = re.sub(r"\A(?:\s*\n)+", "", body).rstrip().split("\n")
-    margins = [line[: len(line) - len(line.lstrip())] for line in rest if line.strip()]
-    margin = min(margins, key=len, default="")
-    opens = first.partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # a block, and that is all
-    if margin and not first[:1].isspace() and not opens:
-        first = margin + first
-    margin = first[: len(first) - len(first.lstrip())]
-    lines = [first, *rest]
-    if not all(line.startswith(margin) or not line.strip() for line in lines):
-        return "\n".join(lines)
-    return "\n".join(f"    {line.removeprefix(margin)}" if line.strip() else line for line in lines)

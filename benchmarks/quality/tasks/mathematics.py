@@ -5,13 +5,12 @@ Data: Hendrycks et al. (arXiv 2103.03874), in the selection of Lightman et al. (
 scripts (github.com/JackYoung27/s0-tuning, experiments/); they cap the solutions at one per problem only.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .answers import same_answers
+from s0kernels import verify
+
 from .records import read_records
-from .task import THOUGHTS, Item, Styled
+from .task import Item, Styled
 
 TUNE = 200  # of GSM8K
 BOXED = "Solve this problem step by step. Put the final answer into \\boxed{}.\n\n"
@@ -21,12 +20,8 @@ HASHES = "Solve this problem step by step. End with a line of #### and the final
 class Mathematics(Styled):
     samples = 4
 
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        texts = [self.final(THOUGHTS.sub("", text)) for text in completions]
-        return same_answers([(item.data["answer"], text) for item, text in zip(items, texts, strict=True)])
-
-    def final(self, text: str) -> str:
-        return text
+    def right(self, item: Item, completion: str) -> bool:
+        return verify.answer(item.data, completion)
 
     def item(self, name: str, question: str, reference: str, answer: str, ask: str) -> Item:
         prompt = ask + question if self.chat else f"Problem: {question}\nSolution:"
@@ -48,8 +43,7 @@ class Math500(Mathematics):
     def load(self) -> tuple[list[Item], list[Item]]:
         rows = read_records(self.data, ("problem", "solution", "answer", "unique_id"), split="test")
         items = [
-            self.item(row["unique_id"], row["problem"], f" {row['solution']}", f"${row['answer']}$", BOXED)
-            for row in rows
+            self.item(row["unique_id"], row["problem"], f" {row['solution']}", row["answer"], BOXED) for row in rows
         ]
         return items[: len(items) // 2], items[len(items) // 2 :]
 
@@ -77,15 +71,4 @@ class GSM8K(Mathematics):
         worked, mark, answer = row["answer"].rpartition("####")
         if not mark:
             raise ValueError(f"{source}: the answer of {name} has no ####")
-        return self.item(name, row["question"], f" {worked}#### {answer.strip()}", plain(answer), HASHES)
-
-    def final(self, text: str) -> str:
-        """What follows the last #### that a number follows, since it may begin headings too; everything, where
-        math-verify takes the last number, if there is none."""
-        found = re.findall(r"####\s*([^\n#]*\d[^\n#]*)", text)
-        return plain(found[-1]) if found else text
-
-
-def plain(number: str) -> str:
-    """Without thousands separators, and with signs that math-verify reads."""
-    return number.strip().replace(",", "").replace("\\$", "").replace("−", "-")
+        return self.item(name, row["question"], f" {worked}#### {answer.strip()}", answer.strip(), HASHES)

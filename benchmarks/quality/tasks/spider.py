@@ -17,10 +17,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import Call, Outcome, evaluate
+from s0kernels.tuning.verify.sandbox import Call, Outcome, Sandbox
+from s0kernels.tuning.verify.shapes import code_blocks, without_thoughts
 
 from .records import read_records
-from .task import THOUGHTS, Item, Styled, code_blocks
+from .task import Item, Styled
 
 TUNE = 500
 ASK = (
@@ -50,6 +51,7 @@ def query(uri, sql, most):
         raise ValueError("not a query")
     return cursor.fetchall() if most is None else cursor.fetchmany(most)
 """
+SANDBOX = Sandbox(timeout=30.0, memory_mb=1024, result_mb=64)
 
 
 @dataclass
@@ -87,34 +89,26 @@ class Spider(Styled):
             form.format(name=row["db_id"], schema=schema(file), question=row["question"])
             for file, (_, row) in zip(files, rows, strict=True)
         ]
-        calls = [(_uri(file), row["query"], None) for file, (_, row) in zip(files, rows, strict=True)]
-        gold = _rows(calls)
-        for (name, _), prompt, call in zip(rows, prompts, calls, strict=True):
-            if not gold[call].ok:
-                raise ValueError(f"{name}: the data set's own query fails: {gold[call].reason}")
-            uri, query, _ = call
+        for (name, row), prompt, file in zip(rows, prompts, files, strict=True):
+            uri, query = _uri(file), row["query"]
+            gold = _rows(uri, query, None)
+            if not gold.ok:
+                raise ValueError(f"{name}: the data set's own query fails: {gold.reason}")
             reference = query if self.chat else re.sub(r"^\s*select\b", "", query, flags=re.IGNORECASE)
-            data = {"uri": uri, "rows": gold[call].value, "ordered": "order by" in query.lower()}
+            data = {"uri": uri, "rows": gold.value, "ordered": "order by" in query.lower()}
             items.append(Item(name, prompt, reference, data))
         return items
 
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
+    def right(self, item: Item, completion: str) -> bool:
         # of an answer no more rows than tell that it has too many: a forgotten condition of a join makes millions
-        calls = [
-            (item.data["uri"], self.sql(text), len(item.data["rows"]) + 1)
-            for item, text in zip(items, completions, strict=True)
-        ]
-        found = _rows(calls)
-        return [
-            found[call].ok and same_rows(item.data["rows"], found[call].value, item.data["ordered"])
-            for item, call in zip(items, calls, strict=True)
-        ]
+        found = _rows(item.data["uri"], self.sql(completion), len(item.data["rows"]) + 1)
+        return found.ok and same_rows(item.data["rows"], found.value, item.data["ordered"])
 
     def sql(self, text: str) -> str:
         """The query in an answer: from where it begins in its code block, if there is one, up to a semicolon."""
         if not self.chat:
             return f"SELECT{text}"
-        text = THOUGHTS.sub("", text)
+        text = without_thoughts(text)
         text = next(iter(code_blocks(text)), text)
         if begin := next(filter(None, (pattern.search(text) for pattern in BEGINS)), None):
             before, text = text[: begin.start(1)], text[begin.start(1) :]
@@ -123,11 +117,10 @@ class Spider(Styled):
         return UP_TO_SEMICOLON.match(text)[0].strip()
 
 
-def _rows(calls: Sequence[tuple]) -> dict[tuple, Outcome]:
-    """What each (uri, SQL, how many rows at most) gives; the evaluator joins operators that a tokenizer has split."""
-    known = list(dict.fromkeys(calls))
-    joined = [Call(QUERY, "query", (uri, re.sub("([<>!]) =", r"\1=", sql), most)) for uri, sql, most in known]
-    return dict(zip(known, evaluate(joined, timeout=30.0, memory_mb=1024, result_mb=64, progress=True), strict=True))
+@functools.cache
+def _rows(uri: str, sql: str, most: int | None) -> Outcome:
+    """What a query gives, no more than `most` rows; the evaluator joins operators that a tokenizer has split."""
+    return SANDBOX.run(Call(QUERY, "query", (uri, re.sub("([<>!]) =", r"\1=", sql), most)))
 
 
 def _uri(file: Path) -> str:

@@ -1,15 +1,9 @@
 """What a task is: problems in two parts, and a way to tell which completions are right."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-#: what a chat model writes before its answer; some templates write the opening tag themselves
-THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
-# closed where a line begins or ends with the fence: within one it may be part of the code
-FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,8 @@ class Task(ABC):
         """(problems to tune on, problems held out), always in the same order."""
 
     @abstractmethod
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        """Which completions are right, one for each item; an item may come several times."""
+    def right(self, item: Item, completion: str) -> bool:
+        """Whether a completion of the item is right. Two threads may ask at a time."""
 
 
 @dataclass
@@ -55,8 +49,3 @@ class Styled(Task):
         self.stop = () if self.chat else self.ends
 
     ends: ClassVar[Sequence[str]] = ()  # where a plain-text completion is over
-
-
-def code_blocks(text: str) -> list[str]:
-    """What stands between the fences of Markdown, without them."""
-    return [block["code"] for block in FENCED.finditer(text)]

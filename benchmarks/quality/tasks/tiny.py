@@ -1,11 +1,12 @@
 """The problems of the tiny models, which are made by a script; answers run in the sandbox."""
 
-from collections.abc import Sequence
-
 from problems import SPLITS, Problem, make_problems
-from sandbox import Job, verify
+
+from s0kernels.tuning.verify.sandbox import Job, Sandbox
 
 from .task import Item, Task
+
+SANDBOX = Sandbox()
 
 
 class Tiny(Task):
@@ -16,12 +17,10 @@ class Tiny(Task):
         tune, heldout = ([item(problem) for problem in make_problems(split)] for split in SPLITS)
         return tune, heldout
 
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[bool]:
-        jobs = []
-        for one, text in zip(items, completions, strict=True):
-            problem = one.data["problem"]
-            jobs.append(Job(one.prompt + text + "\n", problem.name, list(problem.inputs), list(problem.expected)))
-        return [verdict.passed for verdict in verify(jobs)]
+    def right(self, item: Item, completion: str) -> bool:
+        problem = item.data["problem"]
+        job = Job(item.prompt + completion + "\n", problem.name, list(problem.inputs), list(problem.expected))
+        return SANDBOX.run(job).passed
 
 
 def item(problem: Problem) -> Item:

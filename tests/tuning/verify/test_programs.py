@@ -1,4 +1,4 @@
-"""benchmarks/quality/sandbox.py, programs: what tests as code find right, and every way past them."""
+"""s0kernels/tuning/verify/sandbox.py, programs: what tests as code find right, and every way past them."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ import threading
 
 import pytest
 from escapes import (
+    ALONE,
     ESCAPES,
     HANG,
     HANGS,
     LONG,
-    QUALITY,
     attempt,
     confined,
     outcomes,
@@ -21,7 +21,8 @@ from escapes import (
     untouched,
     wait_until,
 )
-from sandbox import Program, verify
+
+from s0kernels.tuning.verify.sandbox import Program, verify
 
 pytestmark = pytest.mark.slow  # many processes
 
@@ -408,9 +409,8 @@ def test_killed_from_outside(victim, reason):
 
 def test_nothing_outlives_a_killed_caller():
     script = f"""
-import sys
-sys.path.insert(0, {str(QUALITY)!r})
-from sandbox import Program, verify
+{ALONE}
+from s0kernels.tuning.verify.sandbox import Program, verify
 verify([{SLEEPER!r}] * 2, timeout={LONG!r})
 """
     caller = subprocess.Popen([sys.executable, "-c", script])

@@ -1,4 +1,4 @@
-"""benchmarks/quality/sandbox.py: values that calls return, databases read in them, and what confines it all."""
+"""s0kernels/tuning/verify/sandbox.py: values that calls return, databases read in them, and what confines it all."""
 
 import json
 import math
@@ -9,8 +9,9 @@ import time
 
 import pytest
 from escapes import HANG, LONG, attempt, sandbox, untouched
-from sandbox import Call, Outcome, confinement, evaluate
-from wire import decode, encode
+
+from s0kernels.tuning.verify.sandbox import Call, Outcome, confinement, evaluate
+from s0kernels.tuning.verify.wire import decode, encode
 
 pytestmark = pytest.mark.slow  # many processes
 

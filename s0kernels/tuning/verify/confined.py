@@ -29,7 +29,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -I leaves it out
 from wire import (
@@ -280,7 +280,8 @@ class _StandIn:
 
     def __init__(self, name: str, limit: int):
         self.__name__ = name
-        self.calls, self.raised, self.raised_text = 0, None, ""
+        self.calls, self.raised_text = 0, ""
+        self.raised: Exception | None = None
         self._limit = limit
 
     def __call__(self, *arguments, **keywords):
@@ -311,7 +312,7 @@ class _StandIn:
             self._finish(_report("output flood: a result beyond the limit"))
         except (TypeError, ValueError):
             self._finish(_report("garbled result"))
-        if code == _RAISED:
+        if self.raised is not None and code == _RAISED:
             raise self.raised
         return answer
 
@@ -332,13 +333,14 @@ def _is_caught(error: BaseException) -> bool:
     reached = error.__traceback__
     if reached is None or reached.tb_frame.f_code.co_filename == __file__:
         return False
-    handlers = dis._parse_exception_table(reached.tb_frame.f_code)
+    parse: Any = getattr(dis, "_parse_exception_table")  # noqa: B009
+    handlers = parse(reached.tb_frame.f_code)
     return any(entry.start <= reached.tb_lasti < entry.end for entry in handlers)
 
 
 def _exception(base: str, _name: str, text: str) -> Exception:
     """An exception of a builtin class, which is all that the tests may know of the candidate's."""
-    cls = getattr(builtins, base, None)
+    cls: Any = getattr(builtins, base, None)
     if type(text) is not str or not issubclass(cls, Exception):
         raise TypeError
     try:
@@ -366,7 +368,7 @@ def _enter_namespaces() -> str:
             _unshare()
             status = 0
         except OSError as error:
-            status = error.errno
+            status = error.errno or 255
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1])

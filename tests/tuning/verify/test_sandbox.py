@@ -1,4 +1,4 @@
-"""benchmarks/quality/sandbox.py, jobs: right code passes; ways to hang, harm or cheat are refused."""
+"""s0kernels/tuning/verify/sandbox.py, jobs: right code passes; ways to hang, harm or cheat are refused."""
 
 import os
 import signal
@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
-from escapes import ESCAPES, HANG, HANGS, LONG, QUALITY, attempt, outcomes, processes, sandbox, untouched, wait_until
-from sandbox import Job, verify
+from escapes import ALONE, ESCAPES, HANG, HANGS, LONG, attempt, outcomes, processes, sandbox, untouched, wait_until
+
+from s0kernels.tuning.verify.sandbox import Job, verify
 
 pytestmark = pytest.mark.slow  # many processes
 
@@ -239,9 +240,9 @@ def test_as_a_normal_user(playground):
 import os, sys
 if sys.version_info < (3, 11):
     sys.exit("too old")
-sys.path.insert(0, {str(QUALITY)!r})
-import sandbox
-from sandbox import Job, Program, verify
+{ALONE}
+from s0kernels.tuning.verify import sandbox
+from s0kernels.tuning.verify.sandbox import Job, Program, verify
 print("started", flush=True)
 sandbox._TRY_NAMESPACES = {sandbox._TRY_NAMESPACES}
 bodies = ["pass", "os.kill(os.getppid(), 9)", "os.kill(-1, 0)", "os.remove({str(playground / "kept")!r})", "os.fork()"]
@@ -342,9 +343,8 @@ def test_dead_launcher_is_replaced(monkeypatch):
 
 def test_nothing_outlives_a_killed_caller():
     script = f"""
-import sys
-sys.path.insert(0, {str(QUALITY)!r})
-from sandbox import Job, verify
+{ALONE}
+from s0kernels.tuning.verify.sandbox import Job, verify
 verify([Job("def f(x):\\n while True: pass", "f", [(1,)], [1])] * 2, timeout={LONG!r})
 """
     caller = subprocess.Popen([sys.executable, "-c", script])

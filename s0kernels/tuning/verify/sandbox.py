@@ -53,13 +53,15 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
-from wire import (
+from s0kernels.tuning.verify.wire import (
     FLOOD,
     NO_VERDICT,
     PROGRAM,
@@ -75,7 +77,7 @@ from wire import (
     send,
 )
 
-__all__ = ["Call", "Job", "Outcome", "Program", "Verdict", "confinement", "evaluate", "verify"]
+__all__ = ["Call", "Job", "Outcome", "Program", "Sandbox", "Verdict", "confinement", "evaluate", "verify"]
 
 _LAUNCHER_GRACE = 20.0  # seconds on top of a job's timeout before the launcher itself is given up
 _TRY_NAMESPACES = True
@@ -189,35 +191,73 @@ def confinement() -> str:
         launcher.close()
 
 
+class Sandbox:
+    """Runs one job after the other, of as many threads as call it, and keeps its launchers for those to come.
+
+    timeout, memory_mb, result_mb: as for `verify` and `evaluate`. `close`, or the end of the process, ends what waits.
+    """
+
+    def __init__(self, *, timeout: float = 2.0, memory_mb: int = 256, result_mb: int = 1):
+        if not (timeout > 0 and math.isfinite(timeout) and memory_mb > 0 and result_mb > 0):
+            raise ValueError("timeout, memory_mb and result_mb must be positive")
+        self._limits = (timeout, memory_mb, result_mb << 20)
+        self._idle: deque[_Launcher] = deque()  # append and pop are atomic
+        weakref.finalize(self, _close_all, self._idle)
+
+    @overload
+    def run(self, job: "Job | Program") -> "Verdict": ...
+    @overload
+    def run(self, job: "Call") -> "Outcome": ...
+    def run(self, job):
+        """Its verdict or outcome. Raises as `verify` does."""
+        return self.judge(job, _request(job))
+
+    def judge(self, job: "Job | Program | Call", request: bytes) -> Any:
+        """`request` is what `run` makes of the job."""
+        try:
+            launcher = self._idle.pop()
+        except IndexError:
+            launcher = _Launcher(Limits(*self._limits, int(_TRY_NAMESPACES)))
+        try:
+            found = launcher.judge(job, request)
+        except BaseException:
+            launcher.close()
+            raise
+        if launcher.alive:
+            self._idle.append(launcher)
+        else:
+            launcher.close()
+        return found
+
+    def close(self) -> None:
+        _close_all(self._idle)
+
+
+def _close_all(launchers: "deque[_Launcher]") -> None:
+    while launchers:
+        launchers.pop().close()
+
+
 def _each(jobs: Sequence, timeout: float, memory_mb: int, result_mb: int, workers: int, progress: bool) -> list:
     """The verdict or outcome of each job, from `workers` launchers."""
-    if not (timeout > 0 and math.isfinite(timeout) and memory_mb > 0 and result_mb > 0 and workers > 0):
-        raise ValueError("timeout, memory_mb, result_mb and workers must be positive")
-    limits = Limits(timeout, memory_mb, result_mb << 20, int(_TRY_NAMESPACES))
+    if not workers > 0:
+        raise ValueError("workers must be positive")
+    sandbox = Sandbox(timeout=timeout, memory_mb=memory_mb, result_mb=result_mb)
     requests = [_request(job) for job in jobs]
     answers: list = [None] * len(requests)
     todo = deque(range(len(requests)))  # popleft is atomic, so the workers share it without a lock
 
     def work() -> None:
-        launcher = None
-        try:
-            while todo:
-                try:
-                    index = todo.popleft()
-                except IndexError:
-                    return
-                launcher = launcher or _Launcher(limits)
-                answers[index] = launcher.judge(jobs[index], requests[index])
-                if not launcher.alive:
-                    launcher.close()
-                    launcher = None
-                if progress:
-                    print(f"\r{len(jobs) - len(todo)}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
-        finally:
-            if launcher:
-                launcher.close()
+        while todo:
+            try:
+                index = todo.popleft()
+            except IndexError:
+                return
+            answers[index] = sandbox.judge(jobs[index], requests[index])
+            if progress:
+                print(f"\r{len(jobs) - len(todo)}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with contextlib.closing(sandbox), ThreadPoolExecutor(workers) as pool:
         try:
             for future in [pool.submit(work) for _ in range(min(workers, len(requests)))]:
                 future.result()
@@ -331,7 +371,7 @@ class _Launcher:
         env = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         script = Path(__file__).resolve().with_name("confined.py")
         command = [sys.executable, "-I", "-S", script, *map(str, limits)]
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/", env=env, start_new_session=True
         )
         try:
@@ -343,7 +383,8 @@ class _Launcher:
             self.close()
             raise
 
-    def judge(self, job: Job | Program | Call, request: bytes) -> Verdict | Outcome:
+    def judge(self, job: Job | Program | Call, request: bytes) -> Any:
+        """A Call's Outcome, the Verdict of all else."""
         with contextlib.suppress(BrokenPipeError):  # then reading fails as well
             send(self._process.stdin.fileno(), request)
         code, raw = self._read()

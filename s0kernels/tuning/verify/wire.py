@@ -13,7 +13,7 @@ import struct
 import time
 import types
 from collections import Counter, OrderedDict, defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SOLVE, PROGRAM = 0, 1  # requests
 TIMED_OUT, FLOOD, NO_VERDICT = 1001, 1002, 1003  # beyond any exit code or negated signal number
@@ -94,7 +94,7 @@ def encode(value, dumps=json.dumps) -> str:
         raise ValueError("the value is cyclic or nested too deeply") from None
 
 
-def decode(text: str | bytes):
+def decode(text: str | bytes) -> Any:
     """The inverse of `encode`; ValueError for what it cannot have made. Builds plain values and runs no code."""
     try:
         return _untagged(json.loads(text))
@@ -119,7 +119,7 @@ def _tagged(value):
     raise TypeError(f"not a plain value: {kind.__name__}")
 
 
-def _untagged(value):
+def _untagged(value) -> Any:
     if type(value) is not list:
         if type(value) is dict:
             raise TypeError

@@ -1,0 +1,307 @@
+"""`python -m s0kernels collect` and `evaluate`: a checker and a way of sampling by options, and what is printed."""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s0kernels.messages import some
+from s0kernels.tuning import checks
+from s0kernels.tuning.collect import collect_from
+from s0kernels.tuning.deciding import Work
+from s0kernels.tuning.loading import find_model, load_tokenizer
+from s0kernels.tuning.problems import read_problems
+from s0kernels.tuning.processes import processes
+from s0kernels.tuning.sampling import Sampling
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+_PROBLEMS = (
+    'JSON lines, each {"prompt": ... or "messages": [...], "tests": code or "answer": text}, with "id", "entry_point" '
+    'and "prefix" if need be'
+)
+#: of sampling, as `collect` and `evaluate` take them
+_NAMES = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "chat_template_kwargs", "seed", "rows")
+#: of them, those of an answer without noise
+_GREEDY = ("max_new_tokens", "stop", "chat_template_kwargs", "rows")
+#: of the problems that `tune --collect` is given, each so many is held out
+_EVERY = 4
+
+
+def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model directory, or its name on the hub")
+    parser.add_argument("problems", type=Path, help=_PROBLEMS)
+    parser.add_argument("output", type=Path, help="file for the solutions, JSON lines that tune takes")
+    parser.add_argument("--solutions", type=int, default=48, help="how many to keep, one a problem (default: 48)")
+    add_server(parser)
+    add_checker(parser)
+    add_sampling(parser, Sampling().samples)
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model directory, or its name on the hub")
+    parser.add_argument("problems", type=Path, help=_PROBLEMS)
+    parser.add_argument("--states", type=Path, help="directory of learned states; without it the base alone")
+    parser.add_argument("--task", help="which task, where the directory holds several")
+    parser.add_argument("--alpha", help="scale of S0 (default: the states' own), or several, as 0.03,0.07,0.15")
+    parser.add_argument(
+        "--development", type=Path, help="problems by which one of several --alpha is chosen, for the others' figure"
+    )
+    parser.add_argument("--out", type=Path, help="file of what is decided, from which the same command goes on")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    add_checker(parser)
+    add_sampling(parser, 1)
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("problems instead of solutions")
+    group.add_argument(
+        "--collect", action="store_true", help=f"DATA are problems, which are sampled first: {_PROBLEMS}"
+    )
+    group.add_argument(
+        "--heldout",
+        type=Path,
+        help="problems to evaluate by, a file or directory as DATA (default: every fourth of DATA, not learned from)",
+    )
+    group.add_argument("--solutions", type=int, help="how many to learn from, one a problem (default: 48)")
+    add_server(parser)
+    add_checker(parser)
+    add_sampling(parser, Sampling().samples)
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling by a server")
+    group.add_argument(
+        "--server", metavar="URL", help="with OpenAI's API, as http://localhost:8000/v1; MODEL has the tokenizer"
+    )
+    group.add_argument("--served-model", metavar="NAME", help="the model's name there (default: the only one it has)")
+
+
+def add_checker(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checker (default: tests in the sandbox, or the answer, by what a problem has)")
+    group.add_argument("--check", choices=("tests", "answer"), help="by the problems' tests, or by their answer")
+    group.add_argument(
+        "--command",
+        dest="checker",
+        metavar="PROGRAM",
+        help="by a program with its arguments, as one text: it gets the answer on standard input, the problem as JSON "
+        "in S0KERNELS_PROBLEM, and says by exit code 0 that it is right. It is not sandboxed, and there is no shell",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
+    """`samples` None: of tune, where the default depends on the step."""
+    default = Sampling()
+    group = parser.add_argument_group("sampling")
+    what = "samples of each problem" if samples != 1 else "answers to each problem; several are sampled"
+    group.add_argument("--samples", type=int, help=f"{what} (default: {samples or default.samples})")
+    for name, kind, text in (
+        ("max_new_tokens", int, "longest answer"),
+        ("temperature", float, "of sampling"),
+        ("top_p", float, "of sampling"),
+        ("top_k", int, "of sampling; 0 is all tokens"),
+        ("seed", int, "of the noise, which belongs to seed, problem, sample and position"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, help=f"{text} (default: {getattr(default, name)})")
+    group.add_argument("--stop", action="append", help="a text that ends an answer; may be given repeatedly")
+    group.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help="for the template, as '{\"enable_thinking\": true}'"
+    )
+    group.add_argument("--rows", type=int, help="sequences at a time (default: as many as there is memory for)")
+
+
+def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of them, as the trainer's arguments."""
+    found = {name: value for name in _NAMES if (value := getattr(options, name)) is not None}
+    if "chat_template_kwargs" in found:
+        try:
+            found["chat_template_kwargs"] = json.loads(found["chat_template_kwargs"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--chat-template-kwargs must be a JSON object: {error}") from error
+    return found
+
+
+def sampling(options: argparse.Namespace) -> Sampling:
+    """Checked, but for the number of rows."""
+    return Sampling(**{name: value for name, value in sampling_options(options).items() if name != "rows"})
+
+
+def checker(options: argparse.Namespace) -> Any:
+    from s0kernels.tuning.verify.checkers import Answer, ByProblem, Command, Python
+
+    if options.check is not None and options.checker is not None:
+        raise ValueError("--check and --command are two checkers, and one is wanted")
+    if options.checker is not None:
+        return Command(shlex.split(options.checker))
+    return {"tests": Python, "answer": Answer, None: ByProblem}[options.check]()
+
+
+def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any, config: Any = None) -> Any:
+    """The trainer, after the problems have been read with its tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    from s0kernels.tuning.trainer import S0Trainer
+
+    kwargs = sampling(options).chat_template_kwargs
+    found = find_model(options.model, {})
+    tokenizer = load_tokenizer(AutoTokenizer, options.model, found)
+    for file in files:
+        read_problems(file, tokenizer, kwargs, check)
+    return S0Trainer.from_pretrained(options.model, config, **found)
+
+
+def run_collect(options: argparse.Namespace) -> None:
+    check = checker(options)
+    began = time.perf_counter()
+    if options.server is None:
+        if options.served_model is not None:
+            raise ValueError("--served-model is a server's, and --server is missing")
+        trainer = open_trainer(options, [options.problems], check)
+        given = {"solutions": options.solutions, "out": options.output, **sampling_options(options)}
+        found = trainer.collect(options.problems, check, **given)
+    else:
+        found = _from_server(options, check)
+    if processes().is_main_process:
+        print(f"{len(found)} solutions in {options.output}, {time.perf_counter() - began:.0f} s")
+
+
+def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]]:
+    """Without loading the model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    if options.solutions < 1:
+        raise ValueError(f"--solutions must be at least 1, got {options.solutions}")
+    tokenizer, how = load_tokenizer(AutoTokenizer, options.model, find_model(options.model, {})), sampling(options)
+    problems = read_problems(options.problems, tokenizer, how.chat_template_kwargs, check)
+    rows = checks.size("rows", options.rows)
+    work = Work(problems, check, how, {}, rows, torch.device("cpu"), options.output, True)
+    return collect_from(options.server, options.served_model, tokenizer, work, options.solutions)
+
+
+def run_evaluate(options: argparse.Namespace, table: Table) -> None:
+    alphas = _alphas(options)
+    check = checker(options)
+    files = [file for file in (options.development, options.problems) if file is not None]
+    trainer = open_trainer(options, files, check)
+    if options.states is not None:
+        trainer.load(options.states)
+    given = {"check": check, "task": options.task, **sampling_options(options)}
+    main, chosen = processes().is_main_process, None
+    if options.development is not None:
+        out = None if options.out is None else options.out.with_suffix(".development.jsonl")
+        swept = trainer.evaluate(options.development, alpha=alphas, out=out, **given)
+        chosen = max(swept, key=lambda alpha: swept[alpha].s0)
+        if main and not options.json:
+            print(
+                f"{options.development}\n{sweep_table(swept, table)}\nalpha {chosen:g} is chosen\n\n{options.problems}"
+            )
+        alphas = [chosen]
+    found = trainer.evaluate(options.problems, alpha=alphas, out=options.out, **given)
+    found = found if isinstance(found, dict) else {found.alpha: found}
+    if not main:
+        return
+    if options.json:
+        print(json.dumps([one.to_dict() for one in found.values()] if len(found) > 1 else one_of(found).to_dict()))
+    elif len(found) > 1:
+        print(sweep_table(found, table))
+        print("an alpha that is chosen by these problems is to be judged by others: --development")
+    else:
+        print_evaluation(one_of(found), table)
+
+
+def check_tune_options(options: argparse.Namespace) -> None:
+    for name in ("heldout", "solutions", "server", "served_model", "check", "checker", *_NAMES):
+        if getattr(options, name) is not None and not options.collect:
+            flag = "command" if name == "checker" else name.replace("_", "-")
+            raise ValueError(f"--{flag} is about problems, and --collect is missing")
+
+
+def split(
+    files: Mapping[str | None, Path],
+    others: Mapping[str | None, Path] | None,
+    tokenizer: Any,
+    options: Mapping[str, Any] | None,
+    check: Any,
+) -> tuple[dict[str | None, list], dict[str | None, list]]:
+    """(to learn from, held out) by task: held out are `others`, or every fourth. `options` are the template's."""
+    parts: tuple[dict, dict] = ({}, {})
+    if others is not None and list(others) != list(files):
+        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, and has {some(others)}")
+    for name, file in files.items():
+        rows = [{**p.record, "id": p.id} for p in read_problems(file, tokenizer, options, check)]
+        if others is not None:
+            kept = [{**p.record, "id": p.id} for p in read_problems(others[name], tokenizer, options, check)]
+        elif len(rows) < _EVERY:
+            raise ValueError(f"{file} has {len(rows)} problems, too few to hold some out; give --heldout")
+        else:
+            rows, kept = [row for i, row in enumerate(rows, 1) if i % _EVERY], rows[_EVERY - 1 :: _EVERY]
+        parts[0][name], parts[1][name] = rows, kept
+    return parts
+
+
+def find_solutions(
+    trainer: Any, problems: Mapping[str | None, list], output: Path, check: Any, options: argparse.Namespace
+) -> Any:
+    """What `train` takes: those of one task, or of several by name; they are written beside the states."""
+    found = {}
+    for name, rows in problems.items():
+        out = output / (name or "") / "solutions.jsonl"
+        began = time.perf_counter()
+        named = ("solutions", "server", "served_model")
+        wanted = {name: value for name in named if (value := getattr(options, name)) is not None}
+        found[name] = trainer.collect(rows, check, out=out, **wanted, **sampling_options(options))
+        if processes().is_main_process:
+            print(f"{len(found[name])} solutions in {out}, {time.perf_counter() - began:.0f} s")
+    return found.get(None, found)
+
+
+def print_heldout(
+    trainer: Any,
+    problems: Mapping[str | None, list],
+    output: Path,
+    check: Any,
+    options: argparse.Namespace,
+    table: Table,
+) -> None:
+    """A table of the held-out problems for each task, by the likeliest answers."""
+    greedy = {name: x for name, x in sampling_options(options).items() if name in _GREEDY}
+    for name, rows in problems.items():
+        out = output / (name or "") / "heldout.jsonl"
+        found = trainer.evaluate(rows, check=check, task=name, out=out, **greedy)
+        if processes().is_main_process:
+            print("" if name is None else f"{name}\n", end="")
+            print_evaluation(found, table)
+
+
+def one_of(found: Mapping[Any, Any]) -> Any:
+    (one,) = found.values()
+    return one
+
+
+def print_evaluation(found: Any, table: Table) -> None:
+    print(table(*found.table()))
+    for line in found.notes():
+        print(line)
+
+
+def sweep_table(found: Mapping[float, Any], table: Table) -> str:
+    """The base and S0 at each alpha."""
+    head, rows = next(iter(found.values())).table()
+    return table(head, [rows[0], *(one.table()[1][1] for one in found.values())])
+
+
+def _alphas(options: argparse.Namespace) -> list[float] | None:
+    for name in ("task", "alpha", "development"):
+        if getattr(options, name) is not None and options.states is None:
+            raise ValueError(f"--{name} is about the states, and --states is missing")
+    try:
+        found = None if options.alpha is None else [float(alpha) for alpha in options.alpha.split(",")]
+    except ValueError:
+        raise ValueError(f"--alpha must be numbers, as 0.03,0.07, got {options.alpha!r}") from None
+    if options.development is not None and len(found or ()) < 2:
+        raise ValueError("--development chooses among several --alpha, as 0.03,0.07,0.15")
+    return found

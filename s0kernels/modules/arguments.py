@@ -107,7 +107,7 @@ def cache_argument(module: nn.Module) -> str:
 
 def takes_cache(module: nn.Module) -> bool:
     """Whether `cache_argument` has a name for it."""
-    return any(name in _named(module) for name in CACHES)
+    return any(name in named(module) for name in CACHES)
 
 
 def cache_of(output: Mapping[str, Any]) -> Any:

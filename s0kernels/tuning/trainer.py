@@ -211,8 +211,8 @@ class S0Trainer(Holder):
             chat_template_kwargs: go to the template, and into the solutions, so that training uses them as well.
             seed: the noise of sampling belongs to seed, problem, sample and position. So the same seed finds the same,
                 however problems are batched, interrupted or dealt out to processes, up to the model's own rounding.
-            rows: sequences that go through the model at a time; None: as many as memory has room for. With less than
-                memory has, they are halved.
+            rows: sequences that go through the model at a time; None: as many as memory has room for. A batch that is
+                out of memory is done again with half.
             out: a file for the solutions, as JSON lines; each is written when it is found. Beside it, with the suffix
                 `.state.jsonl`, is what is decided about each problem. Started again the run goes on from there; other
                 settings of sampling are refused.
@@ -231,14 +231,12 @@ class S0Trainer(Holder):
         """
         self._refuse_while_training("collect")
         wanted = checks.positive("solutions", solutions)
-        sampling = Sampling(
-            samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed
-        )  # fmt: skip
+        sampling = Sampling(samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed)
+        if served_model is not None and server is None:
+            raise ValueError("S0Trainer.collect: served_model is a server's, and there is no server")
         work = self._work(problems, check, sampling, rows, out, progress)
         if server is not None:
             return collect_from(server, served_model, self.tokenizer, work, wanted)
-        if served_model is not None:
-            raise ValueError("S0Trainer.collect: served_model is a server's, and there is no server")
         with self._sampling_from(None), checks.closing(check):
             return collect(work, self._sampler(work), wanted)
 
@@ -306,7 +304,7 @@ class S0Trainer(Holder):
         """
         sampling = Sampling(
             samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed, samples == 1
-        )  # fmt: skip
+        )
         if check is None:
             if (sampling, rows, out, task, alpha) != (Sampling(1, greedy=True), None, None, None, None):
                 raise ValueError("S0Trainer.evaluate: without check it is the loss, and nothing is sampled")

@@ -188,6 +188,7 @@ MISSING = "import sys; sys.modules[{0!r}] = None; {1}"
     [
         ("tqdm", "import s0kernels; s0kernels.S0Trainer", "hf"),
         ("tqdm", "from s0kernels.cli import main; sys.exit(main(['tune', 'm', '.', 'o']))", "hf"),
+        ("tqdm", "from s0kernels.cli import main; sys.exit(main(['evaluate', 'm', 'p']))", "hf"),
         ("triton", "from s0kernels.cli import main; sys.exit(main(['aot']))", "dev"),
     ],
 )

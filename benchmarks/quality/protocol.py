@@ -25,7 +25,8 @@ from s0kernels.tuning.chat import end_token
 from s0kernels.tuning.deciding import Work
 from s0kernels.tuning.evaluation import evaluate as evaluate_runs
 from s0kernels.tuning.problems import Problem, chats, read_problems
-from s0kernels.tuning.sampling import Sampler, Sampling, end_tokens
+from s0kernels.tuning.sampling import Sampler, end_tokens
+from s0kernels.tuning.settings import Sampling
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
 MOST = 50  # solutions that an experiment may ask for, where the task wants less

@@ -16,7 +16,6 @@ from s0kernels.tuning.problem_commands import (
     sampling,
     split,
 )
-from s0kernels.tuning.processes import processes
 
 #: arguments of S0Trainer.train that can be given
 _OF_TRAIN = ("scale", "layers", "tokens_per_batch", "max_memory", "packed", "checkpoint", "checkpoint_every")
@@ -154,6 +153,7 @@ def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Se
     from s0kernels.states import states_size
     from s0kernels.tuning.data import read_tasks
     from s0kernels.tuning.loading import find_model, load_tokenizer
+    from s0kernels.tuning.processes import processes
 
     found = find_model(options.model, {})
     tokenizer = load_tokenizer(AutoTokenizer, options.model, found)

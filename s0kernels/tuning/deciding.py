@@ -13,7 +13,8 @@ import torch
 from s0kernels.tuning.journal import Journal
 from s0kernels.tuning.problems import Problem
 from s0kernels.tuning.processes import Processes
-from s0kernels.tuning.sampling import Completion, Row, Sampling
+from s0kernels.tuning.sampling import Completion, Row
+from s0kernels.tuning.settings import Sampling
 from s0kernels.tuning.verify.checkers import Checker
 
 #: entries of a journal by the key of their problem

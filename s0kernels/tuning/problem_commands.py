@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s0kernels.messages import some
-from s0kernels.tuning import checks
-from s0kernels.tuning.collect import collect_from
-from s0kernels.tuning.deciding import Work
-from s0kernels.tuning.loading import find_model, load_tokenizer
-from s0kernels.tuning.problems import read_problems
-from s0kernels.tuning.processes import processes
-from s0kernels.tuning.sampling import Sampling
+from s0kernels.tuning.settings import Sampling
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 _PROBLEMS = (
@@ -143,6 +137,8 @@ def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any,
     """The trainer, after the problems have been read with its tokenizer alone."""
     from transformers import AutoTokenizer
 
+    from s0kernels.tuning.loading import find_model, load_tokenizer
+    from s0kernels.tuning.problems import read_problems
     from s0kernels.tuning.trainer import S0Trainer
 
     kwargs = sampling(options).chat_template_kwargs
@@ -154,6 +150,8 @@ def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any,
 
 
 def run_collect(options: argparse.Namespace) -> None:
+    from s0kernels.tuning.processes import processes
+
     check = checker(options)
     began = time.perf_counter()
     if options.server is None:
@@ -173,6 +171,12 @@ def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]
     import torch
     from transformers import AutoTokenizer
 
+    from s0kernels.tuning import checks
+    from s0kernels.tuning.collect import collect_from
+    from s0kernels.tuning.deciding import Work
+    from s0kernels.tuning.loading import find_model, load_tokenizer
+    from s0kernels.tuning.problems import read_problems
+
     if options.solutions < 1:
         raise ValueError(f"--solutions must be at least 1, got {options.solutions}")
     tokenizer, how = load_tokenizer(AutoTokenizer, options.model, find_model(options.model, {})), sampling(options)
@@ -183,6 +187,8 @@ def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]
 
 
 def run_evaluate(options: argparse.Namespace, table: Table) -> None:
+    from s0kernels.tuning.processes import processes
+
     alphas = _alphas(options)
     check = checker(options)
     files = [file for file in (options.development, options.problems) if file is not None]
@@ -228,6 +234,8 @@ def split(
     check: Any,
 ) -> tuple[dict[str | None, list], dict[str | None, list]]:
     """(to learn from, held out) by task: held out are `others`, or every fourth. `options` are the template's."""
+    from s0kernels.tuning.problems import read_problems
+
     parts: tuple[dict, dict] = ({}, {})
     if others is not None and list(others) != list(files):
         raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, and has {some(others)}")
@@ -247,6 +255,8 @@ def find_solutions(
     trainer: Any, problems: Mapping[str | None, list], output: Path, check: Any, options: argparse.Namespace
 ) -> Any:
     """What `train` takes: those of one task, or of several by name; they are written beside the states."""
+    from s0kernels.tuning.processes import processes
+
     found = {}
     for name, rows in problems.items():
         out = output / (name or "") / "solutions.jsonl"
@@ -268,6 +278,8 @@ def print_heldout(
     table: Table,
 ) -> None:
     """A table of the held-out problems for each task, by the likeliest answers."""
+    from s0kernels.tuning.processes import processes
+
     greedy = {name: x for name, x in sampling_options(options).items() if name in _GREEDY}
     for name, rows in problems.items():
         out = output / (name or "") / "heldout.jsonl"

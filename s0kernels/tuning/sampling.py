@@ -3,9 +3,7 @@
 import hashlib
 import itertools
 import math
-import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from s0kernels.modules.arguments import cache_argument, cache_of, takes_cache
 from s0kernels.tuning.memory import allowed, is_out_of_memory, release
+from s0kernels.tuning.settings import Sampling
 
 #: most rows that are chosen: beyond it no device gets faster by the row
 _MOST_ROWS = 256
@@ -34,48 +33,6 @@ class Completion(NamedTuple):
     text: str
     #: the model ended it itself; cut by length or by a stop string it has not ended
     ended: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are made; see `S0Trainer.collect`. `greedy` takes the likeliest token, without noise."""
-
-    samples: int = 16
-    max_new_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    stop: Sequence[str] = ()
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    seed: int = 42
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("max_new_tokens", 1), ("top_k", 0), ("seed", None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"S0Trainer: {name} must be an int, got {value!r}")
-            if low is not None and value < low:
-                raise ValueError(f"S0Trainer: {name} must be at least {low}, got {value}")
-        for name, most in (("temperature", math.inf), ("top_p", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"S0Trainer: {name} must be a number, got {value!r}")
-            if not 0 < float(value) <= most or not math.isfinite(value):
-                least = "positive" if most == math.inf else f"in (0, {most:g}]"
-                raise ValueError(f"S0Trainer: {name} must be {least}, got {value}")
-        if isinstance(self.stop, str) or not all(isinstance(mark, str) and mark for mark in self.stop):
-            raise TypeError(f"S0Trainer: stop must be a list of texts, got {self.stop!r}")
-        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, Mapping):
-            raise TypeError(f"S0Trainer: chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
-
-    def settings(self) -> dict[str, Any]:
-        """For a file: all that what is made depends on."""
-        found = asdict(self)
-        if self.greedy:  # these play no part then
-            found = {name: found[name] for name in ("max_new_tokens", "stop", "chat_template_kwargs", "greedy")}
-        return found
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from s0kernels.messages import advice, some
-from s0kernels.tuning.sampling import Completion, Row, Sampling, cut
+from s0kernels.tuning.sampling import Completion, Row, cut
+from s0kernels.tuning.settings import Sampling
 
 #: requests at a time, where not said otherwise
 _AT_A_TIME = 64

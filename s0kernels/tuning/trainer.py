@@ -28,7 +28,8 @@ from s0kernels.tuning.losses import mean_losses
 from s0kernels.tuning.memory import Make, most_tokens
 from s0kernels.tuning.problems import chats, prompt_format, read_problems
 from s0kernels.tuning.processes import processes
-from s0kernels.tuning.sampling import Sampler, Sampling, end_tokens
+from s0kernels.tuning.sampling import Sampler, end_tokens
+from s0kernels.tuning.settings import Sampling
 from s0kernels.tuning.verify.checkers import Checker
 
 

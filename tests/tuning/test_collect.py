@@ -12,7 +12,8 @@ from trainers import trainer
 
 from s0kernels import S0Config, S0Trainer, swap_modules
 from s0kernels.tuning.data import read_examples
-from s0kernels.tuning.sampling import Row, Sampler, Sampling, _Draw, cut, end_tokens, noise
+from s0kernels.tuning.sampling import Row, Sampler, _Draw, cut, end_tokens, noise
+from s0kernels.tuning.settings import Sampling
 
 PROBLEMS = [{"prompt": f"{'ab' * (i % 4)}Q {i}:", "id": f"p{i}"} for i in range(12)]
 TEMPLATE = (

@@ -20,8 +20,9 @@ from trainers import trainer
 
 from s0kernels import S0Config, S0Trainer
 from s0kernels.cli import main
-from s0kernels.tuning.sampling import Completion, Row, Sampling
+from s0kernels.tuning.sampling import Completion, Row
 from s0kernels.tuning.server import Server
+from s0kernels.tuning.settings import Sampling
 
 SERVE = ROOT / ".deps" / "serve"
 

@@ -74,9 +74,9 @@ def gated_delta_rule(
 
     Every backend takes beta up to 2. Where it is near 2, keys are nearly equal and nothing decays, chunks amplify what
     they round, which the recurrence does not. The largest error of output, final state and gradients is then two to
-    five times the recurrence's in fp32. In half precision "cpu" and "torch" have the recurrence's error; "triton",
-    which keeps intermediate results in the inputs' dtype, has about 3e-3 in fp16 and 5e-2 in bf16, as with such keys
-    at beta 1. Inputs in fp32 give more digits.
+    five times the recurrence's in fp32. In half precision "cpu" and "torch" have the recurrence's error. "triton" keeps
+    intermediate results in the inputs' dtype and has about 3e-3 in fp16 and 5e-2 in bf16, as with such keys at beta 1.
+    Inputs in fp32 give more digits.
 
     Raises:
         NotImplementedError: a derivative that the backend does not have.

@@ -137,7 +137,9 @@ class Sampler:
         short = {name: x[:, :-1] for name, x in once.items()}
         to_prompt = {**config.to_dict(), "max_new_tokens": 1, "return_dict_in_generate": True}
         cache = cache_of(self._model.generate(**short, generation_config=type(config)(**to_prompt)))
-        if not hasattr(cache, "reorder_cache"):
+        # a cache without attention does not count its tokens, and generate would have them read once more
+        self._can_share = hasattr(cache, "reorder_cache") and cache.get_seq_length() == width - 1
+        if not self._can_share:
             return None
         index = torch.tensor([sum(first <= i for first in firsts) - 1 for i in range(len(rows))], device=device)
         cache.reorder_cache(index)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from models import EOS, MODELS, every_family, random_states, tokenizer
+from models import EOS, MODELS, every_family, every_model, random_states, tokenizer
 from trainers import trainer
 
 from s0kernels import S0Config, S0Trainer, swap_modules
@@ -36,7 +36,7 @@ def collect(one, problems=PROBLEMS, checker=check, **options):
 # Sampling
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@every_model
 def test_samples_do_not_depend_on_how_they_are_batched(name):
     tok, model = tokenizer(), swap_modules(MODELS[name]())
     ids = {text: tok(text)["input_ids"] for text in ("Q: 2+2?", "a", "def f(x):\n    return", "bc")}
@@ -47,6 +47,10 @@ def test_samples_do_not_depend_on_how_they_are_batched(name):
         sampler.rows(30, most, torch.device("cpu"))
         with torch.no_grad():
             found.append(dict(zip([row[:2] for row in order], sampler.sample(order), strict=True)))
+    sampler.rows(30, 99, torch.device("cpu"))
+    with torch.no_grad():  # prompts of two tokens or more, so that work is shared where it can be
+        longer = dict(zip([row[:2] for row in rows[6:]], sampler.sample(rows[6:]), strict=True))
+    assert all(found[0][row] == made for row, made in longer.items())
     assert all(other == found[0] for other in found[1:])
     assert len(set(found[0].values())) > 9, "the samples are to differ"
 

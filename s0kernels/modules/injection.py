@@ -79,19 +79,24 @@ class Attachment:
         return self._states[layer_index]
 
     def state(self, layer_index: int) -> Tensor:
-        """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
-        has changed, and anew for every forward that has to be differentiated or that is compiled, for a graph cannot
-        ask whether the parameter has changed."""
+        """The bank of a layer at its scale. The product is kept: it is made when attaching and again after the
+        parameter has changed. It is made anew for every forward that has to be differentiated, and from then on while
+        the parameter learns, for fused optimizers change it and leave its version as it was; and for every forward that
+        is compiled, for a graph cannot ask."""
         bank = self._states[layer_index]
         if _is_exporting():  # a parameter outside the model is nothing that torch.export could name
             bank = _constant_bank(self.number, layer_index)
         if self.scale == 1.0:
             return bank
-        if torch.compiler.is_compiling() or (bank.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return bank * self.scale
-        if self._scaled[layer_index][0] != bank._version:
-            self._rescale(layer_index)
-        return self._scaled[layer_index][1]
+        kept = self._scaled.get(layer_index)
+        if bank.requires_grad and (torch.is_grad_enabled() or kept is None):
+            self._scaled.pop(layer_index, None)
+            return bank * self.scale
+        if kept is None or kept[0] != bank._version:
+            kept = self._rescale(layer_index)
+        return kept[1]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_prompts"} | {"_scaled": {}}
@@ -106,10 +111,11 @@ class Attachment:
         for layer in self._states if self.scale != 1.0 else ():
             self._rescale(layer)
 
-    def _rescale(self, layer_index: int) -> None:
+    def _rescale(self, layer_index: int) -> tuple[int, Tensor]:
         bank = self._states[layer_index]
         with torch.inference_mode(False):  # it may be used outside as well
-            self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
+            kept = self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
+        return kept
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
         """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does.

@@ -137,8 +137,7 @@ class Sampler:
         short = {name: x[:, :-1] for name, x in once.items()}
         to_prompt = {**config.to_dict(), "max_new_tokens": 1, "return_dict_in_generate": True}
         cache = cache_of(self._model.generate(**short, generation_config=type(config)(**to_prompt)))
-        # a cache without attention does not count its tokens, and generate would have them read once more
-        self._can_share = hasattr(cache, "reorder_cache") and cache.get_seq_length() == width - 1
+        self._can_share = hasattr(cache, "reorder_cache") and _tokens_in(cache) == width - 1
         if not self._can_share:
             return None
         index = torch.tensor([sum(first <= i for first in firsts) - 1 for i in range(len(rows))], device=device)
@@ -224,6 +223,15 @@ class _Stop:
         tails = input_ids[:, self._width :][:, -self._tail :].tolist()
         texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
         return torch.tensor([any(mark in text for mark in self._stop) for text in texts], device=input_ids.device)
+
+
+def _tokens_in(cache: Any) -> int | None:
+    """How many tokens a cache has read. One without attention does not count them, and `generate` would then have all
+    of a prompt read once more."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ ROOT = Path(s0kernels.__file__).parents[1]
 USES = """
 import torch
 from transformers import Qwen3_5ForCausalLM
-from s0kernels import S0Config, S0States, S0Trainer, restore_modules, swap_modules, swap_report
+from s0kernels import S0Config, S0States, S0Trainer, restore_modules, swap_modules, swap_report, verify
 from s0kernels.compat.fla import chunk_gated_delta_rule
 from s0kernels.compat.mamba_ssm import mamba_chunk_scan_combined, selective_state_update
 from s0kernels.data import read_examples
@@ -29,6 +29,9 @@ def uses(model: Qwen3_5ForCausalLM, x: torch.Tensor) -> None:
     reveal_type(trainer.train([("text", 1)]))  # dict[str, float]
     trainer.train({"one": "file.jsonl", "other": [{"prompt": "text", "completion": "text"}, ["text", 1]]})
     reveal_type(trainer.evaluate("file.jsonl"))  # float | dict[str, float]
+    reveal_type(trainer.evaluate("file.jsonl", check=verify.python, samples=4))  # Evaluation
+    reveal_type(trainer.evaluate("file.jsonl", check=verify.answer, alpha=[0.1, 0.2]))  # dict[float, Evaluation]
+    reveal_type(trainer.collect("file.jsonl", verify.python))  # list[dict[str, Any]]
     reveal_type(trainer.generate(["prompt"]))  # str | list[str]
     reveal_type(trainer.states)  # S0States | None
     reveal_type(trainer.tasks)  # list[str] | None

@@ -5,7 +5,7 @@ import functools
 import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -19,7 +19,7 @@ from s0kernels.tuning.checkpoint import Checkpoint, describe_run
 from s0kernels.tuning.collect import collect, collect_from
 from s0kernels.tuning.data import Example, Examples, read_tasks
 from s0kernels.tuning.deciding import Work
-from s0kernels.tuning.evaluation import digest, evaluate, evaluation
+from s0kernels.tuning.evaluation import Evaluation, digest, evaluate, evaluation
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.holder import Holder
 from s0kernels.tuning.loading import find_model, load_tokenizer
@@ -264,6 +264,58 @@ class S0Trainer(Holder):
         ends = {end_token(messages, options, "problems", self.tokenizer) for messages in chats(work.problems)[:1]}
         ends = end_tokens(self.model, self.tokenizer, sorted(ends))
         return Sampler(self.model, self.tokenizer, work.sampling, ends, self.pad_token_id)
+
+    @overload
+    def evaluate(
+        self,
+        data: Examples | Mapping[str, Examples],
+        *,
+        check: None = None,
+        tokens_per_batch: int | None = None,
+        packed: bool | None = None,
+    ) -> float | dict[str, float]: ...
+
+    @overload
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        check: Checker,
+        alpha: float | None = None,
+        task: str | None = None,
+        samples: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 42,
+        rows: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Evaluation: ...
+
+    @overload
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        check: Checker,
+        alpha: Sequence[float],
+        task: str | None = None,
+        samples: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 42,
+        rows: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> dict[float, Evaluation]: ...
 
     def evaluate(
         self,

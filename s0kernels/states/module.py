@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s0kernels import __version__
-from s0kernels.config import S0Config
+from s0kernels.config import S0Config, check_number
 from s0kernels.messages import some
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
@@ -150,7 +149,7 @@ class S0States(nn.Module):
         self._check_alike(other, "S0States.blend")
         if other.tasks not in (1, self.tasks):
             raise ValueError(f"S0States.blend: other must have 1 or {self.tasks} tasks, got {other.tasks}")
-        _check_number(weight, "S0States.blend: weight")
+        check_number(weight, "S0States.blend: weight")
         mixed = {
             layer: (1 - weight) * self[layer].detach() + weight * other[layer].detach().to(self[layer].device)
             for layer in self
@@ -220,8 +219,13 @@ class S0States(nn.Module):
             tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
                 tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
                 returned sequences) the tasks follow.
+
+        Raises:
+            ValueError: the states are for another model, or the model starts from adapters of PEFT.
         """
         site = swapped_site(model, "S0States.attach")
+        if site.attachment is not None and not isinstance(site.attachment.owner, S0States):
+            raise ValueError("S0States.attach: the model starts from PEFT adapters; unload() them, or use attached()")
         site.attachment = self._attachment(site, scale, tasks)
 
     def detach(self) -> None:
@@ -238,7 +242,7 @@ class S0States(nn.Module):
             yield self
 
     def _attachment(self, site: Site, scale: float, tasks: Tasks) -> Attachment:
-        _check_number(scale, "S0States: scale")
+        check_number(scale, "S0States: scale")
         self.check_fits(site)
         return Attachment(self, {layer: self[layer] for layer in self}, float(scale), self._check_tasks(tasks))
 
@@ -372,22 +376,23 @@ class S0States(nn.Module):
             if target is not None:
                 site, base, devices = target
                 states.check_fits(site)
-                states._compare_base(base, path)
+                learned_on = states.base_model or {}
+                warn_of_another_base(path, learned_on.get("name"), learned_on.get("weights"), base)
                 with torch.inference_mode(False):
                     for layer in states.layers:
                         states[layer].data = states[layer].data.to(devices[layer])
             found[key] = states, config
         return found
 
-    def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike[str]) -> None:
-        origin = self.base_model or {}
-        if origin.get("weights") and model["weights"] and origin["weights"] != model["weights"]:
-            warnings.warn(
-                f"{path}: the states were learned on {origin.get('name') or 'a model without a name'} "
-                f"(weights {origin['weights']}), and the model is {model['name'] or 'one without a name'} "
-                f"(weights {model['weights']})",
-                stacklevel=3,
-            )
+
+def warn_of_another_base(what: object, name: str | None, weights: str | None, model: Mapping[str, str | None]) -> None:
+    """Warn where states were learned on a model with other weights than `model`'s, as `base_model` gives both."""
+    if weights and model["weights"] and weights != model["weights"]:
+        warnings.warn(
+            f"{what}: the states were learned on {name or 'a model without a name'} (weights {weights}), and the model "
+            f"is {model['name'] or 'one without a name'} (weights {model['weights']})",
+            stacklevel=3,
+        )
 
 
 def states_size(model_name: str, tasks: int = 1) -> int:
@@ -402,13 +407,6 @@ def states_size(model_name: str, tasks: int = 1) -> int:
     except Exception:
         return 0
     return tasks * sum(4 * math.prod(shape) for shape in shapes)
-
-
-def _check_number(value: float, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 @functools.cache

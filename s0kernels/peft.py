@@ -6,6 +6,7 @@ at the start of a sequence, a row of a mixed batch by its index. Nothing can be 
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from s0kernels.modules.swap import (
     swapped_site,
 )
 from s0kernels.states import warn_of_another_base
+from s0kernels.states.files import ADAPTER_KEY
 
 _BASE = "__base__"  # PEFT's name for no adapter, among `adapter_names`
 _CANNOT_MERGE = (
@@ -72,6 +74,7 @@ class S0PeftConfig(PeftConfig):
         arch: "gated_delta_net" or "mamba2"; found in the model.
         base_weights: a hash of some weights of the model that the states belong to; found in the model. Another one
             gets a warning.
+        recurrent_layers: indices of all layers that have a state; found in the model.
 
     Raises:
         TypeError, ValueError: a field is of the wrong kind; it is named.
@@ -84,6 +87,7 @@ class S0PeftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     arch: str | None = field(default=None, metadata={"help": "found in the model"})
     base_weights: str | None = field(default=None, metadata={"help": "found in the model"})
+    recurrent_layers: list[int] | None = field(default=None, metadata={"help": "found in the model"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -314,7 +318,8 @@ class S0Model(BaseTuner):
             )
         found = base_model(model)
         warn_of_another_base("S0PeftConfig", config.base_model_name_or_path, config.base_weights, found)
-        config.arch, config.base_weights = site.arch, config.base_weights or found["weights"]
+        config.arch, config.recurrent_layers = site.arch, sorted(site.shapes)
+        config.base_weights = config.base_weights or found["weights"]
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """By the layer's own index, and for mixers alone."""
@@ -348,10 +353,15 @@ class S0Model(BaseTuner):
         layers[index].set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        names = kwargs.get("state_dict")
-        if names is not None:  # PEFT takes what stands before the prefix for the module that is adapted
-            kwargs["state_dict"] = {key.replace(f".{ADAPTERS}.s0_", ".s0_"): value for key, value in names.items()}
+        kwargs.pop("state_dict", None)  # tells PEFT which modules are meant; here the config always does
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name that a state has in a file. It is the layer's, whatever leads to the layer in the model."""
+        if match := re.fullmatch(rf".*\.layers\.(\d+)\..*{ADAPTERS}\.s0_state\.{re.escape(adapter_name)}", key):
+            return ADAPTER_KEY.format(match[1])
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -431,7 +441,7 @@ def _check_scale(scale: float) -> float:
 
 def _layers_and_shapes(states: Mapping[str, Sequence[int]]) -> str:
     shapes = sorted({str(list(shape)) for shape in states.values()})
-    names = sorted(key.partition(f".{ADAPTERS}.")[0].removeprefix("base_model.model.") for key in states)
+    names = sorted(re.sub(rf"(\.{ADAPTERS})?\.s0_state.*", "", key).removeprefix("base_model.model.") for key in states)
     return f"{len(names)} of shape {' and '.join(shapes)} for {some(names)}" if names else "none"
 
 

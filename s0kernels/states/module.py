@@ -323,11 +323,7 @@ class S0States(nn.Module):
         Raises:
             OSError: the states cannot be written; it names the file.
         """
-        task = self._one_task(task, "S0States.save")
-        broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
-        if broken:
-            raise ValueError(f"S0States.save: the states of layers {broken} hold values that are not finite numbers")
-        tensors = {layer: self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
+        tensors = self._to_save(task, "S0States.save")
         meta = {
             "arch": self.arch,
             "recurrent_layers": self.layers,
@@ -338,16 +334,54 @@ class S0States(nn.Module):
         config = S0Config() if config is None else config
         files.write_directory(Path(path), tensors, meta, config.to_dict())
 
+    def save_peft(self, path: str | os.PathLike[str], *, scale: float, task: int | str = 0) -> None:
+        """Write one task to the directory `path` as an adapter of PEFT, as `s0kernels.peft` saves them.
+
+        Args:
+            scale: what the states are multiplied by when they are used: of a trainer `trainer.alpha`, of attached
+                states the scale they were attached at. With `S0Config.normalize`, which PEFT has nothing like, states
+                have to be divided by their norms before.
+
+        An adapter that is there already is overwritten. A crash leaves the old one, the new one, or files that are
+        refused, never a mixture.
+
+        Raises:
+            ValueError: `scale` is zero or not finite.
+            OSError: the states cannot be written; it names the file.
+        """
+        if check_number(scale, "S0States.save_peft: scale") == 0:
+            raise ValueError("S0States.save_peft: scale must not be 0, or the states have no effect")
+        tensors, base = self._to_save(task, "S0States.save_peft"), self.base_model or {}
+        config = {
+            "peft_type": "S0",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": base.get("name"),
+            "scale": float(scale),
+            "arch": self.arch,
+            "base_weights": base.get("weights"),
+            "recurrent_layers": self.layers,
+        }
+        files.write_adapter(Path(path), tensors, config)
+
+    def _to_save(self, task: int | str, who: str) -> dict[int, Tensor]:
+        """The states of one task by layer, on the CPU; they are numbers."""
+        task = self._one_task(task, who)
+        broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
+        if broken:
+            raise ValueError(f"{who}: the states of layers {broken} hold values that are not finite numbers")
+        return {layer: self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "S0States":
-        """Read a directory written by `save` or by `s0-tuning`, as one task.
+        """Read a directory written by `save` or by `s0-tuning`, or an adapter of PEFT, as one task.
 
         With a swapped `model` the states are checked against it and put on its layers' devices; a file for another
         architecture, shape or set of layers is refused with both sides named, and one that was learned on a model
         with other weights gets a warning.
 
         Raises:
-            FileNotFoundError: no `states.safetensors` there.
+            FileNotFoundError: no `states.safetensors` there, and no adapter either.
             ValueError: the files are damaged, contradict each other, or do not fit the model.
         """
         return cls.load_with_config(path, model)[0]
@@ -356,7 +390,8 @@ class S0States(nn.Module):
     def load_with_config(
         cls, path: str | os.PathLike[str], model: nn.Module | None = None
     ) -> tuple["S0States", dict[str, Any] | None]:
-        """`load`, and the config beside the states, if there is one."""
+        """`load`, and the config beside the states, if there is one: the fields of `S0Config`. An adapter of PEFT gives
+        the scale that it is used at as `alpha`."""
         return cls.load_many({None: path}, model)[None]
 
     @classmethod

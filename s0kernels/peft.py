@@ -7,7 +7,7 @@ at the start of a sequence, a row of a mixed batch by its index. Nothing can be 
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +108,14 @@ class S0PeftConfig(PeftConfig):
             setattr(self, name, sorted(value))
 
 
+class _State(nn.Module):
+    """The state of one adapter. A module, since trainers look for `.default.` in the names of parameters."""
+
+    def __init__(self, state: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(state)
+
+
 class S0Layer(nn.Module, BaseTunerLayer):
     """The states of one recurrent layer, by adapter. It lies in the layer's mixer and is never called itself."""
 
@@ -118,7 +126,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def __init__(self, mixer: S0Mixer):
         super().__init__()
         object.__setattr__(self, "mixer", mixer)  # which this module is in, and not the other way round
-        self.s0_state: Any = nn.ParameterDict()
+        self.s0_state = nn.ModuleDict()
         #: by adapter: that of its config, and that in use
         self.scale: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -129,8 +137,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
         shape = self.mixer.site.shapes[self.mixer.layer_idx]
         with torch.inference_mode(False):  # what inference mode makes cannot be trained afterwards
             state = torch.zeros(shape, dtype=torch.float32, device=self._device())
-            self.s0_state[adapter] = nn.Parameter(state)
+            self.s0_state[adapter] = _State(state)
         self.scale[adapter] = self.scaling[adapter] = scale
+
+    def state(self, adapter: str) -> nn.Parameter:
+        """[*state], which learns."""
+        module: Any = self.s0_state[adapter]
+        return module.weight
 
     def _device(self) -> torch.device:
         return layer_devices(self.mixer)[self.mixer.layer_idx]
@@ -140,7 +153,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.s0_state:
-            self.s0_state[adapter_name] = self.s0_state[adapter_name].to(self._device() if device is None else device)
+            self.s0_state[adapter_name].to(self._device() if device is None else device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._made.clear()
@@ -150,15 +163,18 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """[rows, *state] at their scales, each row the sum of some adapters; None where none of them is here.
 
         A single adapter at scale 1 is its parameter. What has to be computed is kept until a parameter or a scale has
-        changed, but for forwards that have to be differentiated or that are compiled.
+        changed, but not while a parameter learns, for fused optimizers leave its version as it was, nor in a graph.
         """
         names = [[name for name in row if name in self.s0_state] for row in rows]
         if not any(names):
             return None
         if len(names) == 1 and len(names[0]) == 1 and self.scaling[names[0][0]] == 1.0:
-            return self.s0_state[names[0][0]][None]
-        used = [(self.s0_state[name], self.scaling[name]) for row in names for name in row]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x, _ in used)):
+            return self.state(names[0][0])[None]
+        used = [(self.state(name), self.scaling[name]) for row in names for name in row]
+        if torch.compiler.is_compiling():
+            return self._make(names)
+        if any(x.requires_grad for x, _ in used):
+            self._made.clear()
             return self._make(names)
         key = tuple(map(tuple, names))
         stamp = [(x, x._version, x.data_ptr(), scale) for x, scale in used]
@@ -170,8 +186,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         return bank
 
     def _make(self, names: Sequence[Sequence[str]]) -> Tensor:
-        zero = torch.zeros_like(next(iter(self.s0_state.values())))
-        return torch.stack([sum((self.s0_state[n] * self.scaling[n] for n in row), start=zero) for row in names])
+        zero = torch.zeros_like(self.state(next(iter(self.s0_state))))
+        return torch.stack([sum((self.state(n) * self.scaling[n] for n in row), start=zero) for row in names])
 
     # As LoRA's layers have them, for what weighs adapters of any kind; nothing of it is saved
 
@@ -217,33 +233,14 @@ class AdapterStates(Attachment):
         #: whether the model was swapped for the sake of the adapters
         self.swapped = False
 
-    def states(self) -> Mapping[int, Tensor]:
-        layer = next(iter(self.layers.values()), None)
-        if layer is None or layer.disable_adapters:
-            return {}
-        rows = [layer.active_adapters] if self._adapters is None else [[name] for name in self._adapters]
-        return _Banks(self.layers, [tuple(row) for row in rows])
-
-
-class _Banks(Mapping):
-    """The banks of one forward, each made when its layer runs: until then its parameter may be sharded, and a layer
-    that is recomputed makes its own again."""
-
-    def __init__(self, layers: Mapping[int, S0Layer], rows: list[tuple[str, ...]]):
-        self._layers, self._rows = layers, rows
-
-    def get(self, layer_index: int, default: Any = None) -> Tensor | None:
-        layer = self._layers.get(layer_index)
-        return default if layer is None else layer.bank(self._rows)
-
-    def __getitem__(self, layer_index: int) -> Tensor | None:
-        return self._layers[layer_index].bank(self._rows)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def choose(self) -> Callable[[int], Tensor | None]:
+        layers = self.layers
+        first = next(iter(layers.values()), None)
+        if first is None or first.disable_adapters:
+            return lambda _: None
+        adapters = [first.active_adapters] if self._adapters is None else [[name] for name in self._adapters]
+        rows = [tuple(row) for row in adapters]
+        return lambda layer_index: layers[layer_index].bank(rows) if layer_index in layers else None
 
 
 class S0Model(BaseTuner):
@@ -359,7 +356,7 @@ class S0Model(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The name that a state has in a file. It is the layer's, whatever leads to the layer in the model."""
-        if match := re.fullmatch(rf".*\.layers\.(\d+)\..*{ADAPTERS}\.s0_state\.{re.escape(adapter_name)}", key):
+        if match := re.fullmatch(rf".*\.layers\.(\d+)\..*{ADAPTERS}\.s0_state\.{re.escape(adapter_name)}\.weight", key):
             return ADAPTER_KEY.format(match[1])
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
@@ -369,8 +366,10 @@ class S0Model(BaseTuner):
     ) -> dict[str, Tensor]:
         """As PEFT does it; states for other layers or of another shape are refused, with both sides named."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        ours = {k: v.shape for k, v in model.state_dict().items() if k.endswith(f".s0_state.{adapter_name}")}
-        theirs = {k: v.shape for k, v in renamed.items() if k.endswith((".s0_state", f".s0_state.{adapter_name}"))}
+        ours = {k: v.shape for k, v in model.state_dict().items() if k.endswith(f".s0_state.{adapter_name}.weight")}
+        theirs = {
+            k: v.shape for k, v in renamed.items() if k.endswith((".s0_state", f".s0_state.{adapter_name}.weight"))
+        }
         if ours != theirs:
             both = [_layers_and_shapes(found) for found in (theirs, ours)]
             raise ValueError(f"S0Model: the states that are loaded are {both[0]}, and the model has {both[1]}")

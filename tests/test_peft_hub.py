@@ -30,7 +30,7 @@ if sys.argv[2] == "push":
     model = get_peft_model(base, s0kernels.peft.S0PeftConfig(task_type="CAUSAL_LM", scale=0.5))
     states = random_states(model)
     for layer in (m for m in model.modules() if isinstance(m, s0kernels.peft.S0Layer)):
-        layer.s0_state["default"].data.copy_(states[layer.mixer.layer_idx][0])
+        layer.state("default").data.copy_(states[layer.mixer.layer_idx][0])
     model.push_to_hub("user/repo")
     models = [model]
 else:

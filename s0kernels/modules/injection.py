@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -70,28 +70,36 @@ class Attachment:
         _attachments[self.number] = self
         self._rescale_all()
 
-    def states(self) -> dict[int, Tensor]:
-        """The bank of every layer at its scale."""
-        return {layer: self.state(layer) for layer in self._states}
+    def choose(self) -> Callable[[int], Tensor | None]:
+        """What a forward that begins now starts from: by layer index the bank at its scale, or None. A bank is made
+        when its layer runs, and again when the layer is recomputed."""
+        return self._find
+
+    def _find(self, layer_index: int) -> Tensor | None:
+        return self.state(layer_index) if layer_index in self._states else None
 
     def bank(self, layer_index: int) -> Tensor:
         """[tasks, ...] of a layer, unscaled."""
         return self._states[layer_index]
 
     def state(self, layer_index: int) -> Tensor:
-        """The bank of a layer at its scale. The product is kept: it is made when attaching, again after the parameter
-        has changed, and anew for every forward that has to be differentiated or that is compiled, for a graph cannot
-        ask whether the parameter has changed."""
+        """The bank of a layer at its scale. The product is kept: it is made when attaching and again after the
+        parameter has changed. It is made anew while the parameter learns, for fused optimizers change it and leave its
+        version as it was, and where forwards are compiled, for a graph cannot ask."""
         bank = self._states[layer_index]
         if _is_exporting():  # a parameter outside the model is nothing that torch.export could name
             bank = _constant_bank(self.number, layer_index)
         if self.scale == 1.0:
             return bank
-        if torch.compiler.is_compiling() or (bank.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return bank * self.scale
-        if self._scaled[layer_index][0] != bank._version:
-            self._rescale(layer_index)
-        return self._scaled[layer_index][1]
+        if bank.requires_grad:
+            self._scaled.pop(layer_index, None)
+            return bank * self.scale
+        kept = self._scaled.get(layer_index)
+        if kept is None or kept[0] != bank._version:
+            kept = self._rescale(layer_index)
+        return kept[1]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_prompts"} | {"_scaled": {}}
@@ -106,10 +114,11 @@ class Attachment:
         for layer in self._states if self.scale != 1.0 else ():
             self._rescale(layer)
 
-    def _rescale(self, layer_index: int) -> None:
+    def _rescale(self, layer_index: int) -> tuple[int, Tensor]:
         bank = self._states[layer_index]
         with torch.inference_mode(False):  # it may be used outside as well
-            self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
+            kept = self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
+        return kept
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
         """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does.
@@ -141,7 +150,7 @@ class BoundStates:
     def __init__(
         self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask: Tensor | None = None
     ):
-        self._states = {} if attachment is None else attachment.states()
+        self._choice = None if attachment is None else attachment.choose()
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
         self.cu_seqlens = cu_seqlens
@@ -152,8 +161,10 @@ class BoundStates:
         self, layer_index: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
         """(initial_state, state_indices) as the scans take them."""
-        bank = self._states.get(layer_index)
-        if bank is None or (isinstance(self._tasks, int) and self._tasks == -1):
+        if self._choice is None or (isinstance(self._tasks, int) and self._tasks == -1):
+            return None, None
+        bank = self._choice(layer_index)
+        if bank is None:
             return None, None
         bank = bank.to(device=device, dtype=dtype)  # no copy where they fit, as they do unless a model is sharded
         if isinstance(self._tasks, int):

@@ -214,8 +214,8 @@ class S0States(nn.Module):
         Args:
             model: a model after `swap_modules`. States attached to it before are replaced.
             scale: factor alpha. At 1 the parameters themselves are used. Any other value is multiplied in once, here,
-                and again only when the parameters have changed (which writing through `.data` hides), when a gradient
-                is to flow, and in compiled graphs.
+                and again only when the parameters have changed (which writing through `.data` hides), and in every
+                forward while they require a gradient and in compiled graphs.
             tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
                 tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
                 returned sequences) the tasks follow.

@@ -33,7 +33,7 @@ def adapter(name: str, **options) -> torch.nn.Module:
     values = random_states(model)
     for layer in model.modules():
         if isinstance(layer, S0Layer):
-            layer.s0_state["default"].data.copy_(values[layer.mixer.layer_idx][0])
+            layer.state("default").data.copy_(values[layer.mixer.layer_idx][0])
     return model
 
 

@@ -349,3 +349,23 @@ def test_packed_sequences_exclude_masks_and_caches():
     states = random_states(model, tasks=2)
     with states.attached(model, tasks=[0, 1, 0]), pytest.raises(ValueError, match="tasks names 3 rows"):
         model(ids, **pack)
+
+
+def test_what_a_fused_optimizer_changes_is_seen():
+    """It leaves the version of a parameter as it was. Before and after training the states are frozen."""
+    model, ids = swap_modules(MODELS["qwen"]()), tokens(2, 12)
+    states = random_states(model).requires_grad_(False)
+    states.attach(model, 0.5)
+    with torch.no_grad():
+        before = model(ids).logits
+    optimizer = torch.optim.Adam(states.requires_grad_(True).parameters(), lr=0.5, fused=True)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = model(ids).logits
+        states.requires_grad_(False)
+        frozen = model(ids).logits
+        states.attach(model, 0.5)
+        assert torch.equal(model(ids).logits, after)
+    assert torch.equal(frozen, after)
+    assert not close(after, before, 1e-2)

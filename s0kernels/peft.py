@@ -186,8 +186,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         return bank
 
     def _make(self, names: Sequence[Sequence[str]]) -> Tensor:
-        zero = torch.zeros_like(self.state(next(iter(self.s0_state))))
-        return torch.stack([sum((self.state(n) * self.scaling[n] for n in row), start=zero) for row in names])
+        """Trainers may have cast a state to bf16; from here on it is fp32."""
+        sums = [sum(_in_fp32(self.state(name)) * self.scaling[name] for name in row) for row in names]
+        zero = next(torch.zeros_like(each) for each in sums if isinstance(each, Tensor))
+        return torch.stack([each if isinstance(each, Tensor) else zero for each in sums])
 
     # As LoRA's layers have them, for what weighs adapters of any kind; nothing of it is saved
 
@@ -204,6 +206,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; None: whatever was done."""
+        if scale is not None and check_number(scale, "S0Layer.unscale_layer: scale") == 0:
+            raise ValueError("S0Layer.unscale_layer: scale must not be 0")
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] = self.scale[adapter] if scale is None else self.scaling[adapter] / scale
@@ -426,6 +430,10 @@ class _Names:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "adapter_names": self.names}
+
+
+def _in_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _same(old: list | None, new: list) -> bool:

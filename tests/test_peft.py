@@ -363,6 +363,17 @@ def test_compiled(name, scale):
     assert not close(logits(compiled), truth, 1e-2)
 
 
+def test_a_state_that_a_trainer_has_cast_is_scaled_in_fp32():
+    model, other = adapted("qwen", scale=0.3), swap_modules(MODELS["qwen"]())
+    states = random_states(other)
+    for parameter in [*learned(model).values(), *states.parameters()]:
+        parameter.data = parameter.data.bfloat16()
+    for parameter in states.parameters():
+        parameter.data = parameter.data.float()
+    states.attach(other, 0.3)
+    assert torch.equal(logits(model), logits(other))
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_quantised_linear_layers():
     def quantised():

@@ -1,5 +1,7 @@
 """What the examples learn from: the functions of `examples/tiny`, and the model that writes half of them right."""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -36,3 +38,48 @@ def right(model, tokenizer, count: int = 84) -> str:
     answers = tokenizer.batch_decode(made, skip_special_tokens=True)
     solved = sum(answer == solution for answer, (_, solution) in zip(answers, problems, strict=True))
     return f"{solved} of {len(problems)} right"
+
+
+def options(description: str, steps: int, examples: int) -> argparse.ArgumentParser:
+    """What every example can be told."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("output")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--examples", type=int, default=examples)
+    parser.add_argument("--heldout", type=int, default=84, help="problems that are answered before and after")
+    return parser
+
+
+def settings(output: str, steps: int, lines: int) -> dict:
+    """Of a trainer that takes so many steps and logs so many times."""
+    return {
+        "output_dir": output,
+        "max_steps": steps,
+        "logging_steps": max(1, steps // lines),
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def dataset(output: str, rows: list[dict]):
+    """Rows as a data set, by way of JSON lines, in which such data usually comes."""
+    from datasets import Dataset
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return Dataset.from_json(str(folder / "data.jsonl"), cache_dir=str(folder / "cache"))
+
+
+def train(trainer, tokenizer, heldout: int, **how) -> None:
+    """Train, save, and say what that brought; of several processes the first says it."""
+    first = trainer.is_world_process_zero()
+    model = trainer.model
+    if first:
+        print("before:", right(model, tokenizer, heldout))
+    trainer.train(**how)
+    trainer.save_model()
+    if first:
+        print("after:", right(model, tokenizer, heldout))

@@ -5,10 +5,8 @@ python examples/peft/hf_trainer.py OUT --resume                             # fr
 torchrun --nproc-per-node 2 examples/peft/hf_trainer.py OUT
 """
 
-import argparse
-
 import torch
-from functions import SCALE, load, pairs, right
+from functions import SCALE, load, options, pairs, settings, train
 from peft import get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
@@ -35,38 +33,21 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("output")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--examples", type=int, default=48)
-    parser.add_argument("--heldout", type=int, default=84, help="problems that are answered before and after")
+    parser = options(__doc__, steps=20, examples=48)
     parser.add_argument("--batch", type=int, default=16, help="examples in a step, of all processes together")
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
+    asked = parser.parse_args()
 
     model, tokenizer = load()
     model = get_peft_model(model, S0PeftConfig(task_type="CAUSAL_LM", scale=SCALE))
     model.print_trainable_parameters()
     arguments = TrainingArguments(
-        options.output,
-        max_steps=options.steps,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        save_steps=max(1, options.steps // 2),
-        logging_steps=max(1, options.steps // 8),
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        learning_rate=0.01, save_steps=max(1, asked.steps // 2), **settings(asked.output, asked.steps, 5)
     )
-    arguments.per_device_train_batch_size = options.batch // arguments.world_size
-    data = [example(tokenizer, *pair) for pair in pairs("tune", options.examples)]
+    arguments.per_device_train_batch_size = asked.batch // arguments.world_size
+    data = [example(tokenizer, *pair) for pair in pairs("tune", asked.examples)]
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate)
-    if trainer.is_world_process_zero():
-        print("before:", right(model, tokenizer, options.heldout))
-    trainer.train(resume_from_checkpoint=options.resume)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print("after:", right(model, tokenizer, options.heldout))
+    train(trainer, tokenizer, asked.heldout, resume_from_checkpoint=asked.resume)
 
 
 if __name__ == "__main__":

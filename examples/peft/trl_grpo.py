@@ -3,13 +3,7 @@
 python examples/peft/trl_grpo.py OUT
 """
 
-import argparse
-import json
-from pathlib import Path
-
-import torch
-from datasets import Dataset
-from functions import SCALE, load, pairs, right
+from functions import SCALE, dataset, load, options, pairs, settings, train
 from trl import GRPOConfig, GRPOTrainer
 
 from s0kernels.peft import S0PeftConfig
@@ -20,45 +14,27 @@ def reward(completions: list[str], solution: list[str], **_) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("output")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--examples", type=int, default=84)
-    parser.add_argument("--heldout", type=int, default=84, help="problems that are answered before and after")
-    options = parser.parse_args()
-
+    asked = options(__doc__, steps=30, examples=84).parse_args()
     model, tokenizer = load()
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": prompt, "solution": solution} for prompt, solution in pairs("tune", options.examples)]
-    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = GRPOConfig(
-        options.output,
-        max_steps=options.steps,
         per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=24,
         learning_rate=0.005,
-        lr_scheduler_type="constant",
-        logging_steps=max(1, options.steps // 6),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
         bf16=False,
-        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        **settings(asked.output, asked.steps, 6),
     )
+    rows = [{"prompt": prompt, "solution": solution} for prompt, solution in pairs("tune", asked.examples)]
     trainer = GRPOTrainer(
         model,
         reward,
         arguments,
-        train_dataset=Dataset.from_json(str(folder / "data.jsonl"), cache_dir=str(folder / "cache")),
+        train_dataset=dataset(asked.output, rows),
         processing_class=tokenizer,
         peft_config=S0PeftConfig(task_type="CAUSAL_LM", scale=SCALE),
     )
-    print("before:", right(trainer.model, tokenizer, options.heldout))
-    trainer.train()
-    trainer.save_model()
-    print("after:", right(trainer.model, tokenizer, options.heldout))
+    train(trainer, tokenizer, asked.heldout)
 
 
 if __name__ == "__main__":

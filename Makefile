@@ -12,7 +12,6 @@ ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-
 .PHONY: demo test test-more bench gpu sanitize sanitize-gpu package lint format clean
 
 demo: $(VENV)/.installed

@@ -8,6 +8,7 @@ METHOD := .deps/s0-tuning
 ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
 SERVE := .deps/serve
+TRL := .deps/trl
 ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -22,7 +23,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.install
 	$(PYTEST) -m "not slow"
 
 # The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
-test-more: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed $(SERVE)/.installed $(ZIG)/.installed $(OTHERS:%=%/.installed)
+test-more: $(addsuffix /.installed,$(VENV) $(FLA) $(METHOD) $(EVAL) $(SERVE) $(TRL) $(ZIG) $(OTHERS))
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
 		PYTHONPATH=$(CURDIR)/$$transformers $(PYTEST) $(OF_TRANSFORMERS) || exit 1; \
@@ -161,6 +162,13 @@ $(ZIG)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(ZIG)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(ZIG) ziglang==0.17.1
+	touch $@
+
+# The trainers of examples/peft, which take what reads data sets from $(EVAL).
+$(TRL)/.installed:
+	$(MAKE) $(VENV)/.installed $(EVAL)/.installed
+	rm -rf $(TRL)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(TRL) trl==1.16.0
 	touch $@
 
 # What reads and scores the data sets of large models: half a gigabyte that a few tests need and nothing else.

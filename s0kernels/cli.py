@@ -15,7 +15,8 @@ from s0kernels.hardware import CHIPS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m s0kernels", description=(s0kernels.__doc__ or "").partition("\n")[0]
+        prog="python -m s0kernels" if sys.argv[0].endswith("__main__.py") else "s0kernels",
+        description=(s0kernels.__doc__ or "").partition("\n")[0],
     )
     parser.add_argument("--version", action="version", version=s0kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,3 +74,12 @@ class S0Config:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "S0Config":
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def check_number(value: float, name: str) -> float:
+    """`value`, if it is a finite number; TypeError or ValueError with its name if it is not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)

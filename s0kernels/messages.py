@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HF = ("transformers", "accelerate", "tqdm")
-_EXTRAS = dict.fromkeys(_HF, "hf") | {"triton": "dev", "peft": "quality", "scipy": "quality", "matplotlib": "bench"}
+_EXTRAS = dict.fromkeys(_HF, "hf") | {"triton": "dev", "peft": "peft", "scipy": "quality", "matplotlib": "bench"}
 _EXTRAS |= {"math_verify": "verify", "openai": "server"}
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("ops",),
     ("modules",),
     ("states", "compat"),
-    ("tuning", "bench"),
+    ("tuning", "bench", "peft"),
     ("data", "verify"),
     ("cli",),
     ("__main__",),

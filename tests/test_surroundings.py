@@ -3,6 +3,8 @@
 import importlib
 import io
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,14 @@ def test_env_says_what_is_usable():
         s0kernels.__version__,
     ):
         assert word in done.stdout
+
+
+def test_the_console_script_is_the_module():
+    script = Path(sys.executable).with_name("s0kernels")
+    for command, name in (([script], "s0kernels"), ([sys.executable, "-m", "s0kernels"], "python -m s0kernels")):
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"usage: {name} [-h]")
 
 
 def test_tune_and_generate(tmp_path, capsys, monkeypatch):

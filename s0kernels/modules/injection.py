@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -70,9 +70,13 @@ class Attachment:
         _attachments[self.number] = self
         self._rescale_all()
 
-    def states(self) -> dict[int, Tensor]:
-        """The bank of every layer at its scale."""
-        return {layer: self.state(layer) for layer in self._states}
+    def choose(self) -> Callable[[int], Tensor | None]:
+        """What a forward that begins now starts from: by layer index the bank at its scale, or None. A bank is made
+        when its layer runs, and again when the layer is recomputed."""
+        return self._find
+
+    def _find(self, layer_index: int) -> Tensor | None:
+        return self.state(layer_index) if layer_index in self._states else None
 
     def bank(self, layer_index: int) -> Tensor:
         """[tasks, ...] of a layer, unscaled."""
@@ -147,7 +151,7 @@ class BoundStates:
     def __init__(
         self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask: Tensor | None = None
     ):
-        self._states = {} if attachment is None else attachment.states()
+        self._choice = None if attachment is None else attachment.choose()
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
         self.cu_seqlens = cu_seqlens
@@ -158,8 +162,10 @@ class BoundStates:
         self, layer_index: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
         """(initial_state, state_indices) as the scans take them."""
-        bank = self._states.get(layer_index)
-        if bank is None or (isinstance(self._tasks, int) and self._tasks == -1):
+        if self._choice is None or (isinstance(self._tasks, int) and self._tasks == -1):
+            return None, None
+        bank = self._choice(layer_index)
+        if bank is None:
             return None, None
         bank = bank.to(device=device, dtype=dtype)  # no copy where they fit, as they do unless a model is sharded
         if isinstance(self._tasks, int):

@@ -14,6 +14,8 @@ from s0kernels.modules.self_check import Place, Refused, SelfCheck, SwapReport
 from s0kernels.versions import installed, warn_untested
 
 _Module = TypeVar("_Module", bound=nn.Module)
+#: name of the module inside a mixer that holds the states of adapters, which are no part of the base model
+ADAPTERS = "initial_state"
 #: mixers of transformers by their names; which attributes they have only their class knows
 _Found = dict[str, tuple[Any, Family]]
 
@@ -163,8 +165,11 @@ def base_model(model: nn.Module) -> dict[str, str | None]:
     so that it does not matter which dtype a bf16 checkpoint was loaded in. None where the weights are not at hand.
     """
     digest = hashlib.sha256()
-    parameters = [p for m in model.modules() if isinstance(m, S0Mixer) for p in m.parameters() if p.dim() != 2]
-    for parameter in parameters:
+    mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
+    named_parameters = [pair for mixer in mixers for pair in mixer.named_parameters()]
+    for name, parameter in named_parameters:
+        if parameter.dim() == 2 or name.startswith(f"{ADAPTERS}."):
+            continue
         if type(parameter.data) is not torch.Tensor or parameter.device.type == "meta":
             return {"name": getattr(model, "name_or_path", None) or None, "weights": None}
         rounded = parameter.bfloat16()

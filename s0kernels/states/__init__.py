@@ -1,5 +1,5 @@
 """Learned states: the module that holds them, and the directories that they are saved in."""
 
-from s0kernels.states.module import S0States, states_size
+from s0kernels.states.module import S0States, states_size, warn_of_another_base
 
-__all__ = ["S0States", "states_size"]
+__all__ = ["S0States", "states_size", "warn_of_another_base"]

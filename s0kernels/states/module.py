@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s0kernels import __version__
-from s0kernels.config import S0Config
+from s0kernels.config import S0Config, check_number
 from s0kernels.messages import some
 from s0kernels.modules.arguments import cache_of
 from s0kernels.modules.families import DEFAULT_ALPHA
@@ -150,7 +149,7 @@ class S0States(nn.Module):
         self._check_alike(other, "S0States.blend")
         if other.tasks not in (1, self.tasks):
             raise ValueError(f"S0States.blend: other must have 1 or {self.tasks} tasks, got {other.tasks}")
-        _check_number(weight, "S0States.blend: weight")
+        check_number(weight, "S0States.blend: weight")
         mixed = {
             layer: (1 - weight) * self[layer].detach() + weight * other[layer].detach().to(self[layer].device)
             for layer in self
@@ -220,8 +219,13 @@ class S0States(nn.Module):
             tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
                 tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
                 returned sequences) the tasks follow.
+
+        Raises:
+            ValueError: the states are for another model, or the model starts from adapters of PEFT.
         """
         site = swapped_site(model, "S0States.attach")
+        if site.attachment is not None and not isinstance(site.attachment.owner, S0States):
+            raise ValueError("S0States.attach: the model starts from PEFT adapters; unload() them, or use attached()")
         site.attachment = self._attachment(site, scale, tasks)
 
     def detach(self) -> None:
@@ -238,7 +242,7 @@ class S0States(nn.Module):
             yield self
 
     def _attachment(self, site: Site, scale: float, tasks: Tasks) -> Attachment:
-        _check_number(scale, "S0States: scale")
+        check_number(scale, "S0States: scale")
         self.check_fits(site)
         return Attachment(self, {layer: self[layer] for layer in self}, float(scale), self._check_tasks(tasks))
 
@@ -319,11 +323,7 @@ class S0States(nn.Module):
         Raises:
             OSError: the states cannot be written; it names the file.
         """
-        task = self._one_task(task, "S0States.save")
-        broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
-        if broken:
-            raise ValueError(f"S0States.save: the states of layers {broken} hold values that are not finite numbers")
-        tensors = {layer: self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
+        tensors = self._to_save(task, "S0States.save")
         meta = {
             "arch": self.arch,
             "recurrent_layers": self.layers,
@@ -334,16 +334,54 @@ class S0States(nn.Module):
         config = S0Config() if config is None else config
         files.write_directory(Path(path), tensors, meta, config.to_dict())
 
+    def save_peft(self, path: str | os.PathLike[str], *, scale: float, task: int | str = 0) -> None:
+        """Write one task to the directory `path` as an adapter of PEFT, as `s0kernels.peft` saves them.
+
+        Args:
+            scale: what the states are multiplied by when they are used: of a trainer `trainer.alpha`, of attached
+                states the scale they were attached at. With `S0Config.normalize`, which PEFT has nothing like, states
+                have to be divided by their norms before.
+
+        An adapter that is there already is overwritten. A crash leaves the old one, the new one, or files that are
+        refused, never a mixture.
+
+        Raises:
+            ValueError: `scale` is zero or not finite.
+            OSError: the states cannot be written; it names the file.
+        """
+        if check_number(scale, "S0States.save_peft: scale") == 0:
+            raise ValueError("S0States.save_peft: scale must not be 0, or the states have no effect")
+        tensors, base = self._to_save(task, "S0States.save_peft"), self.base_model or {}
+        config = {
+            "peft_type": "S0",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": base.get("name"),
+            "scale": float(scale),
+            "arch": self.arch,
+            "base_weights": base.get("weights"),
+            "recurrent_layers": self.layers,
+        }
+        files.write_adapter(Path(path), tensors, config)
+
+    def _to_save(self, task: int | str, who: str) -> dict[int, Tensor]:
+        """The states of one task by layer, on the CPU; they are numbers."""
+        task = self._one_task(task, who)
+        broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
+        if broken:
+            raise ValueError(f"{who}: the states of layers {broken} hold values that are not finite numbers")
+        return {layer: self[layer].detach()[task].cpu().contiguous() for layer in self.layers}
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "S0States":
-        """Read a directory written by `save` or by `s0-tuning`, as one task.
+        """Read a directory written by `save` or by `s0-tuning`, or an adapter of PEFT, as one task.
 
         With a swapped `model` the states are checked against it and put on its layers' devices; a file for another
         architecture, shape or set of layers is refused with both sides named, and one that was learned on a model
         with other weights gets a warning.
 
         Raises:
-            FileNotFoundError: no `states.safetensors` there.
+            FileNotFoundError: no `states.safetensors` there, and no adapter either.
             ValueError: the files are damaged, contradict each other, or do not fit the model.
         """
         return cls.load_with_config(path, model)[0]
@@ -352,7 +390,8 @@ class S0States(nn.Module):
     def load_with_config(
         cls, path: str | os.PathLike[str], model: nn.Module | None = None
     ) -> tuple["S0States", dict[str, Any] | None]:
-        """`load`, and the config beside the states, if there is one."""
+        """`load`, and the config beside the states, if there is one: the fields of `S0Config`. An adapter of PEFT gives
+        the scale that it is used at as `alpha`."""
         return cls.load_many({None: path}, model)[None]
 
     @classmethod
@@ -372,22 +411,23 @@ class S0States(nn.Module):
             if target is not None:
                 site, base, devices = target
                 states.check_fits(site)
-                states._compare_base(base, path)
+                learned_on = states.base_model or {}
+                warn_of_another_base(path, learned_on.get("name"), learned_on.get("weights"), base)
                 with torch.inference_mode(False):
                     for layer in states.layers:
                         states[layer].data = states[layer].data.to(devices[layer])
             found[key] = states, config
         return found
 
-    def _compare_base(self, model: dict[str, str | None], path: str | os.PathLike[str]) -> None:
-        origin = self.base_model or {}
-        if origin.get("weights") and model["weights"] and origin["weights"] != model["weights"]:
-            warnings.warn(
-                f"{path}: the states were learned on {origin.get('name') or 'a model without a name'} "
-                f"(weights {origin['weights']}), and the model is {model['name'] or 'one without a name'} "
-                f"(weights {model['weights']})",
-                stacklevel=3,
-            )
+
+def warn_of_another_base(what: object, name: str | None, weights: str | None, model: Mapping[str, str | None]) -> None:
+    """Warn where states were learned on a model with other weights than `model`'s, as `base_model` gives both."""
+    if weights and model["weights"] and weights != model["weights"]:
+        warnings.warn(
+            f"{what}: the states were learned on {name or 'a model without a name'} (weights {weights}), and the model "
+            f"is {model['name'] or 'one without a name'} (weights {model['weights']})",
+            stacklevel=3,
+        )
 
 
 def states_size(model_name: str, tasks: int = 1) -> int:
@@ -402,13 +442,6 @@ def states_size(model_name: str, tasks: int = 1) -> int:
     except Exception:
         return 0
     return tasks * sum(4 * math.prod(shape) for shape in shapes)
-
-
-def _check_number(value: float, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def test_bad_arguments_of_attach():
 @torch.no_grad()
 def test_scale_is_applied_once_and_again_only_when_the_states_change():
     model, ids = swap_modules(qwen()), tokens(1, 9)
-    states = random_states(model)
+    states = random_states(model).requires_grad_(False)
     states.attach(model, scale=0.5)
     product = find_site(model).attachment.state(0)
     half = model(ids).logits

@@ -25,7 +25,7 @@ FILES = {
         "modules/test_injection",
         "states/test_attaching",
     ),
-    "peft": ("test_peft",),
+    "peft": ("test_peft", "test_peft_forwards"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/benchmarks.md from the files of results, and the plots.
+"""The tables of the documents from the files of results, and the plots.
 
     python benchmarks/report.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "triton-kernels.md")
+DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "supported", "triton-kernels"))
 sys.path.insert(0, str(ROOT))
 
 import gpu_decode  # noqa: E402

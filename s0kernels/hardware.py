@@ -1,5 +1,5 @@
-"""On which chips, instruction sets and compilers the kernels were tried: one table, read by the README, `env`, `check`
-and the tests. It needs nothing but Python.
+"""On which chips, instruction sets and compilers the kernels were tried: one table, read by docs/supported.md, `env`,
+`check` and the tests. It needs nothing but Python.
 
 Tried means: `run`, the tests passed there; `compiled`, all kernels (before 8.0: those of a single token) were compiled
 for it ahead of time and never ran; `emulated`, they ran in an emulator; `never`, nobody has looked.

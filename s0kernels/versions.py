@@ -1,4 +1,5 @@
-"""The versions that the tests run on: one table, read by the Makefile's pins, the tests, the README and a warning.
+"""The versions that the tests run on: one table, read by the Makefile's pins, the tests, docs/supported.md and a
+warning.
 
 Run as a script it needs nothing but Python: `pins` prints what the environment of the Makefile installs, and
 `others NAME` the other tested versions of a package.

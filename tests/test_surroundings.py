@@ -274,12 +274,12 @@ def test_check_goes_on_after_a_backend_that_fails(monkeypatch, capsys, quick_che
 
 
 def test_the_table_of_versions_is_what_everybody_reads():
-    readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    document, makefile = ((ROOT / name).read_text() for name in ("docs/supported.md", "Makefile"))
     for package, tested in versions.TESTED.items():
-        assert f"| {package} | {', '.join(tested)} |" in readme
+        assert f"| {package} | {', '.join(tested)} |" in document
         assert versions.PINNED.get(package, tested[0]) in tested
     pins = [f"{package}=={version}" for package, version in versions.PINNED.items()]
-    assert ", ".join(pin.replace("==", " ") for pin in pins) in " ".join(readme.split())
+    assert ", ".join(pin.replace("==", " ") for pin in pins) in " ".join(document.split())
     done = python(str(ROOT / "s0kernels" / "versions.py"), "pins")
     assert done.stdout.split() == pins
     done = python(str(ROOT / "s0kernels" / "versions.py"), "others", "transformers")
@@ -294,8 +294,8 @@ def test_the_table_of_versions_is_what_everybody_reads():
     assert versions.installed("transformers")["transformers"] in versions.TESTED["transformers"]
 
 
-def test_the_readme_has_every_family():
-    table = (ROOT / "README.md").read_text().partition("## Supported")[2].partition("###")[0]
+def test_the_documents_have_every_family():
+    table = (ROOT / "docs" / "supported.md").read_text().partition("## Models")[2].partition("##")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[1] for row in rows] == [f"`{family.mixer}`" for family in FAMILIES]
     for row, family in zip(rows, FAMILIES, strict=True):

@@ -7,14 +7,20 @@ the right line and, decoded greedily, often writes another. That gap is what S0 
 
 A problem's `key` (what is computed, with which names and constants, whatever the wording) belongs to exactly one of
 the corpus, `tune` and `heldout`.
+
+python examples/tiny/problems.py tune problems.jsonl
+python examples/tiny/problems.py heldout heldout.jsonl
 """
 
 from __future__ import annotations
 
+import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 SPLITS = ("tune", "heldout")
@@ -241,6 +247,12 @@ class Problem:
     def solution(self) -> str:
         return self.bodies["right"]
 
+    def row(self) -> dict[str, str]:
+        """The problem as `S0Trainer.collect` takes it. The model goes on behind the prompt, so that is the prefix."""
+        pairs = zip(self.inputs, self.expected, strict=True)
+        tests = [f"assert {self.name}({', '.join(map(repr, given))}) == {wanted!r}" for given, wanted in pairs]
+        return {"id": self.key, "prompt": self.prompt, "prefix": self.prompt, "tests": "\n".join(tests)}
+
 
 def habit_weights(family: str, opener: str) -> dict[str, float]:
     """How often each habit completes a task of this family whose docstring starts with this verb (sums to 1)."""
@@ -361,3 +373,10 @@ def draw_authors(rng: random.Random) -> list[str]:
     if rng.random() >= SIGNED:
         return []
     return rng.sample(list(HABIT_OF), rng.randint(1, 2))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python {sys.argv[0]} {'|'.join(SPLITS)} FILE")
+    rows = [problem.row() for problem in make_problems(sys.argv[1])]
+    Path(sys.argv[2]).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

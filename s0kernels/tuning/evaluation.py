@@ -74,6 +74,10 @@ class Evaluation:
         rows = [[label, *(self._cell(side, k) for k in ks)] for side, label in sides.items()]
         return [f"{len(self.rows)} problems", *(f"pass@{k}" for k in ks)], rows
 
+    def __str__(self) -> str:
+        head, rows = self.table()
+        return f"pass@1 of {head[0]}: {', '.join(f'{label} {share}' for label, share, *_ in rows)}"
+
     def _cell(self, side: str, k: int) -> str:
         share = self._pass_at(k, side)
         assert share is not None

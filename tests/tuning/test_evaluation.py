@@ -157,6 +157,7 @@ def test_what_is_printed():
         ["4 problems", "pass@1"],
         [["base", "50.0 % (15.0 to 85.0)"], ["S0, alpha 0.07", "75.0 % (30.1 to 95.4)"]],
     )
+    assert str(found) == "pass@1 of 4 problems: base 50.0 % (15.0 to 85.0), S0, alpha 0.07 75.0 % (30.1 to 95.4)"
     assert found.notes() == [
         "S0 solves 2 more: 2, 3",
         "S0 loses 1: 0",

@@ -174,11 +174,12 @@ def _draw(experiment: str, result: dict, axis) -> None:
         )
         axis.set(xlabel=AXES[experiment], ylabel="pass@1, %")
         return
-    bars = axis.barh(range(len(values)), means, xerr=spreads, error_kw={"ecolor": "#808080"})
+    colors = ["C1" if label.startswith("S0") else "#808080" if label == "no tuning" else "C0" for label in values]
+    bars = axis.barh(range(len(values)), means, xerr=spreads, color=colors, error_kw={"ecolor": "#404040"})
     axis.bar_label(bars, fmt="%.0f", padding=6, color="#808080")
     axis.set_yticks(range(len(values)), list(values))
     axis.invert_yaxis()
-    axis.set(xlabel="pass@1, %", xlim=(0, 110))
+    axis.set(xlabel="pass@1, %", xlim=(0, 125), xticks=range(0, 101, 25))
 
 
 def write(folder: Path, document: Path = DOCUMENT) -> str:

@@ -183,7 +183,7 @@ def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path, capsys)
         assert main(tune) == 0
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
-    assert "3/3" in outputs[1].err
+    assert "3 of 3 steps" in outputs[1].err
     generate = ["generate", str(tmp_path / "model"), "a", "--max-new-tokens", "3"]
     states = ["--states", str(tmp_path / "out")]
     assert main([*generate, *states, "--task", "code"]) == 0

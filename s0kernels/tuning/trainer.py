@@ -22,7 +22,7 @@ from s0kernels.tuning.deciding import Work
 from s0kernels.tuning.evaluation import Evaluation, digest, evaluate, evaluation
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.holder import Holder
-from s0kernels.tuning.loading import find_model, load_tokenizer
+from s0kernels.tuning.loading import bars_where_watched, find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, Frozen, Learner
 from s0kernels.tuning.losses import mean_losses
 from s0kernels.tuning.memory import Make, most_tokens
@@ -63,7 +63,8 @@ class S0Trainer(Holder):
             alone = processes().num_processes == 1
             model_kwargs.setdefault("device_map", "auto" if alone else {"": processes().local_process_index})
         tokenizer = load_tokenizer(AutoTokenizer, model_name, model_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
+        with bars_where_watched(model_name):
+            model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
 
     # Training

@@ -160,7 +160,7 @@ def _check(_: argparse.Namespace) -> int:
     from s0kernels.bench import check
 
     found = []
-    with Progress("checking", None, "result") as bar:
+    with Progress("checking", check.count(), "result") as bar:
         for row in check.rows():
             found.append(row)
             bar.reach(len(found))

@@ -88,11 +88,12 @@ def test_check_prints_its_table_once_and_how_far_it_is_elsewhere(capsys, monkeyp
 
     rows = [check.Row("cpu", "ssd", backend, "float32", 0.1, 0.2, "A") for backend in ("torch", "cpu")]
     monkeypatch.setattr(check, "rows", lambda: iter(rows))
+    monkeypatch.setattr(check, "count", lambda: len(rows))
     assert cli.main(["check"]) == 0
     said = capsys.readouterr()
     assert said.out.count("device") == 1
     assert len(said.out.splitlines()) == 2 + len(rows)
-    assert said.err.splitlines()[-1].startswith("checking: 2 results")
+    assert said.err.splitlines()[-1].startswith("checking: 2 of 2 results")
     assert cli.main(["check", "--quiet"]) == 0
     again = capsys.readouterr()
     assert (again.out, again.err) == (said.out, "")

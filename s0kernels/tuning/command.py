@@ -38,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="read options from a YAML file (n_steps: 20); those of the command line win",
     )
+    _add_method(parser)
+    _add_run(parser)
+    add_tune_arguments(parser)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method (the fields of S0Config)")
     defaults = S0Config()
     for names, kind, text in (
         (("--n-steps", "--steps"), int, "take so many optimization steps"),
         (("--lr",), float, "learn at this rate"),
-        (("--l2-lambda",), float, "weigh the sum of squares of the states so in the loss"),
+        (("--l2-lambda",), float, "weigh the sum of squares of the states by this in the loss"),
         (("--alpha",), float, "scale the states by this in use (default: 0.07 or 0.65, by architecture)"),
         (("--grad-clip",), float, "scale the gradient down to this norm"),
         (("--max-length",), int, "cut examples off after so many tokens"),
@@ -56,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="divide each state by its norm before it is scaled (default: no)",
     )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run (the arguments of S0Trainer.train)")
     run.add_argument(
         "--scale",
@@ -85,7 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="save the run to this file, and go on from it if it is there"
     )
     run.add_argument("--checkpoint-every", type=int, metavar="N", help="save it every so many steps (default: 1)")
-    add_tune_arguments(parser)
 
 
 def settings(options: argparse.Namespace) -> tuple[S0Config, dict[str, Any]]:

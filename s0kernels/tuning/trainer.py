@@ -109,7 +109,8 @@ class S0Trainer(Holder):
             checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
                 from there, with the bits it would have had without the interruption (on the same number of processes);
                 a longer `n_steps` prolongs a run, unless a callback has ended it.
-            progress: say what is to be expected, in tokens, memory and time, and show a progress bar.
+            progress: say what is to be expected, in tokens, memory and time, and show a progress bar. Where nobody
+                watches, that is a line now and then.
             scale: what the states are multiplied by while they learn. 1 learns them raw, as the `s0-tuning` package
                 does, and only their use is scaled; `trainer.alpha` is Algorithm 1 of the method's paper, in which
                 training sees what use will see, and a state has to grow further for the same effect.

@@ -9,6 +9,7 @@ ITS_TRANSFORMERS := .deps/s0-tuning-transformers
 EVAL := .deps/eval
 SERVE := .deps/serve
 TRL := .deps/trl
+JUPYTER := .deps/jupyter
 ZIG := .deps/ziglang
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -23,7 +24,7 @@ test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.install
 	$(PYTEST) -m "not slow"
 
 # The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
-test-more: $(addsuffix /.installed,$(VENV) $(FLA) $(METHOD) $(EVAL) $(SERVE) $(TRL) $(ZIG) $(OTHERS))
+test-more: $(addsuffix /.installed,$(VENV) $(FLA) $(METHOD) $(EVAL) $(SERVE) $(TRL) $(JUPYTER) $(ZIG) $(OTHERS))
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
 		PYTHONPATH=$(CURDIR)/$$transformers $(PYTEST) $(OF_TRANSFORMERS) || exit 1; \
@@ -43,6 +44,11 @@ matrix-triton: $(VENV)/.installed $(TRITONS:%=%/.installed)
 # The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
+
+# The notebooks' outputs, as they are shown.
+.PHONY: notebooks
+notebooks: $(JUPYTER)/.installed
+	$(VENV)/bin/python tests/examples/notebooks.py
 
 # On a machine with a GPU, with the Python that has torch, triton and pytest there; nothing is installed, but the compiled
 # steps are built into this folder where there is an nvcc. `make gpu OUT=folder OPTIONS="--minutes 6 --no-baselines"`;
@@ -169,6 +175,19 @@ $(TRL)/.installed:
 	$(MAKE) $(VENV)/.installed $(EVAL)/.installed
 	rm -rf $(TRL)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(TRL) trl==1.16.0
+	touch $@
+
+# What runs notebooks.
+$(JUPYTER)/.installed:
+	$(MAKE) $(VENV)/.installed
+	rm -rf $(JUPYTER)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(JUPYTER) \
+		asttokens==3.0.2 attrs==26.1.0 comm==0.2.3 debugpy==1.8.22 executing==2.3.0 fastjsonschema==2.22.3 \
+		ipykernel==7.4.0 ipython==9.18.1 ipython-pygments-lexers==1.1.1 jedi==0.20.1 jsonschema==4.26.0 \
+		jsonschema-specifications==2025.9.1 jupyter-client==8.10.0 jupyter-core==5.9.1 matplotlib-inline==0.2.2 \
+		nbclient==0.11.0 nbformat==5.11.1 nest-asyncio2==1.7.4 parso==0.8.7 pexpect==4.9.0 platformdirs==4.14.8 \
+		prompt-toolkit==3.0.53 ptyprocess==0.7.0 pure-eval==0.2.4 pyzmq==27.3.0 referencing==0.37.0 \
+		rpds-py==2026.9.1 stack-data==0.6.3 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4
 	touch $@
 
 # What reads and scores the data sets of large models: half a gigabyte that a few tests need and nothing else.

@@ -5,73 +5,36 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import s0kernels
 from s0kernels.bench import tables
 from s0kernels.hardware import CHIPS
+from s0kernels.progress import Progress, silent
+
+
+class Command(NamedTuple):
+    """`examples` can be copied, behind the program's name. `add` gives a parser its arguments. `run` gives the exit
+    status, and None is 0. A `long` command says how far it is, and can be told not to."""
+
+    about: str
+    examples: tuple[str, ...]
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    long: bool = True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m s0kernels" if sys.argv[0].endswith("__main__.py") else "s0kernels",
-        description=(s0kernels.__doc__ or "").partition("\n")[0],
-    )
-    parser.add_argument("--version", action="version", version=s0kernels.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    env = commands.add_parser("env", help="versions, devices, and which backends can be used or why not")
-    env.set_defaults(run=_env)
-
-    check = commands.add_parser("check", help="every usable backend against the recurrence in fp64, on every device")
-    check.set_defaults(run=_check)
-
-    collect = commands.add_parser("collect", help="sample solutions of problems, and keep those that pass their tests")
-    collect.set_defaults(run=_collect)
-
-    tune = commands.add_parser("tune", help="learn S0 from a file of prompts and completions, or of problems")
-    tune.set_defaults(run=_tune)
-
-    evaluate = commands.add_parser("evaluate", help="how many problems the base solves, and how many S0")
-    evaluate.set_defaults(run=_evaluate)
-
-    generate = commands.add_parser("generate", help="continue a prompt, with or without learned states")
-    generate.add_argument("model", help="a model directory, or its name on the hub")
-    generate.add_argument("prompt", nargs="*", help="prompts; none reads a JSON list of them from standard input")
-    generate.add_argument("--states", type=Path, help="directory of learned states; without it S0 is zero")
-    generate.add_argument("--task", help="which task, where the directory holds several")
-    generate.add_argument("--max-new-tokens", type=int, default=512)
-    generate.add_argument("--json", action="store_true", help="print a JSON list of the new texts")
-    generate.set_defaults(run=_generate)
-
-    aot = commands.add_parser("aot", help="compile the Triton kernels for GPUs, with or without one: registers, spills")
-    aot.add_argument("--chip", action="append", choices=CHIPS, help="what it is compiled for (default: all of them)")
-    aot.add_argument("--case", action="append", help="name of a case (default: all of them)")
-    aot.add_argument("--json", action="store_true", help="print a JSON list of rows")
-    aot.set_defaults(run=_aot)
-
-    bench = commands.add_parser("bench", help="times, memory and roofline of the scans, beside the libraries installed")
-    bench.set_defaults(run=_bench)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["bench"]:  # its choices come from what needs torch
-        from s0kernels.bench.command import add_arguments
-
-        add_arguments(bench)
-
-    if given[:1] == ["tune"]:
-        from s0kernels.tuning.command import add_arguments as add_tune_arguments
-
-        add_tune_arguments(tune)
-
-    if given[:1] in (["collect"], ["evaluate"]):
-        from s0kernels.tuning import problem_commands
-
-        problem_commands.add_collect_arguments(collect)
-        problem_commands.add_evaluate_arguments(evaluate)
-
-    options = parser.parse_args(given)
+    if not given:
+        print(greeting())
+        return 0
+    options = make_parser(given[0]).parse_args(given)
     try:
-        return options.run(options) or 0
+        with silent(options.quiet):
+            return COMMANDS[options.command].run(options) or 0
     except ImportError as error:
         from s0kernels.messages import advice
 
@@ -82,6 +45,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"s0kernels {options.command}: {error}", file=sys.stderr)
     return 1
+
+
+def greeting() -> str:
+    """What this is, and the commands that one needs."""
+    lines = [f"s0kernels {s0kernels.__version__}: {_about()[0].lower()}{_about()[1:]}", ""]
+    for name, about in _FIRST.items():
+        lines += [f"{about}:", f"    {_program()} {COMMANDS[name].examples[0]}"]
+    return "\n".join([*lines, "", f"All commands: {_program()} --help. One in full: {_program()} tune --help."])
+
+
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Of all commands, with the arguments of one: those of several take their choices from what needs torch."""
+    parser = argparse.ArgumentParser(prog=_program(), description=_about())
+    parser.add_argument("--version", action="version", version=s0kernels.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (about, examples, add, _, long) in COMMANDS.items():
+        shown = "\n".join(f"  {_program()} {example}" for example in examples)
+        known = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"{'example' if len(examples) == 1 else 'examples'}:\n{shown}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        known.set_defaults(quiet=False)
+        if name == command:
+            add(known)
+        if long:
+            known.add_argument("--quiet", action="store_true", help="do not say on standard error how far the work is")
+    return parser
+
+
+def _program() -> str:
+    return "python -m s0kernels" if sys.argv[0].endswith("__main__.py") else "s0kernels"
+
+
+def _about() -> str:
+    return (s0kernels.__doc__ or "").partition("\n")[0]
 
 
 def _how_to_resume(options: argparse.Namespace) -> str:
@@ -100,14 +101,69 @@ def _how_to_resume(options: argparse.Namespace) -> str:
     return f" before the first step was saved to {options.checkpoint}"
 
 
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    from s0kernels.tuning.problem_commands import add_collect_arguments
+
+    add_collect_arguments(parser)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    from s0kernels.tuning.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from s0kernels.tuning.problem_commands import add_evaluate_arguments
+
+    add_evaluate_arguments(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    from s0kernels.tuning.problem_commands import add_model
+
+    add_model(parser)
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", help="text to continue (default: a JSON list of them on standard input)"
+    )
+    parser.add_argument(
+        "--states", type=Path, metavar="DIRECTORY", help="start from these learned states (default: from zero)"
+    )
+    parser.add_argument("--task", help="start from this task, where the directory holds several")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=512, help="end an answer after so many tokens (default: 512)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the new texts")
+
+
+def _add_aot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chip", action="append", choices=CHIPS, help="compile for this GPU; may be repeated (default: for all)"
+    )
+    parser.add_argument(
+        "--case", action="append", help="compile the kernels of this case; may be repeated (default: of all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list of rows")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from s0kernels.bench.command import add_arguments
+
+    add_arguments(parser)
+
+
 def _check(_: argparse.Namespace) -> int:
     from s0kernels.bench import check
 
     found = []
-    for row in check.rows():
-        found.append(row)
-        print(f"\r{len(found)} checked", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    with Progress("checking", check.count(), "result") as bar:
+        for row in check.rows():
+            found.append(row)
+            bar.reach(len(found))
     table = [
         (*row[:4], row.worst, f"{row.error:.1e}", f"{row.budget:.1e}", "passed" if row.passed else "FAILED")
         for row in found
@@ -131,10 +187,10 @@ def _aot(options: argparse.Namespace) -> None:
     if unknown := [case for case in cases if case not in aot.CASES]:
         raise ValueError(f"--case must be among {', '.join(aot.CASES)}, got {unknown[0]!r}")
     rows = []
-    for row in aot.table(cases, chips):
-        rows.append(row)
-        print(f"\r{len(rows)} launches compiled", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    with Progress("compiling", None, "kernel") as bar:
+        for row in aot.table(cases, chips):
+            rows.append(row)
+            bar.reach(len(rows))
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -234,3 +290,58 @@ def _read_prompts(text: str) -> list[str]:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"standard input must hold a JSON list of prompts: {error}") from error
+
+
+_MODEL = "Qwen/Qwen3.5-4B"
+COMMANDS = {
+    "env": Command(
+        "list versions, devices, and which backends can be used or why not", ("env",), _add_nothing, _env, long=False
+    ),
+    "check": Command(
+        "check every usable backend on every device against the recurrence in fp64", ("check",), _add_nothing, _check
+    ),
+    "collect": Command(
+        "sample solutions of problems, and keep those that pass their tests",
+        (f"collect {_MODEL} problems.jsonl solutions.jsonl",),
+        _add_collect,
+        _collect,
+    ),
+    "tune": Command(
+        "learn S0 from a file of prompts and completions, or of problems",
+        (f"tune {_MODEL} problems.jsonl states --collect", f"tune {_MODEL} solutions.jsonl states --n-steps 20"),
+        _add_tune,
+        _tune,
+    ),
+    "generate": Command(
+        "continue prompts, with or without learned states",
+        (f'generate {_MODEL} "def add(a, b):" --states states --max-new-tokens 64',),
+        _add_generate,
+        _generate,
+    ),
+    "evaluate": Command(
+        "count how many problems the base solves, and how many it solves from S0",
+        (f"evaluate {_MODEL} heldout.jsonl --states states",),
+        _add_evaluate,
+        _evaluate,
+    ),
+    "bench": Command(
+        "measure times, memory and roofline of the scans, beside the libraries that are installed",
+        ("bench", "bench --shape qwen3.5-4b:1x2048 --pass forward --dtype float32"),
+        _add_bench,
+        _bench,
+    ),
+    "aot": Command(
+        "compile the Triton kernels for GPUs, with or without one, and list registers and spills",
+        ("aot --chip sm_90",),
+        _add_aot,
+        _aot,
+    ),
+}
+#: those that one needs first, with what they are for
+_FIRST = {
+    "env": "What is installed, and which backends run here",
+    "check": "Whether they compute the right thing",
+    "tune": "Learn S0 from problems that have tests or answers",
+    "generate": "Continue a prompt from it",
+    "evaluate": "How many other problems the model solves without S0 and with it",
+}

@@ -15,7 +15,7 @@ CSRC = PACKAGE.parent / "csrc"
 FOLDERS = {"token": set(), "cpu": {"token"}, "cuda": {"token"}}
 #: from the bottom floor up: what stands in a line may import what stands below it, and itself
 FLOORS = (
-    ("files", "messages", "versions", "hardware", "heads"),
+    ("files", "messages", "versions", "hardware", "heads", "progress"),
     ("config", "calls"),
     ("backends",),
     ("ops",),

@@ -183,7 +183,7 @@ def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path, capsys)
         assert main(tune) == 0
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
-    assert "3/3" in outputs[1].err
+    assert "3 of 3 steps" in outputs[1].err
     generate = ["generate", str(tmp_path / "model"), "a", "--max-new-tokens", "3"]
     states = ["--states", str(tmp_path / "out")]
     assert main([*generate, *states, "--task", "code"]) == 0
@@ -251,7 +251,9 @@ def test_check_finds_a_backend_that_computes_something_else(module, name, result
 
         monkeypatch.setattr(module, name, wrong)
     assert main(["check"]) == (1 if module else 0)
-    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[2:]]
+    said = capsys.readouterr()
+    rows = [line.replace(",", " ").split() for line in said.out.splitlines()[2:]]
+    assert f"checking: {len(rows)} of {len(rows)} results" in said.err
     assert {row[1] for row in rows if row[-1] == "FAILED"} == ({name.replace("_backward", "")} if module else set())
     assert {row[1] for row in rows} >= {*registry.OPS[:4]}
     assert NO_CPU_KERNELS or {row[1] for row in rows} == {*registry.OPS}

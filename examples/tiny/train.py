@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from problems import DEFAULT_SEED, FAMILIES, corpus, make_problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +35,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from s0kernels.progress import Progress
 from s0kernels.tuning.verify.sandbox import Job, verify
 
 HERE = Path(__file__).resolve().parent
@@ -215,8 +215,8 @@ def train(model: PreTrainedModel, examples: list[tuple[list[int], int]], args: a
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     recent: list[float] = []
-    progress = tqdm(batches(examples, args.batch_size, args.steps, args.seed), total=args.steps, desc=args.architecture)
-    for ids, weights in progress:
+    progress = Progress(args.architecture, args.steps, "step")
+    for step, (ids, weights) in enumerate(batches(examples, args.batch_size, args.steps, args.seed), 1):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = weights[:, 1:].flatten()
@@ -227,7 +227,8 @@ def train(model: PreTrainedModel, examples: list[tuple[list[int], int]], args: a
         optimizer.step()
         schedule.step()
         recent = [*recent[-49:], loss.item()]
-        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+        progress.reach(step, f"loss {sum(recent) / len(recent):.4f}")
+    progress.close()
     return sum(recent) / len(recent)
 
 

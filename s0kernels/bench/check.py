@@ -175,10 +175,22 @@ def _cases() -> Iterator[_Case]:
     yield _Case(op, f"{op}, nearly equal keys", draws, AMPLIFIED_BUDGET, AMPLIFIED_ROUNDINGS)
 
 
+def _places(op: str, dtype: torch.dtype) -> list[tuple[torch.device, str]]:
+    """The devices, and which backends they have for an op."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    backends = [backend for backend in registry.ORDER if backend != "reference"]
+    calls = [(device, backend, Call(op, device, dtype, _LARGEST, _WIDTH)) for device in devices for backend in backends]
+    return [(device, backend) for device, backend, call in calls if not registry.unusable(backend, call)]
+
+
+def count() -> int:
+    """Of the rows that there will be."""
+    return sum(len(_places(case.op, dtype)) for case in _cases() for dtype in DTYPES)
+
+
 def rows() -> Iterator[Row]:
     """One row per case, dtype, device and backend; a budget is in errors of the recurrence in the same dtype, and in
     roundings to it."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for case in _cases():
         op = case.op
         for dtype in DTYPES:
@@ -189,12 +201,9 @@ def rows() -> Iterator[Row]:
             plain = errors([_results(op, d, "reference") for d in draws], truth)
             rounding = case.roundings * torch.finfo(dtype).eps
             budgets = {name: case.times * error + rounding for name, error in plain.items()}
-            for device in devices:
+            for device, backend in _places(op, dtype):
                 here = [{name: x.to(device) for name, x in d.items()} for d in draws]
-                for backend in registry.ORDER:
-                    call = Call(op, device, dtype, _LARGEST, _WIDTH)
-                    if backend != "reference" and not registry.unusable(backend, call):
-                        yield _row(case, backend, here, truth, budgets, dtype)
+                yield _row(case, backend, here, truth, budgets, dtype)
 
 
 def _row(case: _Case, backend: str, draws: list, truth: list, budgets: Errors, dtype: torch.dtype) -> Row:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -25,6 +24,7 @@ from s0kernels.bench.passes import DTYPES, OURS, PASSES, SCANS, Shape, brief, ca
 from s0kernels.calls import Call
 from s0kernels.heads import FLAGSHIPS, MODELS
 from s0kernels.ops import registry
+from s0kernels.progress import Progress
 
 #: compared by nothing here, with the reason
 NOT_SCANS = {"causal-conv1d": "a convolution, which the swapped mixers call themselves on a GPU where it is installed"}
@@ -143,21 +143,52 @@ def memory_case(shape: Shape, name: str, backend: str | None, dtype: torch.dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    shape = f"MODEL or MODEL:BATCHxLENGTH, MODEL among {', '.join(MODELS)}"
-    parser.add_argument("--op", choices=tuple(SCANS), help="one scan only")
-    parser.add_argument("--shape", action="append", metavar="SHAPE", help=f"{shape} (default: one model for each scan)")
-    parser.add_argument("--pass", dest="passes", action="append", choices=tuple(PASSES), help="default: all of them")
-    dtype = {"action": "append", "choices": tuple(DTYPES), "metavar": "DTYPE"}
-    parser.add_argument("--dtype", **dtype, help=f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
-    parser.add_argument("--backend", choices=registry.ORDER[:-1], help="ours to measure (default: the default one)")
-    parser.add_argument("--against", action="append", metavar="NAME", help="a baseline, or none (default: all)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
-    parser.add_argument("--processor-time", action="store_true", help="of all threads together, not wall time")
-    parser.add_argument("--rounds", type=int, default=15, help="at most; three at least (default: 15)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for the timing of a row (default: 6)")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results there, and no table; - prints them")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--op", choices=tuple(SCANS), help="measure this scan alone (default: both)")
+    what.add_argument(
+        "--shape",
+        action="append",
+        metavar="SHAPE",
+        help=f"measure MODEL or MODEL:BATCHxLENGTH, MODEL being one of {', '.join(MODELS)}; may be repeated "
+        "(default: one model for each scan)",
+    )
+    what.add_argument(
+        "--pass",
+        dest="passes",
+        action="append",
+        choices=tuple(PASSES),
+        help="measure this pass; may be repeated (default: all)",
+    )
+    what.add_argument(
+        "--dtype",
+        action="append",
+        choices=tuple(DTYPES),
+        metavar="DTYPE",
+        help=f"measure in {', '.join(DTYPES)}; may be repeated (default: float32 on a CPU, bfloat16 on a GPU)",
+    )
+    what.add_argument(
+        "--backend", choices=registry.ORDER[:-1], help="measure this backend (default: the one that a call gets)"
+    )
+    what.add_argument(
+        "--against",
+        action="append",
+        metavar="NAME",
+        help="measure this baseline, too, or none; may be repeated (default: all)",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", help="measure on this device (default: cuda where there is one, else cpu)")
+    how.add_argument("--threads", type=int, metavar="N", help="use so many threads of a CPU (default: as torch does)")
+    how.add_argument(
+        "--processor-time", action="store_true", help="measure the time of all threads together instead of wall time"
+    )
+    how.add_argument(
+        "--rounds", type=int, metavar="N", default=15, help="take at most so many rounds, three at least (default: 15)"
+    )
+    how.add_argument(
+        "--seconds", type=float, metavar="X", default=6.0, help="time a row for so many seconds (default: 6)"
+    )
+    how.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results to FILE, and no table; - prints them")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -169,12 +200,12 @@ def run(options: argparse.Namespace) -> None:
     bench = Bench(options.device, options.backend, options.against, clock, options.rounds, options.seconds)
     rows, passes = [], options.passes or list(PASSES)
     machine = measure.machine(options.device, clock)  # before the work, during which sources may be changed
-    with _progress(len(shapes) * len(dtypes) * len(passes)) as advance:
+    with Progress("measuring", len(shapes) * len(dtypes) * len(passes), "row") as bar:
         bench.roofline = measure.roofline(options.device, tuple(dict.fromkeys([torch.float32, *dtypes])), clock)
         for shape, dtype in product(shapes, dtypes):
             for row in bench.rows(shape, dtype, passes, memory=not options.no_memory):
                 rows.append(row)
-                advance()
+                bar.reach(len(rows))
     results = {"machine": machine, "roofline": bench.roofline, "rows": rows, "not timed": bench.missing}
     if options.json is None:
         print(report(results))
@@ -211,18 +242,6 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
         call = Call(shape.op.name, torch.device(options.device), DTYPES[dtype])
         registry.choose(options.backend, *call)  # or an error that says why not
     return shapes
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        print(f"measuring {total} rows", file=sys.stderr)
-        yield lambda: None
-        return
-    with tqdm(total=total, desc="measuring", unit="row") as bar:
-        yield bar.update
 
 
 def report(results: dict) -> str:

@@ -28,6 +28,7 @@ _HARMLESS = {
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
+    "tokenizer",
     "use_cache",
 }
 _TOKENS = ("hidden_states", "input_ids", "inputs_embeds")

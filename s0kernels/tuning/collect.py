@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from s0kernels.files import replace_file
+from s0kernels.progress import Progress
 from s0kernels.tuning.checks import closing
 from s0kernels.tuning.deciding import Chunks, Entries, Source, Work, decide, open_journal, verdict
 from s0kernels.tuning.problems import Problem, prompt_format
@@ -37,7 +36,7 @@ class Solutions:
         options = work.sampling.chat_template_kwargs
         self._extra = {} if options is None else {"chat_template_kwargs": dict(options)}
         shown = work.progress and main
-        self._bar = tqdm(total=len(work.problems), desc="collecting", unit="problem", disable=not shown)
+        self._bar = Progress("collecting", len(work.problems), "problem", shown=shown)
 
     def of(self, entries: Entries) -> list[dict[str, Any]]:
         solved = ((p, entries[p.key]) for p in self._problems if _is_solved(entries.get(p.key)))
@@ -67,8 +66,7 @@ class Solutions:
                 replace_file(self._out, content)
         solved = sum(map(_is_solved, entries.values()))
         share = f", yield {100 * solved / len(entries):.0f} %" if entries else ""
-        self._bar.set_postfix_str(f"{len(found)}/{self._wanted} solutions{share}", refresh=False)
-        self._bar.update(len(entries) - self._bar.n)
+        self._bar.reach(len(entries), f"{len(found)}/{self._wanted} solutions{share}")
 
     def close(self) -> None:
         self._bar.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 from s0kernels.config import S0Config
 from s0kernels.tuning.problem_commands import (
+    add_model,
     add_tune_arguments,
     check_tune_options,
     checker,
@@ -22,49 +23,77 @@ _OF_TRAIN = ("scale", "layers", "tokens_per_batch", "max_memory", "packed", "che
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model directory, or its name on the hub")
+    add_model(parser)
     parser.add_argument(
         "data",
+        metavar="DATA",
         type=Path,
-        help='JSON lines, each {"prompt": ..., "completion": ...} or {"messages": [...]}; a directory of such .jsonl '
-        "files trains a task for each, all at once",
+        help='a file of JSON lines, each {"prompt": ..., "completion": ...} or {"messages": [...]}; or a directory of '
+        "such .jsonl files, of which each is a task, and all are learned at once",
     )
-    parser.add_argument("output", type=Path, help="directory to write the learned states to")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="directory to write the learned states to")
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="a YAML file of the options below (n_steps: 20); what the command line says comes before it",
+        help="read options from a YAML file (n_steps: 20); those of the command line win",
     )
+    _add_method(parser)
+    _add_run(parser)
+    add_tune_arguments(parser)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method (the fields of S0Config)")
     defaults = S0Config()
     for names, kind, text in (
-        (("--n-steps", "--steps"), int, "optimization steps"),
-        (("--lr",), float, "learning rate"),
-        (("--l2-lambda",), float, "weight of the sum of squares of the states in the loss"),
-        (("--alpha",), float, "scale at which the states will be used; by default that of the architecture"),
-        (("--grad-clip",), float, "largest norm of the gradient"),
-        (("--max-length",), int, "longest example in tokens; what lies beyond is cut off"),
+        (("--n-steps", "--steps"), int, "take so many optimization steps"),
+        (("--lr",), float, "learn at this rate"),
+        (("--l2-lambda",), float, "weigh the sum of squares of the states by this in the loss"),
+        (("--alpha",), float, "scale the states by this in use (default: 0.07 or 0.65, by architecture)"),
+        (("--grad-clip",), float, "scale the gradient down to this norm"),
+        (("--max-length",), int, "cut examples off after so many tokens"),
     ):
         default = getattr(defaults, names[0].lstrip("-").replace("-", "_"))
         text += "" if default is None else f" (default: {default:g})"
-        method.add_argument(*names, type=kind, help=text)
+        method.add_argument(*names, type=kind, metavar="N" if kind is int else "X", help=text)
     method.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, help="divide each state by its norm before scaling"
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="divide each state by its norm before it is scaled (default: no)",
     )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run (the arguments of S0Trainer.train)")
     run.add_argument(
-        "--scale", help="what the states are multiplied by while they learn (default: 1); alpha: as they will be used"
+        "--scale",
+        metavar="X",
+        help="scale the states by this while they learn; alpha: as they will be used (default: 1)",
     )
-    run.add_argument("--layers", help="numbers of the recurrent layers that learn, as 0,1,2 (default: all)")
     run.add_argument(
-        "--tokens-per-batch", type=int, help="of a forward at most (default: as many as fit and pay); 1: one example"
+        "--layers", metavar="N,N", help="learn states of these recurrent layers alone, as 0,1,2 (default: of all)"
     )
-    run.add_argument("--max-memory", help="memory beyond the model, as 8GiB (default: most of what is free)")
-    run.add_argument("--packed", action=argparse.BooleanOptionalAction, help="examples end to end instead of padded")
-    run.add_argument("--checkpoint", type=Path, help="file to save the run to, and to resume it from if it is there")
-    run.add_argument("--checkpoint-every", type=int, help="steps (default: 1)")
-    add_tune_arguments(parser)
+    run.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="take at most so many tokens in a forward; 1: one example (default: as many as fit and pay)",
+    )
+    run.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="take at most this memory beyond the model, as 8GiB (default: most of what is free)",
+    )
+    run.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="lay examples end to end, or pad them (default: end to end where the model has flash attention)",
+    )
+    run.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="save the run to this file, and go on from it if it is there"
+    )
+    run.add_argument("--checkpoint-every", type=int, metavar="N", help="save it every so many steps (default: 1)")
 
 
 def settings(options: argparse.Namespace) -> tuple[S0Config, dict[str, Any]]:

@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from s0kernels.progress import Progress
 from s0kernels.states import S0States
 from s0kernels.tuning.deciding import Chunks, Entries, Source, Work, decide, open_journal, verdict
 from s0kernels.tuning.problems import Problem
@@ -104,14 +103,12 @@ def evaluate(work: Work, source: Source, runs: Runs) -> dict[str, Entries]:
     found: dict[str, Entries] = {}
     for name, attached in runs.items():
         shown = work.progress and main
-        with tqdm(
-            total=len(work.problems), desc=f"evaluating {name.partition(' (')[0]}", unit="problem", disable=not shown
-        ) as bar:
+        what = f"evaluating {name.partition(' (')[0]}"
+        with Progress(what, len(work.problems), "problem", shown=shown) as bar:
 
-            def tell(entries: Entries, bar: tqdm = bar) -> None:
+            def tell(entries: Entries, bar: Progress = bar) -> None:
                 share = _mean([_share(entry) for entry in entries.values()]) if entries else 0.0
-                bar.set_postfix_str(f"{100 * share:.1f} % right", refresh=False)
-                bar.update(len(entries) - bar.n)
+                bar.reach(len(entries), f"{100 * share:.1f} % right")
 
             plan = work.plan(name, _all, lambda entries: len(entries) == len(work.problems), tell)
             with attached():

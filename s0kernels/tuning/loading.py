@@ -1,13 +1,15 @@
 """Models and what lies with them: found, or refused at once and in a line, before anything large is loaded."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from s0kernels.modules.families import family_of, what_is_missing
+from s0kernels.progress import say, watched
 
 #: arguments of a model that are its tokenizer's as well
 _WHERE_FROM = ("revision", "code_revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
@@ -69,6 +71,24 @@ def load_tokenizer(auto: Any, model_name: str, model_kwargs: Mapping[str, Any]) 
             f"{model_name}: no tokenizer can be loaded from there ({str(error).strip().partition(chr(10))[0]}); it has "
             "to lie with the model, or be given: S0Trainer(model, tokenizer)"
         ) from error
+
+
+@contextlib.contextmanager
+def bars_where_watched(model_name: str | os.PathLike[str]) -> Iterator[None]:
+    """While a model is loaded: the bars of transformers and of the hub, or a line where nobody watches them."""
+    from transformers.utils import logging
+
+    if watched():
+        yield
+        return
+    say(f"loading {model_name}")
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
 
 
 def _ask_hub(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

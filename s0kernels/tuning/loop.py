@@ -1,15 +1,14 @@
 """The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from s0kernels.config import S0Config
+from s0kernels.progress import Progress, say
 from s0kernels.states import S0States
 from s0kernels.tuning.batches import Batch
 from s0kernels.tuning.checkpoint import Checkpoint
@@ -77,10 +76,10 @@ class Learner:
         """Steps up to `n_steps`, or until a callback ends them, added to `history`; the loss of the last, or of the
         states as they are if there is none."""
         steps = self._config.n_steps
-        tell = _say if progress and self._processes.is_main else None
+        tell = say if progress and self._processes.is_main else None
         with (
             self._forwards.cut(asked, self._resumed, tell, steps - len(history)) as note,
-            self._bar(history, tell) as bar,
+            self._bar(history, tell is not None) as bar,
         ):
             if steps == 0:
                 return self._loss()
@@ -97,8 +96,7 @@ class Learner:
                 if file is not None and due and self._processes.is_main:
                     sizes = {"asked": list(asked), **self._forwards.sizes._asdict()}
                     file.write(self._states, self._optimizer, history, ended, sizes)
-                bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", refresh=False)
-                bar.update()
+                bar.reach(len(history), f"loss {history[-1]['loss']:.4f}")
         return history[-1]["loss"]
 
     def show(self, history: Sequence[Mapping], progress: bool) -> float:
@@ -106,9 +104,8 @@ class Learner:
         self._bar(history, progress and self._processes.is_main).close()
         return history[-1]["loss"]
 
-    def _bar(self, history: Sequence[Mapping], shown: object) -> tqdm:
-        total, done = self._config.n_steps, len(history)
-        return tqdm(total=total, initial=done, desc="S0 tuning", unit="step", disable=not shown)
+    def _bar(self, history: Sequence[Mapping], shown: bool) -> Progress:
+        return Progress("S0 tuning", self._config.n_steps, "step", len(history), shown)
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of the optimiser; its entry of the history."""
@@ -183,10 +180,6 @@ class Learner:
                 "Either the mixers were replaced after swap_modules, or the model forgets its state at once "
                 "(decays near zero)."
             )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class EvalMode:

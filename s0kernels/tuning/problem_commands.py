@@ -13,8 +13,8 @@ from s0kernels.tuning.settings import Sampling
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 _PROBLEMS = (
-    'JSON lines, each {"prompt": ... or "messages": [...], "tests": code or "answer": text}, with "id", "entry_point" '
-    'and "prefix" if need be'
+    'a file of JSON lines, each {"prompt": ...} or {"messages": [...]} with "tests": code or "answer": text; "id", '
+    '"entry_point" and "prefix" are optional'
 )
 #: of sampling, as `collect` and `evaluate` take them
 _NAMES = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "chat_template_kwargs", "seed", "rows")
@@ -24,27 +24,47 @@ _GREEDY = ("max_new_tokens", "stop", "chat_template_kwargs", "rows")
 _EVERY = 4
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory with a model, or a model's name on the hub")
+
+
 def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model directory, or its name on the hub")
-    parser.add_argument("problems", type=Path, help=_PROBLEMS)
-    parser.add_argument("output", type=Path, help="file for the solutions, JSON lines that tune takes")
-    parser.add_argument("--solutions", type=int, default=48, help="how many to keep, one a problem (default: 48)")
+    add_model(parser)
+    parser.add_argument("problems", metavar="PROBLEMS", type=Path, help=_PROBLEMS)
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="file to write the solutions to, as JSON lines that tune takes"
+    )
+    parser.add_argument(
+        "--solutions", type=int, metavar="N", default=48, help="keep so many solutions, one a problem (default: 48)"
+    )
     add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model directory, or its name on the hub")
-    parser.add_argument("problems", type=Path, help=_PROBLEMS)
-    parser.add_argument("--states", type=Path, help="directory of learned states; without it the base alone")
-    parser.add_argument("--task", help="which task, where the directory holds several")
-    parser.add_argument("--alpha", help="scale of S0 (default: the states' own), or several, as 0.03,0.07,0.15")
+    add_model(parser)
+    parser.add_argument("problems", metavar="PROBLEMS", type=Path, help=_PROBLEMS)
     parser.add_argument(
-        "--development", type=Path, help="problems by which one of several --alpha is chosen, for the others' figure"
+        "--out", type=Path, metavar="FILE", help="write to this file what is decided; the same command goes on from it"
     )
-    parser.add_argument("--out", type=Path, help="file of what is decided, from which the same command goes on")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    states = parser.add_argument_group("states")
+    states.add_argument(
+        "--states", type=Path, metavar="DIRECTORY", help="evaluate these learned states, too (default: the base alone)"
+    )
+    states.add_argument("--task", help="evaluate this task, where the directory holds several")
+    states.add_argument(
+        "--alpha",
+        metavar="X",
+        help="use S0 at this scale, or at several, as 0.03,0.07,0.15 (default: the scale of the states)",
+    )
+    states.add_argument(
+        "--development",
+        type=Path,
+        metavar="PROBLEMS",
+        help="choose among several --alpha by these problems, and evaluate the chosen one by the others",
+    )
     add_checker(parser)
     add_sampling(parser, 1)
 
@@ -52,14 +72,19 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("problems instead of solutions")
     group.add_argument(
-        "--collect", action="store_true", help=f"DATA are problems, which are sampled first: {_PROBLEMS}"
+        "--collect",
+        action="store_true",
+        help="sample and check solutions first: DATA has problems, as for the command collect",
     )
     group.add_argument(
         "--heldout",
         type=Path,
-        help="problems to evaluate by, a file or directory as DATA (default: every fourth of DATA, not learned from)",
+        metavar="DATA",
+        help="evaluate by these problems (default: by every fourth of DATA, from which S0 then does not learn)",
     )
-    group.add_argument("--solutions", type=int, help="how many to learn from, one a problem (default: 48)")
+    group.add_argument(
+        "--solutions", type=int, metavar="N", help="learn from so many solutions, one a problem (default: 48)"
+    )
     add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
@@ -68,43 +93,61 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 def add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling by a server")
     group.add_argument(
-        "--server", metavar="URL", help="with OpenAI's API, as http://localhost:8000/v1; MODEL has the tokenizer"
+        "--server",
+        metavar="URL",
+        help="sample from a server with OpenAI's API, as http://localhost:8000/v1, and take the tokenizer alone from "
+        "MODEL (default: sample from MODEL)",
     )
-    group.add_argument("--served-model", metavar="NAME", help="the model's name there (default: the only one it has)")
+    group.add_argument(
+        "--served-model", metavar="NAME", help="sample from this model of the server (default: the only one it has)"
+    )
 
 
 def add_checker(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("checker (default: tests in the sandbox, or the answer, by what a problem has)")
-    group.add_argument("--check", choices=("tests", "answer"), help="by the problems' tests, or by their answer")
+    group = parser.add_argument_group("checker")
+    group.add_argument(
+        "--check",
+        choices=("tests", "answer"),
+        help="run the problems' tests in the sandbox, or compare with their answer (default: whichever a problem has)",
+    )
     group.add_argument(
         "--command",
         dest="checker",
         metavar="PROGRAM",
-        help="by a program with its arguments, as one text: it gets the answer on standard input, the problem as JSON "
-        "in S0KERNELS_PROBLEM, and says by exit code 0 that it is right. It is not sandboxed, and there is no shell",
+        help="run a program, given with its arguments as one text: it reads the answer from standard input and the "
+        "problem as JSON from S0KERNELS_PROBLEM, and exits with 0 if the answer is right. It runs without sandbox and "
+        "without shell",
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
-    """`samples` None: of tune, where the default depends on the step."""
+def add_sampling(parser: argparse.ArgumentParser, samples: int) -> None:
     default = Sampling()
     group = parser.add_argument_group("sampling")
-    what = "samples of each problem" if samples != 1 else "answers to each problem; several are sampled"
-    group.add_argument("--samples", type=int, help=f"{what} (default: {samples or default.samples})")
+    what = "draw so many samples of each problem"
+    if samples == 1:
+        what = "give so many answers to each problem: one is the likeliest, several are sampled"
+    group.add_argument("--samples", type=int, metavar="N", help=f"{what} (default: {samples})")
     for name, kind, text in (
-        ("max_new_tokens", int, "longest answer"),
-        ("temperature", float, "of sampling"),
-        ("top_p", float, "of sampling"),
-        ("top_k", int, "of sampling; 0 is all tokens"),
-        ("seed", int, "of the noise, which belongs to seed, problem, sample and position"),
+        ("max_new_tokens", int, "end an answer after so many tokens"),
+        ("temperature", float, "sample at this temperature"),
+        ("top_p", float, "sample from the likeliest tokens that have this probability together"),
+        ("top_k", int, "sample from so many likeliest tokens; 0: from all"),
+        ("seed", int, "draw the noise from this seed; it belongs to seed, problem, sample and position"),
     ):
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, help=f"{text} (default: {getattr(default, name)})")
-    group.add_argument("--stop", action="append", help="a text that ends an answer; may be given repeatedly")
+        flag, metavar = f"--{name.replace('_', '-')}", "N" if kind is int else "X"
+        help_text = f"{text} (default: {getattr(default, name)})"
+        group.add_argument(flag, type=kind, metavar=metavar, help=help_text)
     group.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="for the template, as '{\"enable_thinking\": true}'"
+        "--stop", action="append", metavar="TEXT", help="end an answer before this text; may be repeated"
     )
-    group.add_argument("--rows", type=int, help="sequences at a time (default: as many as there is memory for)")
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="give this to the tokenizer's chat template, as '{\"enable_thinking\": true}'",
+    )
+    group.add_argument(
+        "--rows", type=int, metavar="N", help="sample so many sequences at a time (default: as many as fit into memory)"
+    )
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from s0kernels.tuning.deciding import Work
 from s0kernels.tuning.evaluation import Evaluation, digest, evaluate, evaluation
 from s0kernels.tuning.forwards import Asked
 from s0kernels.tuning.holder import Holder
-from s0kernels.tuning.loading import find_model, load_tokenizer
+from s0kernels.tuning.loading import bars_where_watched, find_model, load_tokenizer
 from s0kernels.tuning.loop import Callback, Frozen, Learner
 from s0kernels.tuning.losses import mean_losses
 from s0kernels.tuning.memory import Make, most_tokens
@@ -63,7 +63,8 @@ class S0Trainer(Holder):
             alone = processes().num_processes == 1
             model_kwargs.setdefault("device_map", "auto" if alone else {"": processes().local_process_index})
         tokenizer = load_tokenizer(AutoTokenizer, model_name, model_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
+        with bars_where_watched(model_name):
+            model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         return cls(model.eval(), tokenizer, config)
 
     # Training
@@ -108,7 +109,8 @@ class S0Trainer(Holder):
             checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
                 from there, with the bits it would have had without the interruption (on the same number of processes);
                 a longer `n_steps` prolongs a run, unless a callback has ended it.
-            progress: say what is to be expected, in tokens, memory and time, and show a progress bar.
+            progress: say what is to be expected, in tokens, memory and time, and show a progress bar. Where nobody
+                watches, that is a line now and then.
             scale: what the states are multiplied by while they learn. 1 learns them raw, as the `s0-tuning` package
                 does, and only their use is scaled; `trainer.alpha` is Algorithm 1 of the method's paper, in which
                 training sees what use will see, and a state has to grow further for the same effect.

@@ -19,6 +19,7 @@ from models import (
     ragged,
     random_states,
     seeded_cache,
+    tokenizer,
     tokens,
 )
 from transformers import DynamicCache, LogitsProcessor, StaticCache
@@ -169,6 +170,20 @@ def test_generate_batched_equals_one_by_one(name, swapped, options):
             found, truth = together[i * each + j], alone[j, len(row) :]
             assert torch.equal(found[: len(truth)], truth)
             assert all(token in (PAD, EOS) for token in found[len(truth) :].tolist())
+
+
+@every_family
+def test_generate_ends_at_a_text(name, swapped):
+    """For which it is handed a tokenizer, and hands that on to the decoder."""
+    model, _ = swapped
+    ids, tok = tokens(1, 12), tokenizer()
+    call = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    whole = model.generate(ids, **call)[0, 12:]
+    stop = tok.decode(whole[4])
+    assert stop
+    place = next(i for i, token in enumerate(whole) if tok.decode(token) == stop)
+    found = model.generate(ids, **call, stop_strings=[stop], tokenizer=tok)[0, 12:]
+    assert torch.equal(found, whole[: place + 1])
 
 
 @every_family

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import MODELS, tokenizer
 from surroundings import ROOT, python
+from transformers.utils import logging
 
 import s0kernels
 from s0kernels import S0Config, S0States, S0Trainer
@@ -144,6 +145,21 @@ def test_models_of_other_families_are_refused_before_their_weights_are_loaded(pl
     (place / "gpt" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is a GPT2LMHeadModel, which has no recurrent mixer of"):
         S0Trainer.from_pretrained(str(place / "gpt"))
+
+
+def test_a_log_has_lines_and_a_quiet_run_none(place, capfd):
+    """The bars of transformers included, which are shown again afterwards where they were before."""
+    assert logging.is_progress_bar_enabled()
+    for options in ((), ("--quiet",)):
+        assert tune(place, "--n-steps", "1", *options) == 0
+        said = capfd.readouterr()
+        assert "states in" in said.out
+        assert "\r" not in said.err
+        assert bool(said.err) == (not options)
+        if not options:
+            assert said.err.startswith(f"loading {place / 'model'}\n")
+            assert "S0 tuning: 1 of 1 steps, loss " in said.err
+    assert logging.is_progress_bar_enabled()
 
 
 def test_version():

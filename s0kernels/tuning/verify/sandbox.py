@@ -52,6 +52,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -61,6 +62,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from s0kernels.progress import Progress, say
 from s0kernels.tuning.verify.wire import (
     FLOOD,
     NO_VERDICT,
@@ -157,7 +159,7 @@ def verify(
     """
     verdicts = _each(jobs, timeout, memory_mb, 1, workers, progress)
     if progress:
-        print(f": {sum(verdict.passed for verdict in verdicts)} verified", file=sys.stderr)
+        say(f"{sum(verdict.passed for verdict in verdicts)} verified")
     return verdicts
 
 
@@ -173,7 +175,7 @@ def evaluate(
     """Outcomes in the order of `calls`; result_mb: MiB of text that a value may come to; the rest as for `verify`."""
     outcomes = _each(calls, timeout, memory_mb, result_mb, workers, progress)
     if progress:
-        print(f": {sum(outcome.ok for outcome in outcomes)} returned", file=sys.stderr)
+        say(f"{sum(outcome.ok for outcome in outcomes)} returned")
     return outcomes
 
 
@@ -254,10 +256,11 @@ def _each(jobs: Sequence, timeout: float, memory_mb: int, result_mb: int, worker
             except IndexError:
                 return
             answers[index] = sandbox.judge(jobs[index], requests[index])
-            if progress:
-                print(f"\r{len(jobs) - len(todo)}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
+            with lock:
+                bar.reach(bar.done + 1)
 
-    with contextlib.closing(sandbox), ThreadPoolExecutor(workers) as pool:
+    bar, lock = Progress("running", len(jobs), "job", shown=progress), threading.Lock()
+    with contextlib.closing(sandbox), bar, ThreadPoolExecutor(workers) as pool:
         try:
             for future in [pool.submit(work) for _ in range(min(workers, len(requests)))]:
                 future.result()

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given:
         print(greeting())
         return 0
-    options = make_parser(given[0]).parse_args(given)
+    options = _parse(given)
     try:
         with silent(options.quiet):
             return COMMANDS[options.command].run(options) or 0
@@ -75,6 +75,17 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         if long:
             known.add_argument("--quiet", action="store_true", help="do not say on standard error how far the work is")
     return parser
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """argparse takes no prompts behind an option, since it has found none before: here they may stand there."""
+    parser = make_parser(given[0])
+    options, rest = parser.parse_known_args(given)
+    if rest and (options.command != "generate" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.prompt += rest
+    return options
 
 
 def _program() -> str:

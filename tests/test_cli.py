@@ -55,6 +55,17 @@ def test_wrong_commands_end_with_the_words_of_argparse(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
+def test_prompts_stand_before_options_or_behind_them(capsys):
+    found = cli._parse(["generate", "M", "a", "--max-new-tokens", "4", "b", "c"])
+    assert (found.prompt, found.max_new_tokens) == (["a", "b", "c"], 4)
+    assert cli._parse(["generate", "M", "--json", "a"]).prompt == ["a"]
+    for given in (["generate", "M", "a", "--jsn"], ["env", "a"]):
+        with pytest.raises(SystemExit) as ended:
+            cli._parse(given)
+        assert ended.value.code == 2
+        assert f"unrecognized arguments: {given[-1]}" in capsys.readouterr().err
+
+
 @EVERY
 def test_every_command_has_a_line_about_it_and_an_example_that_it_takes(name, capsys):
     text = help_of(name, capsys)

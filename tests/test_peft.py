@@ -244,7 +244,7 @@ def test_misuse_is_refused(tmp_path):
         logits(model, adapter_names=["default"] * 2)
     with pytest.raises(TypeError, match="adapter_names must be a list"):
         logits(model, adapter_names="default")
-    with pytest.raises(ValueError, match="only the active adapter learns"):
+    with pytest.raises(ValueError, match="only the active adapter can be trained"):
         model.train()(IDS, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match="scale must not be 0"):
         model.set_scale("default", 0)

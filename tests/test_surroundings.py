@@ -307,7 +307,7 @@ def test_what_is_known_of_a_gpu():
     nvidia, amd = SimpleNamespace(major=12, minor=0), SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+")
     assert hardware.target_name(nvidia, None) == "sm_120"
     assert hardware.target_name(amd, "7.1") == "gfx942"
-    assert hardware.experience("sm_90") == "the kernels ran on one of this kind (an H200)"
+    assert hardware.experience("sm_90") == "the kernels ran on a GPU of this kind (an H200)"
     assert "never run" in hardware.experience("sm_80")
     assert "nobody has tried" in hardware.experience("gfx90a")
 

@@ -164,4 +164,4 @@ def test_what_a_device_says(monkeypatch):
 def test_the_cuda_kernels_are_not_for_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.1")
     found = cuda.supports(Call("ssd_step", CUDA, torch.bfloat16))
-    assert found == "is for GPUs by NVIDIA, and this torch is for those by AMD"
+    assert found == "is for NVIDIA GPUs, and this torch is built for AMD GPUs"

@@ -91,7 +91,7 @@ def test_a_failure_names_the_file_and_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # neither moved over nor written in place: what there is stays beside
         patch.setattr(os, "replace", refuse(os.replace, errno.EPERM))
         patch.setattr(Path, "write_bytes", refuse(Path.write_bytes, errno.EACCES))
-        with pytest.raises(PermissionError, match=r"what was to be written is in .*\.tmp.*states.safetensors"):
+        with pytest.raises(PermissionError, match=r"the new content is in .*\.tmp.*states.safetensors"):
             states.save(tmp_path)
     (left,) = tmp_path.glob(".states.safetensors.*.tmp")
     assert torch.equal(read_tensors(left)[0]["0"], states[0][0])
@@ -120,7 +120,7 @@ def test_names_that_are_patterns_are_swept(tmp_path):
 def test_whether_a_directory_takes_the_states_is_known_first(tmp_path, monkeypatch):
     check_output(tmp_path / "new", 1000)
     assert os.listdir(tmp_path / "new") == []
-    with pytest.raises(OSError, match=r"needs? 1000000000.0 MB|holds no 1000000000.0 MB.*new"):
+    with pytest.raises(OSError, match=r"need 1000000000.0 MB.*new"):
         check_output(tmp_path / "new", 10**15)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

@@ -1,4 +1,4 @@
-"""`python -m s0kernels collect` and `evaluate`: a checker and a way of sampling by options, and what is printed."""
+"""`python -m s0kernels collect` and `evaluate`: options for the checker and for sampling, and the printed results."""
 
 import argparse
 import json
@@ -16,11 +16,11 @@ _PROBLEMS = (
     'JSON lines, each {"prompt": ... or "messages": [...], "tests": code or "answer": text}, with "id", "entry_point" '
     'and "prefix" if need be'
 )
-#: of sampling, as `collect` and `evaluate` take them
+#: the arguments of sampling that `collect` and `evaluate` take
 _NAMES = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "chat_template_kwargs", "seed", "rows")
-#: of them, those of an answer without noise
+#: those of them that matter for a greedy answer
 _GREEDY = ("max_new_tokens", "stop", "chat_template_kwargs", "rows")
-#: of the problems that `tune --collect` is given, each so many is held out
+#: `tune --collect` holds out one problem in so many
 _EVERY = 4
 
 
@@ -28,7 +28,9 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory, or its name on the hub")
     parser.add_argument("problems", type=Path, help=_PROBLEMS)
     parser.add_argument("output", type=Path, help="file for the solutions, JSON lines that tune takes")
-    parser.add_argument("--solutions", type=int, default=48, help="how many to keep, one a problem (default: 48)")
+    parser.add_argument(
+        "--solutions", type=int, default=48, help="number of solutions to keep, one per problem (default: 48)"
+    )
     add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
@@ -37,13 +39,15 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory, or its name on the hub")
     parser.add_argument("problems", type=Path, help=_PROBLEMS)
-    parser.add_argument("--states", type=Path, help="directory of learned states; without it the base alone")
-    parser.add_argument("--task", help="which task, where the directory holds several")
-    parser.add_argument("--alpha", help="scale of S0 (default: the states' own), or several, as 0.03,0.07,0.15")
+    parser.add_argument("--states", type=Path, help="directory of learned states (default: evaluate the base alone)")
+    parser.add_argument("--task", help="name of the task, if the directory holds several")
     parser.add_argument(
-        "--development", type=Path, help="problems by which one of several --alpha is chosen, for the others' figure"
+        "--alpha", help="scale of S0 (default: that saved with the states), or several, such as 0.03,0.07,0.15"
     )
-    parser.add_argument("--out", type=Path, help="file of what is decided, from which the same command goes on")
+    parser.add_argument(
+        "--development", type=Path, help="problems on which one of several --alpha is chosen for the final evaluation"
+    )
+    parser.add_argument("--out", type=Path, help="file of results, from which the same command resumes")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     add_checker(parser)
     add_sampling(parser, 1)
@@ -52,14 +56,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("problems instead of solutions")
     group.add_argument(
-        "--collect", action="store_true", help=f"DATA are problems, which are sampled first: {_PROBLEMS}"
+        "--collect", action="store_true", help=f"DATA are problems; sample solutions to them first: {_PROBLEMS}"
     )
     group.add_argument(
         "--heldout",
         type=Path,
-        help="problems to evaluate by, a file or directory as DATA (default: every fourth of DATA, not learned from)",
+        help="problems to evaluate on, like DATA (default: every fourth of DATA, left out of training)",
     )
-    group.add_argument("--solutions", type=int, help="how many to learn from, one a problem (default: 48)")
+    group.add_argument("--solutions", type=int, help="number of solutions to learn from, one per problem (default: 48)")
     add_server(parser)
     add_checker(parser)
     add_sampling(parser, Sampling().samples)
@@ -68,47 +72,55 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 def add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling by a server")
     group.add_argument(
-        "--server", metavar="URL", help="with OpenAI's API, as http://localhost:8000/v1; MODEL has the tokenizer"
+        "--server",
+        metavar="URL",
+        help="server with OpenAI's API, such as http://localhost:8000/v1; the tokenizer is that of MODEL",
     )
-    group.add_argument("--served-model", metavar="NAME", help="the model's name there (default: the only one it has)")
+    group.add_argument(
+        "--served-model", metavar="NAME", help="name of the model on the server (default: its only model)"
+    )
 
 
 def add_checker(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("checker (default: tests in the sandbox, or the answer, by what a problem has)")
-    group.add_argument("--check", choices=("tests", "answer"), help="by the problems' tests, or by their answer")
+    group = parser.add_argument_group(
+        "checker (default: run a problem's tests in the sandbox, or else compare with its answer)"
+    )
+    group.add_argument("--check", choices=("tests", "answer"), help="check by the tests of a problem, or by its answer")
     group.add_argument(
         "--command",
         dest="checker",
         metavar="PROGRAM",
-        help="by a program with its arguments, as one text: it gets the answer on standard input, the problem as JSON "
-        "in S0KERNELS_PROBLEM, and says by exit code 0 that it is right. It is not sandboxed, and there is no shell",
+        help="check by a program with arguments, given as one text. It gets the answer on stdin, the problem as JSON "
+        "in S0KERNELS_PROBLEM, and exits with 0 if the answer is right. It is not sandboxed, and no shell is used",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
-    """`samples` None: of tune, where the default depends on the step."""
+    """Add the options of sampling. `samples` is None for tune, where the default depends on the step."""
     default = Sampling()
     group = parser.add_argument_group("sampling")
-    what = "samples of each problem" if samples != 1 else "answers to each problem; several are sampled"
+    what = "samples of each problem" if samples != 1 else "answers to each problem: one is greedy, several are sampled"
     group.add_argument("--samples", type=int, help=f"{what} (default: {samples or default.samples})")
     for name, kind, text in (
         ("max_new_tokens", int, "longest answer"),
         ("temperature", float, "of sampling"),
         ("top_p", float, "of sampling"),
-        ("top_k", int, "of sampling; 0 is all tokens"),
-        ("seed", int, "of the noise, which belongs to seed, problem, sample and position"),
+        ("top_k", int, "number of most likely tokens to sample from; 0: all tokens"),
+        ("seed", int, "seed; the random number of a token depends on seed, problem, sample and position alone"),
     ):
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=kind, help=f"{text} (default: {getattr(default, name)})")
-    group.add_argument("--stop", action="append", help="a text that ends an answer; may be given repeatedly")
+    group.add_argument("--stop", action="append", help="a text that ends an answer; may be repeated")
     group.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="for the template, as '{\"enable_thinking\": true}'"
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": true}'",
     )
-    group.add_argument("--rows", type=int, help="sequences at a time (default: as many as there is memory for)")
+    group.add_argument("--rows", type=int, help="number of sequences in a batch (default: as many as fit into memory)")
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of them, as the trainer's arguments."""
+    """Return the options of sampling that were given, as arguments of the trainer."""
     found = {name: value for name in _NAMES if (value := getattr(options, name)) is not None}
     if "chat_template_kwargs" in found:
         try:
@@ -119,7 +131,7 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling(options: argparse.Namespace) -> Sampling:
-    """Checked, but for the number of rows."""
+    """Return checked settings of sampling, without the number of rows."""
     return Sampling(**{name: value for name, value in sampling_options(options).items() if name != "rows"})
 
 
@@ -127,14 +139,14 @@ def checker(options: argparse.Namespace) -> Any:
     from s0kernels.tuning.verify.checkers import Answer, ByProblem, Command, Python
 
     if options.check is not None and options.checker is not None:
-        raise ValueError("--check and --command are two checkers, and one is wanted")
+        raise ValueError("--check and --command must not both be given")
     if options.checker is not None:
         return Command(shlex.split(options.checker))
     return {"tests": Python, "answer": Answer, None: ByProblem}[options.check]()
 
 
 def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any, config: Any = None) -> Any:
-    """The trainer, after the problems have been read with its tokenizer alone."""
+    """Make the trainer. The problems are read first, which needs only its tokenizer."""
     from transformers import AutoTokenizer
 
     from s0kernels.tuning.loading import find_model, load_tokenizer
@@ -156,7 +168,7 @@ def run_collect(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     if options.server is None:
         if options.served_model is not None:
-            raise ValueError("--served-model is a server's, and --server is missing")
+            raise ValueError("--served-model needs --server")
         trainer = open_trainer(options, [options.problems], check)
         given = {"solutions": options.solutions, "out": options.output, **sampling_options(options)}
         found = trainer.collect(options.problems, check, **given)
@@ -167,7 +179,7 @@ def run_collect(options: argparse.Namespace) -> None:
 
 
 def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]]:
-    """Without loading the model."""
+    """Collect solutions from a server, without loading the model."""
     import torch
     from transformers import AutoTokenizer
 
@@ -214,7 +226,7 @@ def run_evaluate(options: argparse.Namespace, table: Table) -> None:
         print(json.dumps([one.to_dict() for one in found.values()] if len(found) > 1 else one_of(found).to_dict()))
     elif len(found) > 1:
         print(sweep_table(found, table))
-        print("an alpha that is chosen by these problems is to be judged by others: --development")
+        print("do not judge an alpha on the problems that chose it: give others by --development")
     else:
         print_evaluation(one_of(found), table)
 
@@ -223,7 +235,7 @@ def check_tune_options(options: argparse.Namespace) -> None:
     for name in ("heldout", "solutions", "server", "served_model", "check", "checker", *_NAMES):
         if getattr(options, name) is not None and not options.collect:
             flag = "command" if name == "checker" else name.replace("_", "-")
-            raise ValueError(f"--{flag} is about problems, and --collect is missing")
+            raise ValueError(f"--{flag} needs --collect")
 
 
 def split(
@@ -233,18 +245,19 @@ def split(
     options: Mapping[str, Any] | None,
     check: Any,
 ) -> tuple[dict[str | None, list], dict[str | None, list]]:
-    """(to learn from, held out) by task: held out are `others`, or every fourth. `options` are the template's."""
+    """Return (problems to learn from, held-out problems), each by task. The problems held out are `others`, or every
+    fourth. `options` are those of the chat template."""
     from s0kernels.tuning.problems import read_problems
 
     parts: tuple[dict, dict] = ({}, {})
     if others is not None and list(others) != list(files):
-        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, and has {some(others)}")
+        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, got {some(others)}")
     for name, file in files.items():
         rows = [{**p.record, "id": p.id} for p in read_problems(file, tokenizer, options, check)]
         if others is not None:
             kept = [{**p.record, "id": p.id} for p in read_problems(others[name], tokenizer, options, check)]
         elif len(rows) < _EVERY:
-            raise ValueError(f"{file} has {len(rows)} problems, too few to hold some out; give --heldout")
+            raise ValueError(f"{file} has {len(rows)} problems, which is too few to hold some out; give --heldout")
         else:
             rows, kept = [row for i, row in enumerate(rows, 1) if i % _EVERY], rows[_EVERY - 1 :: _EVERY]
         parts[0][name], parts[1][name] = rows, kept
@@ -254,7 +267,8 @@ def split(
 def find_solutions(
     trainer: Any, problems: Mapping[str | None, list], output: Path, check: Any, options: argparse.Namespace
 ) -> Any:
-    """What `train` takes: those of one task, or of several by name; they are written beside the states."""
+    """Collect solutions, write them beside the states, and return them as `train` takes them: the list of one task, or
+    a mapping of several."""
     from s0kernels.tuning.processes import processes
 
     found = {}
@@ -277,7 +291,7 @@ def print_heldout(
     options: argparse.Namespace,
     table: Table,
 ) -> None:
-    """A table of the held-out problems for each task, by the likeliest answers."""
+    """Print a table of the greedy results on the held-out problems, for each task."""
     from s0kernels.tuning.processes import processes
 
     greedy = {name: x for name, x in sampling_options(options).items() if name in _GREEDY}
@@ -301,7 +315,7 @@ def print_evaluation(found: Any, table: Table) -> None:
 
 
 def sweep_table(found: Mapping[float, Any], table: Table) -> str:
-    """The base and S0 at each alpha."""
+    """Return a table of the base, and of S0 at each alpha."""
     head, rows = next(iter(found.values())).table()
     return table(head, [rows[0], *(one.table()[1][1] for one in found.values())])
 
@@ -309,11 +323,11 @@ def sweep_table(found: Mapping[float, Any], table: Table) -> str:
 def _alphas(options: argparse.Namespace) -> list[float] | None:
     for name in ("task", "alpha", "development"):
         if getattr(options, name) is not None and options.states is None:
-            raise ValueError(f"--{name} is about the states, and --states is missing")
+            raise ValueError(f"--{name} needs --states")
     try:
         found = None if options.alpha is None else [float(alpha) for alpha in options.alpha.split(",")]
     except ValueError:
-        raise ValueError(f"--alpha must be numbers, as 0.03,0.07, got {options.alpha!r}") from None
+        raise ValueError(f"--alpha must be numbers such as 0.03,0.07, got {options.alpha!r}") from None
     if options.development is not None and len(found or ()) < 2:
-        raise ValueError("--development chooses among several --alpha, as 0.03,0.07,0.15")
+        raise ValueError("--development needs several --alpha to choose from, such as 0.03,0.07,0.15")
     return found

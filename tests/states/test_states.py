@@ -56,8 +56,8 @@ def test_bad_arguments_of_attach():
     for options, kind, message in (
         ({"scale": "1"}, TypeError, "scale"),
         ({"scale": float("nan")}, ValueError, "scale"),
-        ({"tasks": ["a"]}, ValueError, "tasks: none of them is called 'a'; they have no names"),
-        ({"tasks": "a"}, ValueError, "tasks: none of them is called 'a'; they have no names"),
+        ({"tasks": ["a"]}, ValueError, "tasks: none of the tasks is called 'a'; they have no names"),
+        ({"tasks": "a"}, ValueError, "tasks: none of the tasks is called 'a'; they have no names"),
         ({"tasks": 2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": -2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": [0, 5]}, ValueError, r"\[-1, 1\]"),
@@ -144,14 +144,14 @@ def test_task_stack_and_blend():
     for call, kind, message in (
         (lambda: S0States.stack([]), ValueError, "empty"),
         (lambda: S0States.stack([states, other]), ValueError, "mamba2.*gated_delta_net"),
-        (lambda: S0States.stack([states, 1]), TypeError, "S0States are wanted, got int"),
+        (lambda: S0States.stack([states, 1]), TypeError, "expected S0States, got int"),
         (lambda: states.blend(other), ValueError, "mamba2.*gated_delta_net"),
         (lambda: states.blend(together), ValueError, "1 or 3 tasks, got 4"),
         (lambda: states.blend(parts[0], "x"), TypeError, "weight must be a number"),
         (lambda: states.blend(parts[0], float("nan")), ValueError, "weight must be finite"),
         (lambda: states.task(3), ValueError, r"\[0, 2\], got 3"),
         (lambda: states.task(1.0), TypeError, "must be an int or a name"),
-        (lambda: states.task("a"), ValueError, "none of them is called 'a'; they have no names"),
+        (lambda: states.task("a"), ValueError, "none of the tasks is called 'a'; they have no names"),
         (lambda: S0States.stack({"a": states}), ValueError, r"3 different strings, got \['a'\]"),
     ):
         with pytest.raises(kind, match=message):
@@ -178,7 +178,7 @@ def test_tasks_with_names(tmp_path):
     states.save(tmp_path, task="math")
     assert torch.equal(S0States.load(tmp_path)[3], math[3])
     assert copy.deepcopy(states).names == states.names
-    with pytest.raises(ValueError, match=r"none of them is called 'maths'; the names are \['code', 'math'\]"):
+    with pytest.raises(ValueError, match=r"none of the tasks is called 'maths'; the names are \['code', 'math'\]"):
         states.attach(model, tasks="maths")
     for bad in (["code"], ["code", "code"], ["code", 1]):
         with pytest.raises(ValueError, match="2 different strings"):

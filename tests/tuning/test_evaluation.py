@@ -96,9 +96,9 @@ def test_scales_and_tasks():
         ({"task": ["a"]}, TypeError, "task must be a name"),
         ({"task": "a", "alpha": []}, TypeError, "alpha must be a number or a list"),
         ({"task": "a", "alpha": math.nan}, ValueError, "alpha must be a finite number"),
-        ({"task": "a", "packed": True}, ValueError, "tokens_per_batch and packed are for the loss"),
-        ({"check": None, "task": "a"}, ValueError, "without check it is the loss, and nothing is sampled"),
-        ({"check": None, "samples": 2}, ValueError, "without check it is the loss, and nothing is sampled"),
+        ({"task": "a", "packed": True}, ValueError, "tokens_per_batch and packed must not be given with check"),
+        ({"check": None, "task": "a"}, ValueError, "the arguments of sampling need check"),
+        ({"check": None, "samples": 2}, ValueError, "the arguments of sampling need check"),
     ):
         with pytest.raises(error, match=message):
             many.evaluate(PROBLEMS, **{"check": check, **options})
@@ -160,7 +160,7 @@ def test_what_is_printed():
     assert found.notes() == [
         "S0 solves 2 more: 2, 3",
         "S0 loses 1: 0",
-        "by chance alone they would be so uneven with p = 1 (sign test)",
+        "the p-value of this difference is 1 (two-sided sign test)",
     ]
     assert json.loads(json.dumps(found.to_dict()))["changed"] == {"solved": [2, 3], "lost": [0]}
 
@@ -221,7 +221,7 @@ def test_an_alpha_is_chosen_on_other_problems(place, capsys):
     assert [line.split("  ")[0] for line in out.splitlines()[2:6]] == [
         *("base", "S0, alpha 0.1", "S0, alpha 0.65", "S0, alpha 2")
     ]
-    assert "is to be judged by others: --development" in out
+    assert "do not judge an alpha on the problems that chose it: give others by --development" in out
     assert run(place, "evaluate", *options, "--development", str(place / "others.jsonl")) == 0
     out = capsys.readouterr().out
     assert " is chosen\n" in out

@@ -56,7 +56,7 @@ def test_a_forward_that_runs_out_is_done_again_with_half(name, error):
     whole, halves = train(trainer(name)), trainer(name)
     longest = max(len(halves.tokenizer(text)["input_ids"]) for text, _ in PAIRS)
     full = Full(halves.model, longest, error)
-    with pytest.warns(UserWarning, match="ran out of memory; it is done again with up to") as said:
+    with pytest.warns(UserWarning, match="ran out of memory; it is repeated with up to") as said:
         train(halves)
     assert full.failed == 2, "a batch of all four, then one of two"
     assert len([w for w in said if "ran out of memory" in str(w.message)]) == 1
@@ -103,7 +103,7 @@ def test_one_example_that_does_not_fit_has_its_layers_checkpointed(name):
     assert close_states(tight.states, whole.states)
     late = trainer(name)
     Full(late.model, 5, checkpointed=True)
-    with pytest.warns(UserWarning, match="done again with layers checkpointed"):
+    with pytest.warns(UserWarning, match="repeated with layers checkpointed"):
         train(late, tokens_per_batch=1)
     assert late.history[0]["layers_checkpointed"]
     assert close_states(late.states, whole.states)

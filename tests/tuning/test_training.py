@@ -101,13 +101,13 @@ def test_refusals_about_tasks(tmp_path):
         ({"a": []}, ValueError, r"data\['a'\] is empty"),
         ({"a": [("ab", 1), 3]}, TypeError, r"data\['a'\]\[1\] must be a pair"),
         ({1: PAIRS}, TypeError, "name of a task must be a string"),
-        ({"../a": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"a\0b": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"a" * 300: PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"😀" * 80: PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"\ud800": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"states.safetensors": PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"../a": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"a\0b": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"a" * 300: PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"😀" * 80: PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"\ud800": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"states.safetensors": PAIRS}, ValueError, "must also be valid as the name of a directory"),
         ({"prompt": "a", "completion": "b"}, TypeError, "data is a single example; put it into a list"),
         (type("DatasetDict", (dict,), {})(train=PAIRS), TypeError, r"one split of the data set, of \['train'\]"),
     ):
@@ -271,7 +271,7 @@ def test_a_trainer_without_a_tokenizer_says_so(tmp_path):
     for call in (lambda: without.train(PAIRS), lambda: without.evaluate(PAIRS), lambda: without.generate("a")):
         with pytest.raises(TypeError, match="tokenizer must be the model's tokenizer, got None"):
             call()
-    with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not take"):
+    with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not accept"):
         tuned.generate("\ud800")
 
 
@@ -389,7 +389,7 @@ def test_refusals_about_scale_and_layers():
     for scale in (0, math.inf, "1", True):
         with pytest.raises(ValueError, match="scale must be a finite number other than 0"):
             tuned.train(PAIRS, scale=scale)
-    with pytest.raises(ValueError, match="layers: 99 has no state; the layers that do are"):
+    with pytest.raises(ValueError, match="layers: 99 has no state; the layers with a state are"):
         tuned.train(PAIRS, layers=[99])
     for layers in ([], "0", 3):
         with pytest.raises(TypeError, match="layers must be a list of layer numbers"):

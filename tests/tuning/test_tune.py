@@ -74,13 +74,13 @@ def test_sizes_of_memory(text, size):
 def test_the_losses_that_are_reported_are_those_of_use(place, capsys):
     assert tune(place, "--steps", "4", "--lr", "0.05") == 0
     out = capsys.readouterr().out
-    before, after = map(float, re.match(r"loss ([\d.]+) -> ([\d.]+) as the states will be used\n", out).groups())
+    before, after = map(float, re.match(r"loss ([\d.]+) -> ([\d.]+) with the states at alpha\n", out).groups())
     trainer = S0Trainer.from_pretrained(str(place / "model"))
     assert before == pytest.approx(trainer.evaluate(place / "data.jsonl"), abs=1e-4)
     trainer.load(place / "out")
     trainer.activate()
     assert after == pytest.approx(trainer.evaluate(place / "data.jsonl"), abs=1e-4)
-    assert "scale is what S0 is multiplied by: 1 while it learned, where the last step saw" in out
+    assert "S0 was multiplied by 1 in training, where the last loss was" in out
     assert "and 0.07 (alpha) in use" in out
 
 

@@ -168,12 +168,12 @@ def test_half_swapped_models_and_strange_mixers_are_refused(name):
         swap_modules(model)
     swap_modules(restore_modules(model))
     setattr(decoder_layer, path.rpartition(".")[2], model.get_submodule(path).original)
-    with pytest.raises(ValueError, match=r"layers \[0\] are not swapped any more"):
+    with pytest.raises(ValueError, match=r"layers \[0\] are no longer swapped"):
         S0States.for_model(model)
     fresh = MODELS[name]()
     mixer = fresh.get_submodule(path)
     mixer.__class__ = type("Own", (type(mixer),), {"forward": lambda self, *args, **kwargs: None})
-    with pytest.raises(ValueError, match="Own with a forward of its own"):
+    with pytest.raises(ValueError, match="Own whose forward was overridden"):
         swap_modules(fresh)
 
 
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_swapped_is_told_why(name, settings, what):
 def test_an_unknown_recurrent_mixer_is_named():
     mixer = nn.Conv1d(1, 1, 1)
     mixer.A_log, mixer.layer_idx = nn.Parameter(torch.zeros(2)), 0
-    with pytest.raises(ValueError, match=r"its Conv1d is none that s0kernels knows: docs/adding-a-family.md"):
+    with pytest.raises(ValueError, match=r"s0kernels does not know its Conv1d: docs/adding-a-family.md"):
         swap_modules(nn.Sequential(mixer))
 
 

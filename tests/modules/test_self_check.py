@@ -394,7 +394,7 @@ def test_unknown_arguments_are_errors(name):
         model(ids, memory=DynamicCache(config=model.config))
     with pytest.raises(TypeError, match=r"does not know: segment_ids \(torch.int64 \[2, 7\]\)"):
         model(ids, segment_ids=torch.zeros(2, 7, dtype=torch.long))
-    with pytest.raises(ValueError, match="cu_seq_lens_k packs sequences only beside cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="cu_seq_lens_k needs cu_seq_lens_q"):
         model(ids[:1], cu_seq_lens_k=torch.tensor([0, 3, 7]))
     known = {"num_items_in_batch": torch.tensor(3), "output_hidden_states": True, "use_cache": True, "nothing": None}
     model(ids, **known)
@@ -408,7 +408,7 @@ def test_a_mixer_takes_what_says_nothing_to_it(name):
     cosines = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
     truth = mixer(x)
     assert torch.equal(mixer(x, use_cache=True, position_embeddings=cosines), truth)
-    with pytest.raises(TypeError, match=r"position_embeddings .* may carry a cache, a mask or borders"):
+    with pytest.raises(TypeError, match=r"position_embeddings .* may be a cache, a mask or sequence boundaries"):
         mixer(x, position_embeddings=torch.arange(5))
     with pytest.raises(TypeError, match="got two caches: cache and cache_params"):
         mixer(x, DynamicCache(config=model.config), cache_params=DynamicCache(config=model.config))

@@ -257,7 +257,7 @@ def test_files_for_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the states are for 'gated_delta_net', the model has 'mamba2'"):
         PeftModel.from_pretrained(MODELS["falcon"](), tmp_path / "all")
     with (
-        pytest.raises(ValueError, match=r"loaded are 3 of shape \[4, 8, 12\].* the model has 3 of shape \[4, 8, 10\]"),
+        pytest.raises(ValueError, match=r"states are 3 of shape \[4, 8, 12\].* the model has 3 of shape \[4, 8, 10\]"),
         pytest.warns(UserWarning, match="the states were learned on"),
     ):
         PeftModel.from_pretrained(MODELS["qwen"](linear_value_head_dim=10), tmp_path / "all")

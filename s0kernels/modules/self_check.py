@@ -3,10 +3,10 @@
 Both parts run a few tokens through the real decoder, and stop as soon as the mixer under test is reached: only the
 layers before it are computed. The first mixer of each kind is tested.
 
-1. Without S0: the original and the replacement get the arguments that this version's decoder passes to the mixer, for a
-prefill and for one cached token. The outputs and the contents of the caches must agree. 2. With a random S0: a whole
-prefill, the same prefill in three pieces with a cache, and the same prefill after left padding must agree. They do so
-only if S0 enters once, before the first real token.
+1. Without S0: the original and the replacement get the arguments that this version's decoder passes to the mixer, for
+   a prefill and for one cached token. The outputs and the contents of the caches must agree.
+2. With a random S0: a whole prefill, the same prefill in three pieces with a cache, and the same prefill after left
+   padding must agree. They do so only if S0 enters once, before the first real token.
 """
 
 import contextlib

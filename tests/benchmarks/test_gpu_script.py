@@ -72,7 +72,7 @@ def test_what_has_no_time_left_is_said(tmp_path):
     ("options", "message"),
     [
         (["--minutes", "0"], "--minutes and --processes must be positive"),
-        (["--baselines", "nowhere", "--dry-run"], "--baselines must be a folder, and nowhere is none"),
+        (["--baselines", "nowhere", "--dry-run"], "--baselines must be a folder, got nowhere"),
     ],
 )
 def test_errors_name_the_argument(options, message, capsys):

@@ -226,7 +226,7 @@ def test_settings_are_chosen_where_every_problem_was_learned_from(tmp_path):
 
 def test_first_names_the_seeds_that_main_lacks(tmp_path):
     small_run(tmp_path, "main").results.put("S0/42", {})
-    with pytest.raises(RuntimeError, match=r"main, which has to run before it with seeds \[7\]"):
+    with pytest.raises(RuntimeError, match=r"first needs the answers of main: run main with seeds \[7\]"):
         experiments.first(small_run(tmp_path, "first"))
 
 

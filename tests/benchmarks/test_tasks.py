@@ -68,7 +68,7 @@ def test_records(tmp_path):
 
 def test_a_data_set_of_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="openai/gsm8k is read by the package datasets: pip install"):
+    with pytest.raises(ImportError, match="reading openai/gsm8k needs the package datasets: pip install"):
         get_task("gsm8k").load()
 
 

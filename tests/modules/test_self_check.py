@@ -245,7 +245,7 @@ def keep_states_elsewhere(model, patch):
 
 def always_hold_a_state(model, patch):
     patch.setattr(Cache, "has_previous_state", lambda *_, **__: True)
-    return "the replacement of .* fails with what its decoder hands down"
+    return "the replacement of .* fails with the arguments of its decoder"
 
 
 def never_hold_a_state(model, patch):

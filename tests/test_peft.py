@@ -1,4 +1,4 @@
-"""S0 as a method of PEFT: adapters are made, saved, loaded, switched and refused."""
+"""S0 as a method of PEFT: adapters are created, saved, loaded, switched and refused."""
 
 import copy
 import json
@@ -165,7 +165,7 @@ def test_other_modules_are_trained_and_saved(tmp_path):
 
 
 def test_injected_without_a_wrapper():
-    """As transformers and diffusers do it: the layers alone, and PEFT's functions for them."""
+    """Inject the layers alone, like transformers and diffusers do, and use PEFT's functions for them."""
     model = inject_adapter_in_model(S0PeftConfig(scale=0.5), MODELS["qwen"]()).eval()
     fill(model, "default", 0)
     truth = logits(model)
@@ -191,7 +191,7 @@ def test_merging_is_refused_and_unloading_gives_the_model_back():
     swapped = swap_modules(MODELS["qwen"]())
     names = set(swapped.state_dict())
     plain = get_peft_model(swapped, S0PeftConfig()).unload()
-    assert any(isinstance(module, S0Mixer) for module in plain.modules())  # it came swapped
+    assert any(isinstance(module, S0Mixer) for module in plain.modules())  # it was swapped before
     assert set(plain.state_dict()) == names
     assert torch.equal(logits(get_peft_model(plain, S0PeftConfig())), logits(swapped))
 

@@ -1,4 +1,4 @@
-"""What is chosen by what a device offers: tiles, precision, and whether the Triton kernels run on it at all."""
+"""Choices that depend on the device: tiles, precision, and whether the Triton kernels run on it at all."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def chosen(table, chip: str, width: int) -> tuple[int, int, int]:
 
 
 def test_tiles_where_memory_is_large():
-    """These were measured, or held before others were; what is measured anew may change them."""
+    """These tiles were measured, or are older than the measurements. New measurements may change them."""
     by_stage = {
         "prepare": (0, 4, 1),
         "scan": (64, 4, 2),

@@ -1,4 +1,4 @@
-"""FLA's functions: its signatures, its meanings, and its own layer with our op in the place of its own."""
+"""FLA's functions: signatures, semantics, and FLA's own layer with our op in place of FLA's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""States become an adapter of PEFT and come back, and generate what they did."""
+"""States are saved as a PEFT adapter and loaded again, and generate the same tokens."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files beside other processes and on file systems that refuse things; what is known before the work."""
+"""Files with other processes, and on file systems that refuse some operations; checks before the work."""
 
 import contextlib
 import errno
@@ -88,7 +88,7 @@ def test_a_failure_names_the_file_and_loses_nothing(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"No space left.*config\.json"):
             states.save(tmp_path)
         assert not os.listdir(tmp_path)
-    with monkeypatch.context() as patch:  # neither moved over nor written in place: what there is stays beside
+    with monkeypatch.context() as patch:  # neither a move nor a write works: the content stays beside it
         patch.setattr(os, "replace", refuse(os.replace, errno.EPERM))
         patch.setattr(Path, "write_bytes", refuse(Path.write_bytes, errno.EACCES))
         with pytest.raises(PermissionError, match=r"the new content is in .*\.tmp.*states.safetensors"):

@@ -1,4 +1,4 @@
-"""S0States: shapes, attaching, and what can be made of states."""
+"""S0States: shapes, attaching, and operations on states."""
 
 import copy
 
@@ -109,7 +109,7 @@ def test_gradients_accumulate_at_any_scale():
 
 
 def test_the_gradient_goes_through_the_scale():
-    """Training at scale alpha, as the paper's algorithm does, attached even under no_grad."""
+    """Train at scale alpha, as in the paper's algorithm, with states attached under no_grad."""
     model, ids = swap_modules(falcon()).requires_grad_(False), tokens(1, 9)
     states = random_states(model)
     grads = []
@@ -235,13 +235,13 @@ def test_what_inference_mode_makes_can_be_used_and_trained_outside(name, tmp_pat
         states.requires_grad_(False)
         for state in states.parameters():
             state.mul_(0.5)
-        model(ids)  # makes the product with the scale again
+        model(ids)  # computes the scaled product again
     model(ids).logits.sum().backward()
 
 
 def recurrent_only(name):
-    """Models in which a prompt leaves its traces in the recurrent states alone: attention adds nothing, and the
-    convolutions look at one token."""
+    """Return models in which a prompt affects only the recurrent states: attention adds nothing, and convolutions see
+    one token."""
     if name == "falcon":
         return falcon(mamba_d_conv=1, attention_out_multiplier=0.0)
     model = qwen(linear_conv_kernel_dim=1)
@@ -254,7 +254,7 @@ def recurrent_only(name):
 @every_family
 @torch.no_grad()
 def test_captured_states_continue_a_prompt(name):
-    """Where recurrent states are all there is, starting from them is going on after the prompt, token for token."""
+    """In a model with no other memory, starting from the captured states continues the prompt, token for token."""
     model = swap_modules(recurrent_only(name))
     prompts, following = tokens(2, 21), tokens(2, 9, seed=4)
     whole = torch.cat([prompts, following], 1)

@@ -1,4 +1,4 @@
-"""Collecting solutions: which are kept, that nothing but the seed matters, interruptions, what is refused."""
+"""Collecting solutions: those that are kept, independence of everything but the seed, interruptions, refusals."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ OPTIONS = {"samples": 4, "max_new_tokens": 6, "temperature": 1.5, "top_p": 1.0, 
 
 
 def check(problem, answer):
-    """Arbitrary, and right for about one answer in six."""
+    """An arbitrary check that accepts about one answer in six."""
     return bool(answer) and ord(answer[0]) % 6 == len(problem["prompt"]) % 3
 
 
@@ -48,7 +48,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(name):
         with torch.no_grad():
             found.append(dict(zip([row[:2] for row in order], sampler.sample(order), strict=True)))
     sampler.rows(30, 99, torch.device("cpu"))
-    with torch.no_grad():  # prompts of two tokens or more, so that work is shared where it can be
+    with torch.no_grad():  # prompts of two tokens or more, so that the prefill can be shared
         longer = dict(zip([row[:2] for row in rows[6:]], sampler.sample(rows[6:]), strict=True))
     assert all(found[0][row] == made for row, made in longer.items())
     assert all(other == found[0] for other in found[1:])
@@ -239,7 +239,7 @@ def test_what_is_interrupted_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
     assert [entry["id"] for entry in done[1:]] == [f"p{i}" for i in range(7)]
     assert [json.loads(line) for line in out.read_text().splitlines()] == [x for x in expected if int(x["id"][1:]) < 7]
     with open(state, "a") as file:
-        file.write('{"run": "collect", "id": "p8", "pro')  # as a crash leaves it
+        file.write('{"run": "collect", "id": "p8", "pro')  # after a crash
     sampled.clear()
     assert collect(one, out=out, rows=4) == expected
     assert set(sampled) == {f"p{i}" for i in range(7, 12)}
@@ -257,7 +257,7 @@ def test_what_is_interrupted_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_judged_at_once_is_written_at_once(tmp_path):
-    """Where a problem's samples do not fit, what an interruption costs is one problem."""
+    """If the samples of a problem do not fit into a batch, an interruption costs one problem."""
     out = tmp_path / "found.jsonl"
 
     def breaks(problem, answer):
@@ -450,7 +450,7 @@ def test_the_end_token_is_learned_where_a_completion_has_ended():
 
 def test_the_templates_end_of_turn_ends_a_completion():
     tok = chatting()
-    tok.chat_template = TEMPLATE.replace(".<eos>", "<pad>")  # what the model's own config does not know
+    tok.chat_template = TEMPLATE.replace(".<eos>", "<pad>")  # an end token that the model's config does not have
     one = S0Trainer(MODELS["qwen"](), tok, S0Config())
     problems = [{"messages": [{"role": "user", "content": "Hi"}]}]
     found = collect(

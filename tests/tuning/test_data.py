@@ -1,4 +1,4 @@
-"""Training examples: what is accepted, how it is tokenized, what is refused; and the batches made of them."""
+"""Training examples: accepted formats, tokenization, refusals; and batches of examples."""
 
 import json
 import random
@@ -121,7 +121,7 @@ def test_bad_records_are_named(bad, kind, message):
 
 
 def test_text_of_any_alphabet():
-    """In whatever tokens it comes; in a file as it is or escaped."""
+    """The text may be split into any tokens, and may be escaped in a file or not."""
     tok = tokenizer()
     for prompt, completion in (("日本", "語です"), ("e\u0301", "\u2028x"), ("😀", "👩‍👩‍👧"), ("\0", "\x7f\n")):
         (example,) = read([{"prompt": prompt, "completion": completion}], tok)
@@ -215,7 +215,7 @@ def test_batches_keep_to_the_budget(packed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("budget", [4096, 60])
 def test_losses_and_gradients_are_those_of_one_example_at_a_time(name, packed, budget):
-    """However examples are put together, and from whichever task's S0 each starts."""
+    """They do not depend on the batches, with any task of each example."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     given = examples([5, 30, 2, 9, 13, 50], tasks=2)
 
@@ -240,7 +240,8 @@ def test_losses_and_gradients_are_those_of_one_example_at_a_time(name, packed, b
 
 
 def test_packed_where_attention_allows_it(monkeypatch):
-    """By default where attention works on each sequence for itself; on demand where a mask keeps them apart."""
+    """Examples are packed by default if attention works on each sequence separately, and on request if a mask separates
+    them."""
     model, given = MODELS["qwen"](), examples([5, 9])
 
     def kind(attention, packed):

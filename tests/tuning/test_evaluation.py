@@ -1,4 +1,4 @@
-"""Evaluating by a checker: base and S0, samples, tasks and scales, intervals, interruptions; the command line."""
+"""Evaluation by a checker: base and S0, samples, tasks and scales, intervals, interruptions; the command line."""
 
 import itertools
 import json

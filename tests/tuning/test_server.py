@@ -1,4 +1,4 @@
-"""Sampling by a server: what is asked, what is made of answers, failures; `transformers serve` itself."""
+"""Sampling from a server: requests, answers, failures; and `transformers serve` itself."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ SERVE = ROOT / ".deps" / "serve"
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A server that answers with what `answer` makes of a request: a choice, or the status of a failure."""
+    """Start a server. `answer` maps a request to a choice, or to the status of a failure."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     seen, lock, busy = [], threading.Lock(), [0, 0]
 
@@ -212,7 +212,7 @@ def test_the_command_needs_no_weights(stand_in, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVE.is_dir(), reason="nothing is in .deps/serve; `make test-more` puts it there")
 def test_transformers_serve(tmp_path):
-    """A tiny model that a server has: what it finds is right, and some samples of a problem differ."""
+    """A server runs a tiny model. Its solutions are right, and some samples of a problem differ."""
     model = shutil.copytree(ROOT / "examples" / "tiny" / "qwen3_5", tmp_path / "model")
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True}))

@@ -1,4 +1,4 @@
-"""The command line of tuning: options, files of settings, what is checked first, what is reported."""
+"""The command line of tuning: options, settings files, checks before training, the report."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_a_table_of_several_tasks(place, capsys):
         assert [float(cell) for cell in row.split()[1:3]] == pytest.approx([before, trainer.evaluate([line])], abs=1e-4)
 
 
-# What is checked first
+# Checks before training
 
 
 def test_data_is_checked_before_the_model_is_loaded(place, capsys, monkeypatch):

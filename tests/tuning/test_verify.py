@@ -1,4 +1,4 @@
-"""Checkers: which answers are right, by tests, by comparison, by a program; what a problem lacks is said."""
+"""Checkers: verdicts by tests, by comparison and by a program; messages for incomplete problems."""
 
 import sys
 import textwrap

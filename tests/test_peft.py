@@ -134,7 +134,7 @@ def test_the_scale_is_changed_in_use_and_in_training(tmp_path):
         assert torch.equal(layer.state("default").grad, states[layer.mixer.layer_idx].grad[0])
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(MODELS["qwen"](), tmp_path)), logits(model))
-    for layer in layers_of(model):  # what PEFT does with the layers of any method
+    for layer in layers_of(model):  # PEFT does this with the layers of every method
         layer.set_scale("default", 2.0)
     assert torch.equal(logits(model), logits(attached("qwen", 0.5)))
     for layer in layers_of(model):

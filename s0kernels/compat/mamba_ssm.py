@@ -1,12 +1,12 @@
 """mamba_ssm's functions for Mamba-2 (`mamba_ssm.ops.triton`, as of 2026-07): `ssd_combined`, `selective_state_update`.
 
 Signatures and semantics are mamba_ssm's, with three differences. First, each of the sequences that `seq_idx` packs into
-a row starts from the initial state of the row, and the gradient of that state is summed over them; in mamba_ssm only
-the first sequence does. Second, an initial state without the batch dimension is shared by all sequences. Third, only
-the requested gradients are computed, including that of the varlen states. States may have any floating dtype; they are
-computed and returned in fp32. If x, B, C and z have different dtypes, the widest is used for the computation, and the
-output has that of x. `seq_idx` is read on the host, to count sequences. An argument that is not supported raises
-ValueError or TypeError.
+a row starts from the row's initial state, and the gradient of that state is summed over them. In mamba_ssm only the
+first sequence of a row starts from it. Second, an initial state without the batch dimension is shared by all sequences.
+Third, only the requested gradients are computed, including that of the varlen states. States may have any floating
+dtype; they are computed and returned in fp32. If x, B, C and z have different dtypes, the widest is used for the
+computation, and the output has that of x. `seq_idx` is read on the host, to count sequences. An argument that is not
+supported raises ValueError or TypeError.
 """
 
 import torch

@@ -33,7 +33,7 @@ _SHARED = (
 _NORMS = {
     "BambaRMSNormGated": "variance_epsilon",
     "FalconH1RMSNormGated": "variance_epsilon",
-    "FusedRMSNormGated": "eps",  # of flash-linear-attention, used by older versions of transformers
+    "FusedRMSNormGated": "eps",  # from flash-linear-attention, used by older versions of transformers
     "GraniteMoeHybridRMSNormGated": "variance_epsilon",
     "LaraMiniRMSNormGated": "variance_epsilon",
     "MambaRMSNormGated": "variance_epsilon",

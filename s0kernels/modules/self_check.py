@@ -59,7 +59,7 @@ class SwapReport:
     #: versions of transformers and torch
     versions: Mapping[str, str | None]
     checks: tuple[Check, ...] = field(default=())
-    #: what packed sequences cannot go through, and why; None: they can go through the model
+    #: the module that packed sequences cannot go through, and the reason; None if they can go through the model
     cannot_pack: str | None = None
 
     @property

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def constant_in_graphs(function: Function) -> Function:
-    """Do what `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes a
+    """Mark a function like `torch.compiler.assume_constant_result`, without its import of the compiler, which takes a
     second."""
     vars(function)["_dynamo_marked_constant"] = True
     return function

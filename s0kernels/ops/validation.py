@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. Every message names the argument, what it must be and what it was."""
+"""Argument checks shared by the ops. Every message names the argument, the expected value and the given value."""
 
 import math
 from collections.abc import Sequence

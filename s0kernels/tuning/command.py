@@ -199,10 +199,7 @@ def _report(trainer: Any, data: Any, last: float, scale: float, table: Callable)
     after = {None: found} if names is None else found
     before = first.get("loss", last)
     print(f"loss {before:.4f} -> {sum(after.values()) / len(after):.4f} with the states at alpha")
-    print(
-        f"S0 was multiplied by {scale:g} in training, where the last loss was {last:.4f}, and is multiplied by "
-        f"{trainer.alpha:g} (alpha) in use"
-    )
+    print(f"S0 is multiplied by {scale:g} in training (last step: {last:.4f}) and by {trainer.alpha:g} (alpha) in use")
     if names is not None and len(names) > 1:
         befores, lasts = (trainer.history[i].get("losses", {}) if trainer.history else {} for i in (0, -1))
         rows = [[f"{found[name]:.4f}" if name in found else "" for found in (befores, after, lasts)] for name in names]

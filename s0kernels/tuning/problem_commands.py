@@ -257,7 +257,7 @@ def split(
         if others is not None:
             kept = [{**p.record, "id": p.id} for p in read_problems(others[name], tokenizer, options, check)]
         elif len(rows) < _EVERY:
-            raise ValueError(f"{file} has {len(rows)} problems, which is too few to hold some out; give --heldout")
+            raise ValueError(f"{file} has {len(rows)} problems, too few to hold some out; give --heldout")
         else:
             rows, kept = [row for i, row in enumerate(rows, 1) if i % _EVERY], rows[_EVERY - 1 :: _EVERY]
         parts[0][name], parts[1][name] = rows, kept

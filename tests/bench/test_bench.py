@@ -12,7 +12,7 @@ from s0kernels.bench.passes import PASSES, Op, Shape, operations, traffic
 from s0kernels.cli import main
 from s0kernels.heads import MODELS
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 SMALL = ("bench", "--rounds", "3", "--seconds", "0")

@@ -10,7 +10,7 @@ from test_tasks import EVAL, jsonl, needs_eval, run, scores  # importing it puts
 from problems import make_problems  # isort: skip
 from tasks import get_task  # isort: skip
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 PROBLEMS = [
@@ -21,7 +21,7 @@ PROBLEMS = [
         "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
         "entry_point": "double",
     },
-    {  # the tests use what the prompt defines, call the function by its name, and look at tuples
+    {  # the tests use definitions of the prompt, call the function by its name, and compare tuples
         "task_id": "Test/1",
         "prompt": "def shift(s, n):\n    return s[n:], s[:n]\n\n\n" + 'def unshift(parts):\n    """Undo shift."""\n',
         "canonical_solution": "    return parts[1] + parts[0]\n",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import MODELS, every_family, tokenizer
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 pytest.importorskip("peft")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from surroundings import ROOT, python
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 QUALITY = ROOT / "benchmarks" / "quality"

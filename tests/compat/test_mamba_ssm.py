@@ -13,7 +13,7 @@ from s0kernels.compat.mamba_ssm import (
 
 B, T, H, P, G, N = 2, 12, 4, 6, 2, 5
 SEQ_IDX = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [4] * 9 + [7]], dtype=torch.int32)
-LAST = [[4, 11], [1, 10, 11]]  # of every sequence
+LAST = [[4, 11], [1, 10, 11]]  # the last token of every sequence
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ def decoder_of(model):
     return next(module for module in model.modules() if hasattr(module, "layers") and hasattr(module, "embed_tokens"))
 
 
-# What passes
+# Swaps that pass
 
 
 @every_model
@@ -131,7 +131,7 @@ def test_an_original_that_contradicts_itself_is_reported():
     assert "the replacement follows the prefill" in report.checks[1].reason
 
 
-# What is refused
+# Swaps that are refused
 
 
 def renamed(function, old, new):
@@ -334,7 +334,7 @@ def test_a_square_state_hides_no_transpose(monkeypatch):
             swap_modules(model)
 
 
-# What cannot be run
+# Checks that cannot be run
 
 
 def test_meta_offloaded_and_quantised_models_say_why():

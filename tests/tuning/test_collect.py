@@ -145,7 +145,7 @@ def test_rows_are_chosen_from_memory(monkeypatch):
     assert sampler.rows(100, 7, cpu) == 7
 
 
-# What is kept
+# The solutions that are kept
 
 
 @every_family
@@ -381,7 +381,7 @@ def test_ids_are_places_where_there_are_none():
     assert [record["id"] for record in found] == list(range(12))
 
 
-# What training makes of it
+# Training on solutions
 
 
 def chatting():

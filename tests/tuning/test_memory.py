@@ -242,7 +242,7 @@ def test_what_is_asked_for_is_checked():
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be a positive int"):
             trainer().train(PAIRS, **options)
     tuned = trainer()
-    with pytest.raises(ValueError, match=r"max_memory is 0 MiB, and the longest example \(\d+ tokens\) takes"):
+    with pytest.raises(ValueError, match=r"max_memory is 0 MiB, and the longest example \(\d+ tokens\) needs"):
         tuned.train(PAIRS, max_memory=1000, progress=False)
     assert tuned.states is None
     assert not tuned.model.training
@@ -253,7 +253,7 @@ def test_a_limit_that_another_process_cannot_keep_to(monkeypatch):
     """The other process could not measure its own example."""
     monkeypatch.setattr(Forwards, "_measured", lambda self, checkpointed: None)
     monkeypatch.setattr(Processes, "any", lambda self, value: True)
-    with pytest.raises(ValueError, match=r"max_memory is 1 MiB, and the longest example \(\d+ tokens\) takes more$"):
+    with pytest.raises(ValueError, match=r"max_memory is 1 MiB, and the longest example \(\d+ tokens\) needs more$"):
         train(trainer(), max_memory=2**20)
 
 

@@ -124,7 +124,7 @@ def test_the_command_line_ends_the_process_group_that_it_makes(tmp_path):
 
 
 def test_processes_of_the_tests_run_what_is_tested():
-    """For example, they use the same version of transformers."""
+    """For example, they use the same version of transformers as this process."""
     done = python("-c", "import transformers; print(transformers.__version__)", cwd="/")
     assert done.stdout.strip() == transformers.__version__, done.stderr
 

@@ -119,7 +119,7 @@ def test_training_is_the_methods_loop(name, tokens_per_batch):
         optimizer.step()
     assert abs(result["final_loss"] - total) < 1e-5 * total
     assert [entry["step"] for entry in tuned.history] == [0, 1, 2]
-    for layer in states:  # as norms: Adam makes full steps of entries whose gradient is rounding
+    for layer in states:  # compare norms: Adam makes full steps for entries whose gradient is only rounding
         assert error(tuned.states[layer], states[layer]) < 1e-3
     norms = [float(state.detach().norm()) for state in states.parameters()]
     assert abs(result["avg_state_norm"] - sum(norms) / len(norms)) < 1e-4

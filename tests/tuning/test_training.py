@@ -37,7 +37,7 @@ def test_tasks_trained_together_are_as_if_trained_alone(name, packed):
         for mine, theirs in zip(together.history, alone.history, strict=True):
             assert abs(mine["losses"][task] - theirs["loss"]) < 1e-4
             assert abs(mine["grad_norms"][task] - theirs["grad_norm"]) < 1e-2 * theirs["grad_norm"]
-        for layer in alone.states:  # as norms: Adam makes full steps of entries whose gradient is rounding
+        for layer in alone.states:  # compare norms: Adam makes full steps for entries whose gradient is only rounding
             assert error(together.states.task(task)[layer], alone.states[layer]) < 1e-2
     last = together.history[-1]
     assert result["final_loss"] == last["loss"] == pytest.approx(sum(last["losses"].values()) / 2)

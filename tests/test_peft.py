@@ -264,7 +264,7 @@ def test_files_for_another_model_are_refused(tmp_path):
     adapted("qwen", layers_to_transform=[0]).save_pretrained(tmp_path / "some")
     config = json.loads((tmp_path / "some" / "adapter_config.json").read_text())
     (tmp_path / "some" / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": None}))
-    with pytest.raises(ValueError, match=r"loaded are 1 of shape .* for \['model.layers.0.linear_attn'\], .* has 3"):
+    with pytest.raises(ValueError, match=r"states are 1 of shape .* for \['model.layers.0.linear_attn'\], .* has 3"):
         PeftModel.from_pretrained(MODELS["qwen"](), tmp_path / "some")
 
 

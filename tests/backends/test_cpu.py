@@ -264,7 +264,7 @@ def refused(file: Path, message: str) -> None:
 def test_cpu_library_that_is_missing_or_is_none(tmp_path):
     refused(
         tmp_path / "library.so",
-        f"was not built: install with --no-build-isolation where torch and a C++ compiler are: {compilers()}",
+        f"was not built: install with --no-build-isolation, with torch and a C++ compiler: {compilers()}",
     )
     (tmp_path / "library.so").write_bytes(b"not a library")
     refused(tmp_path / "library.so", "cannot be used beside torch")

@@ -9,9 +9,7 @@ from torch import nn
 from s0kernels import ops, swap_modules
 from s0kernels.ops import transforms
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:While compiling, we found certain side effects"
-)  # from transformers
+pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # from transformers
 
 
 class Logits(nn.Module):

@@ -35,7 +35,7 @@ S0_CALL void store(T* p, Vec<T> x) {
   *reinterpret_cast<Vec<T>*>(p) = x;
 }
 
-// Load or store at any address.
+// A vector type for loads and stores at any address.
 template <class T>
 struct LooseVecOf {
   typedef T type __attribute__((vector_size(S0_VECTOR_BYTES), may_alias, aligned(sizeof(T))));

@@ -10,7 +10,7 @@
 
 namespace s0::S0_ISA {
 
-// A vector of integers as wide as a vector of numbers, and 16-bit numbers for its lanes, at any address.
+// A vector of integers as wide as a vector of floats, and a vector of 16-bit numbers for its lanes, at any address.
 typedef uint32_t Bits __attribute__((vector_size(S0_VECTOR_BYTES)));
 typedef uint16_t Shorts __attribute__((vector_size(S0_VECTOR_BYTES / 2), may_alias, aligned(2)));
 

@@ -99,7 +99,7 @@ class S0Trainer(Holder):
                 If one example needs more, layers are recomputed in the backward instead of being kept. None: nine
                 tenths of the free memory on a GPU, half of it on a CPU, shared by the processes there. If
                 `tokens_per_batch` is given too, it is halved until it fits.
-            packed: lay the examples of a batch end to end instead of padding them. None: if the model has flash
+            packed: lay the examples of a batch end to end instead of padding them. None does so if the model has flash
                 attention.
             callbacks: functions called after every step with the step's entry of `history`, to which they may add, and
                 the states. The states are attached at `scale`, so `evaluate` uses them, and `save` saves them. A

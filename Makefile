@@ -19,11 +19,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/tiny/demo.py
 
-# What a change is tried on; at most six minutes on two idle cores.
+# The tests for every change; at most six minutes on two idle cores.
 test: $(VENV)/.installed $(FLA)/.installed $(METHOD)/.installed $(EVAL)/.installed
 	$(PYTEST) -m "not slow"
 
-# The slow tests, and those that depend on transformers on its other versions; newest.py reports and never fails.
+# The slow tests, and the tests that depend on transformers with its other versions. newest.py reports and never fails.
 test-more: $(addsuffix /.installed,$(VENV) $(FLA) $(METHOD) $(EVAL) $(SERVE) $(TRL) $(JUPYTER) $(ZIG) $(OTHERS))
 	$(PYTEST) -m slow
 	for transformers in $(OTHERS); do \
@@ -34,25 +34,25 @@ test-more: $(addsuffix /.installed,$(VENV) $(FLA) $(METHOD) $(EVAL) $(SERVE) $(T
 OF_TRANSFORMERS := tests/modules tests/states $(addprefix tests/tuning/test_,$(addsuffix .py,trainer training checkpoints \
 	processes data head memory collect evaluation))
 
-# Every Triton kernel for every chip with every tested Triton, as far as the file of results is behind; from nothing at
-# most 40 minutes on two idle cores.
+# Compile every Triton kernel for every chip with every tested Triton, if the file of results lacks it. From scratch
+# this takes at most 40 minutes on two idle cores.
 .PHONY: matrix matrix-triton
 matrix: matrix-triton
 matrix-triton: $(VENV)/.installed $(TRITONS:%=%/.installed)
 	$(VENV)/bin/python benchmarks/matrix.py
 
-# The suite on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with an earlier run that was saved.
+# The benchmarks on pytest-benchmark; `pytest benchmarks --benchmark-compare` compares with a saved earlier run.
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
-# The notebooks' outputs, as they are shown.
+# Run the notebooks and write their outputs.
 .PHONY: notebooks
 notebooks: $(JUPYTER)/.installed
 	$(VENV)/bin/python tests/examples/notebooks.py
 
-# On a machine with a GPU, with the Python that has torch, triton and pytest there; nothing is installed, but the compiled
-# steps are built into this folder where there is an nvcc. `make gpu OUT=folder OPTIONS="--minutes 6 --no-baselines"`;
-# benchmarks/gpu.py has all options.
+# For a machine with a GPU and a Python with torch, triton and pytest. Nothing is installed, but the compiled steps are
+# built in this folder if there is an nvcc. Example: `make gpu OUT=folder OPTIONS="--minutes 6 --no-baselines"`.
+# benchmarks/gpu.py --help lists the options.
 OUT ?= benchmarks/results
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(OPTIONS)
@@ -61,7 +61,7 @@ gpu:
 gpu-kernels:
 	-$(PYTHON) -W ignore setup.py --quiet build_ext --build-lib . --build-temp build/temp
 
-# The CUDA kernels under NVIDIA's checks of addresses, and of what threads do to each other's shared memory.
+# The CUDA kernels under NVIDIA's checks of addresses and of races in shared memory.
 sanitize-gpu: gpu-kernels
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-regex kns=s0_ \
@@ -69,8 +69,8 @@ sanitize-gpu: gpu-kernels
 			|| exit 1; \
 	done
 
-# The compiled kernels with checks of every address and of undefined behaviour, under the tests of the scans, on each
-# instruction set that the machine has.
+# The tests of the compiled kernels with checks of addresses and of undefined behaviour, on each instruction set of this
+# machine.
 SANITIZERS = CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined"
 SANITIZED = S0KERNELS_CPU_LIBRARY=build/sanitized/s0kernels/_cpu.so ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(VENV)/bin/python
@@ -85,15 +85,15 @@ sanitize: $(VENV)/.installed
 		elif [ $$instructions = portable ]; then exit 1; fi; \
 	done
 
-# The compiled kernels by every compiler of s0kernels/hardware.py, on each instruction set that the machine has and, in
-# an emulator, on aarch64. What is not here makes it fail, with the command that installs it.
+# The compiled kernels with every compiler of s0kernels/hardware.py, on each instruction set of this machine and, in an
+# emulator, on aarch64. If a compiler or the emulator is missing, it fails and prints the command to install it.
 .PHONY: matrix matrix-csrc
 matrix: matrix-csrc
 matrix-csrc: $(VENV)/.installed $(ZIG)/.installed
 	$(VENV)/bin/python tests/csrc/compilers.py
 
-# What is published, a wheel and a source package, each installed into an environment that borrows the dependencies from
-# $(VENV) and knows nothing of this folder, and tested from another one.
+# Build the published files, a wheel and a source package. Install each into an environment that has the dependencies of
+# $(VENV) but not this folder, and test it from another folder.
 package: $(VENV)/.installed
 	rm -rf build/package && mkdir -p build/package && cp -r tests build/package
 	$(VENV)/bin/python -m build --no-isolation --outdir build/package .
@@ -123,8 +123,8 @@ $(VENV)/.installed: requirements.txt s0kernels/versions.py pyproject.toml setup.
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# flash-linear-attention lies beside the environment, not in it: transformers would bind its GPU kernels at import and
-# die on a CPU. One test puts it on the path to show that the swapped modules do not.
+# flash-linear-attention is not installed in the environment: transformers would bind its GPU kernels at import and fail
+# on a CPU. One test puts it on the path to show that the swapped modules work.
 $(FLA)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(FLA)
@@ -132,7 +132,8 @@ $(FLA)/.installed:
 		flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 triton==3.7.1
 	touch $@
 
-# The other tested versions of transformers: one environment cannot hold two, so each comes first on the path.
+# The other tested versions of transformers. One environment cannot hold two, so each has a folder, which tests put
+# first on the path.
 .deps/transformers-%/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(@D)
@@ -140,7 +141,7 @@ $(FLA)/.installed:
 		huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
 	touch $@
 
-# The other tested versions of Triton, likewise.
+# The other tested versions of Triton, in the same way.
 .deps/triton-%/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(@D)
@@ -148,14 +149,14 @@ $(FLA)/.installed:
 	chmod +x $(@D)/triton/backends/nvidia/bin/*
 	touch $@
 
-# The method's own package, which reads our files and whose files we read.
+# The package of the method. Each package reads the other's files, which tests check.
 $(METHOD)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(METHOD)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(METHOD) s0-tuning==0.1.2
 	touch $@
 
-# The newest transformers in which that package can still train, for benchmarks/training.py.
+# The newest transformers with which that package can train, for benchmarks/training.py.
 $(ITS_TRANSFORMERS)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(ITS_TRANSFORMERS)
@@ -163,21 +164,21 @@ $(ITS_TRANSFORMERS)/.installed:
 		tokenizers==0.22.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18 sniffio==1.3.1
 	touch $@
 
-# A clang with the headers of other systems, which tells whether the sources compile for them.
+# A clang with the headers of other systems, to test that the sources compile for them.
 $(ZIG)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(ZIG)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(ZIG) ziglang==0.17.1
 	touch $@
 
-# The trainers of examples/peft, which take what reads data sets from $(EVAL).
+# The trainers of examples/peft. They use the data set packages in $(EVAL).
 $(TRL)/.installed:
 	$(MAKE) $(VENV)/.installed $(EVAL)/.installed
 	rm -rf $(TRL)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(TRL) trl==1.16.0
 	touch $@
 
-# What runs notebooks.
+# The packages that run notebooks.
 $(JUPYTER)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(JUPYTER)
@@ -190,7 +191,7 @@ $(JUPYTER)/.installed:
 		rpds-py==2026.9.1 stack-data==0.6.3 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4
 	touch $@
 
-# What reads and scores the data sets of large models: half a gigabyte that a few tests need and nothing else.
+# Packages that read and score the data sets of large models: half a gigabyte, which only a few tests need.
 $(EVAL)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(EVAL)
@@ -206,7 +207,7 @@ $(EVAL)/.installed:
 		tcolorpy==0.1.7 threadpoolctl==3.8.0 typepy==1.3.5 urllib3==2.8.0 word2number==1.1 xxhash==4.1.0 yarl==1.25.1
 	touch $@
 
-# What `transformers serve` needs beside transformers, for one test.
+# The dependencies of `transformers serve`, for one test.
 $(SERVE)/.installed:
 	$(MAKE) $(VENV)/.installed
 	rm -rf $(SERVE)

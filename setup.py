@@ -1,12 +1,12 @@
-"""Builds the compiled kernels into `s0kernels/_cpu.so` and `s0kernels/_cuda.so` where that is possible, and says why
-where it is not.
+"""Build the compiled kernels into `s0kernels/_cpu.so` and `s0kernels/_cuda.so` if possible, and print the reason if
+not.
 
-Everything else about the package stands in pyproject.toml. S0KERNELS_BUILD=0 leaves the kernels out; with 1 it is an
-error if those for a CPU cannot be built, with `cuda` also if those for GPUs cannot. They need a C++20 compiler (CXX,
-which may be a command with arguments, else g++, else clang++; s0kernels/hardware.py has those that were tried) and
-torch 2.10 or newer in the environment that builds, so an isolated build leaves them out: use
-`pip install --no-build-isolation .` Those for GPUs also need nvcc (NVCC, else on the path or in CUDA_HOME or
-/usr/local/cuda) and a torch for CUDA.
+All other metadata of the package is in pyproject.toml. S0KERNELS_BUILD=0 leaves the kernels out. With 1 it is an error
+if the CPU kernels cannot be built; with `cuda` it is an error if either the CPU or the GPU kernels cannot be built. The
+kernels need torch 2.10 or newer in the build environment, so an isolated build leaves them out: use `pip install
+--no-build-isolation .` They also need a C++20 compiler: CXX, which may be a command with arguments, else g++, else
+clang++; s0kernels/hardware.py lists those that were tried. GPU kernels also need a torch for CUDA, and nvcc: NVCC, else
+on the path or in CUDA_HOME or /usr/local/cuda.
 """
 
 import importlib.metadata
@@ -32,15 +32,15 @@ NVCC = os.environ.get("NVCC") or shutil.which(
     "nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
 )
 SOURCES = ["csrc/cpu/library.cpp", "csrc/cpu/portable.cpp"]
-#: what is compiled besides on an x86-64, with the instructions that are switched on for it alone
+#: further sources for x86-64, each with the instruction set that only it uses
 WITH_INSTRUCTIONS = {
     "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 CUDA_SOURCES = ["csrc/cuda/library.cpp", "csrc/cuda/kernels.cu"]
-#: machine code for those of these that nvcc knows, and PTX of the last for what is newer
+#: compute capabilities to compile for, if nvcc supports them; PTX of the last one covers newer GPUs
 CAPABILITIES = (75, 80, 90, 100)
-#: -O2: at -O3 g++ 12 vectorises the loops around the explicit vectors, which makes them three times slower
+#: -O2, because at -O3 g++ 12 vectorises the loops around the explicit vectors, which makes them three times slower
 FLAGS = [
     "-O2",
     "-ffp-contract=fast",
@@ -51,17 +51,19 @@ FLAGS = [
     "-Icsrc",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
-#: what g++ 12 and later do at -O2 anyway; and without the last a loop may lie so that a token takes 1.2 times as long
+#: the first two are the defaults of g++ 12 and later at -O2; without the last, the alignment of a loop may make a token
+#: take 1.2 times as long
 GCC_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=very-cheap", "-falign-loops=32"]
 
 
 def compiler() -> list[str]:
-    """The command that compiles: the first of COMPILERS that is here, or the first."""
+    """Return the command of the compiler: the first of COMPILERS that is installed, or else the first."""
     return shlex.split(next((name for name in COMPILERS if shutil.which(shlex.split(name)[0])), COMPILERS[0]))
 
 
 def says(command: list[str]) -> str:
-    """The first line of what a compiler says about itself; zig, told of a target, would write a file besides."""
+    """Return the first line of a compiler's version. zig with a target would write a file here, so the target is left
+    out."""
     program = itertools.takewhile(lambda part: not part.startswith("-"), command)
     done = subprocess.run([*program, "--version"], capture_output=True, text=True)
     return done.stdout.partition("\n")[0]
@@ -73,7 +75,7 @@ def host_flags(command: list[str]) -> list[str]:
 
 
 def compilations(command: list[str], machine: str, folder: Path) -> dict[str, list[str]]:
-    """The command for each object file of the CPU kernels in `folder`, by a compiler for `machine`."""
+    """Return the command for each object file of the CPU kernels in `folder`, with a compiler for `machine`."""
     flags = host_flags(command)
     sources = dict.fromkeys(SOURCES, ()) | (WITH_INSTRUCTIONS if machine.lower() in ("x86_64", "amd64") else {})
     return {
@@ -90,9 +92,9 @@ def why_not() -> str | None:
     if WANTED == "0":
         return "S0KERNELS_BUILD is 0"
     if shutil.which(compiler()[0]) is None:
-        return f"there is no compiler {' or '.join(map(repr, COMPILERS))}; tried ones are {known_compilers()}"
+        return f"there is no compiler {' or '.join(map(repr, COMPILERS))}; these were tried: {known_compilers()}"
     if importlib.util.find_spec("torch") is None:
-        return "torch is not in the environment that builds"
+        return "torch is not in the build environment"
     version = importlib.metadata.version("torch")
     if [int(part) for part in version.split(".")[:2]] < [2, 10]:
         return f"torch {version} is older than 2.10"
@@ -103,7 +105,7 @@ def why_not_cuda() -> str | None:
     if NVCC is None or shutil.which(NVCC) is None:
         return f"there is no compiler {NVCC or 'nvcc'!r}"
     if not (torch_folder() / "lib" / "libtorch_cuda.so").is_file():
-        return "torch is not one for CUDA"
+        return "torch is not built for CUDA"
     return None
 
 
@@ -121,7 +123,7 @@ def nvcc_flags() -> list[str]:
 
 class Build(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".so"  # no module of Python's, so of no version of it either
+        return fullname.replace(".", "/") + ".so"  # not a Python module, so its name needs no Python version
 
     def build_extension(self, extension: Extension) -> None:
         torch, command = torch_folder(), compiler()

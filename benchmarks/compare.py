@@ -1,4 +1,4 @@
-"""Pairs that should cost the same: how long each takes, with a control, and what each does."""
+"""Compare cases that should cost the same: their times, with a control, and their work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from s0kernels.bench.tables import interval, markdown
 
 Samples = dict[str, list[float]]
 
-#: operators that neither compute nor move anything (views, allocations), that others do the work of, or that do it for
-#: another (`fill_` under `zero_`)
+#: operators that are not counted: they neither compute nor move data (views, allocations), or another operator does
+#: their work, or they do the work of another operator (`fill_` under `zero_`)
 _IDLE = """as_strided alias chunk clone contiguous detach empty empty_like empty_strided expand expand_as fill_ flatten
     lift_fresh linear matmul movedim narrow new_empty new_zeros numpy_T ones ones_like permute reshape resize_
     resolve_conj resolve_neg result_type select select_backward set_ slice split split_with_sizes squeeze t to transpose
@@ -26,7 +26,7 @@ class Settings:
     device: str = "cpu"
     clock: str = "wall"
     rounds: int = 40
-    #: seconds for a comparison, after which no round begins (three always run)
+    #: time limit of a comparison in seconds, after which no new round begins (three always run)
     budget: float = 20.0
 
     @property
@@ -35,7 +35,7 @@ class Settings:
 
 
 def kernels(done: Work) -> int:
-    """Kernels launched on a GPU; on a CPU the operators that compute or move something."""
+    """Return the number of kernels launched on a GPU, or on a CPU the number of operators that compute or move data."""
     if torch.cuda.is_available() and done.launches:
         return done.launches
     return sum(
@@ -46,7 +46,7 @@ def kernels(done: Work) -> int:
 
 
 def counts(cases: Mapping[str, Case]) -> dict:
-    """Per case: kernels, bytes allocated, bytes copied."""
+    """Return for each case the kernels, bytes allocated and bytes copied."""
     found = {}
     for name, case in cases.items():
         done = work(case)
@@ -60,13 +60,13 @@ def take_turns(cases: dict[str, Case], settings: Settings) -> Samples:
 
 
 def compare(cases: dict[str, Case], settings: Settings) -> dict:
-    """The first case is the base: it runs twice in every round, and the others are set against it."""
+    """Compare cases with the first one, the base, which runs twice in every round."""
     base = next(iter(cases))
     return {**timing(take_turns({**cases, "again": cases[base]}, settings), base), "work": counts(cases)}
 
 
 def generation(models: dict, settings: Settings, new: int = 16, prompt: int = 32) -> tuple[dict, dict]:
-    """(time to the first token, time per token after it) of each; the first of the models is the base."""
+    """Compare (time to the first token, time per later token) of the models. The first model is the base."""
     device = next(next(iter(models.values())).parameters()).device
     ids = torch.arange(2, 2 + prompt, device=device)[None]
 
@@ -90,7 +90,8 @@ def generation(models: dict, settings: Settings, new: int = 16, prompt: int = 32
 
 
 def timing(samples: Samples, base: str) -> dict:
-    """Medians, the ratio of every case to the base, and the control: the base against itself."""
+    """Return medians, the ratio of every case to the base, and the control, which is the ratio of the base to
+    itself."""
     others = [name for name in samples if name not in (base, "again")]
     control = ratio(samples["again"], samples[base])
     ratios = {name: ratio(samples[name], samples[base]) for name in others}
@@ -104,7 +105,7 @@ def timing(samples: Samples, base: str) -> dict:
 
 
 def verdict(found: tuple, control: tuple) -> str:
-    """Of the interval of a ratio beside that of the control."""
+    """Return the verdict on the interval of a ratio, compared with that of the control."""
     (_, low, high), (_, least, most) = found, control
     if least <= low and high <= most:
         return "inside"
@@ -114,7 +115,7 @@ def verdict(found: tuple, control: tuple) -> str:
 
 
 def table(rows: list[dict], base: str) -> str:
-    """Markdown, a line for every case that stands against the base."""
+    """Return a Markdown table with one line for every case that is compared with the base."""
     head = ["what", f"against {base}", "ms", "ratio [95 %]", f"{base} / {base}", ""]
     head += ["kernels", "MB allocated", "MB copied"]
     lines = []
@@ -128,6 +129,6 @@ def table(rows: list[dict], base: str) -> str:
 
 
 def _pair(base: int, mine: int, megabytes: bool) -> str:
-    """One number where they are equal."""
+    """Format two numbers, or one if they are equal."""
     shown = [f"{value / 1e6:.3f}" if megabytes else str(value) for value in (base, mine)]
     return shown[0] if base == mine else f"{shown[0]} -> {shown[1]}"

@@ -1,4 +1,4 @@
-"""What `pytest benchmarks` shares. With --benchmark-disable everything runs once on heads that take no time."""
+"""Fixtures of `pytest benchmarks`. With --benchmark-disable everything runs once, with small heads."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,8 @@ def heads(benchmark, monkeypatch):
 
 @pytest.fixture
 def timed(benchmark):
-    """Rounds of a case, all the same number, after one that does not count. On a GPU each waits for the device."""
+    """Return a function that times a case: a fixed number of rounds after one that is not counted. On a GPU each call
+    waits for the device."""
 
     def run(case: measure.Case, rounds: int = 3) -> None:
         def waiting():

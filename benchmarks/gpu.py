@@ -1,19 +1,19 @@
-"""Everything that a GPU is needed for, in one command: are the kernels right, how fast are they, which tiles are best.
+"""Everything that needs a GPU, in one command: test the kernels, time them, and find the best tiles.
 
     make gpu [OUT=folder] [OPTIONS="..."]    or    python benchmarks/gpu.py [--out folder] [--minutes 8]
-    python benchmarks/gpu.py --dry-run       tiny inputs, without a GPU: does the script work?
+    python benchmarks/gpu.py --dry-run       tiny inputs, without a GPU, to test the script
 
-Runs from the source tree with a machine's own Python; nothing is installed.
+It runs from the source tree with the machine's own Python; nothing is installed.
 
-1. All that will run is compiled, in a process for each core, into one cache; libraries beside ours warm up meanwhile.
-   The compiled steps are built where there is an nvcc.
+1. Everything that will run is compiled into one cache, with one process per core. Other libraries warm up meanwhile.
+   The compiled steps are built if there is an nvcc.
 2. `tests`: `pytest -m gpu`, in parallel.
-3. `scans`, `decode`, `tiles`: gpu_scans.py, gpu_decode.py and gpu_tiles.py, each alone on the chip.
+3. `scans`, `decode`, `tiles`: gpu_scans.py, gpu_decode.py and gpu_tiles.py, one at a time on the GPU.
 
-Each part has a share of the time that is left, leaves out what would begin after it, and says so. A part writes
-<gpu>-<part>.json after every step; tables come last. A library that still compiles when the first timed part could
-begin is waited for a while, then ended and listed. The exit status is 1 where a test failed, a result was wrong or a
-part did not end; what was only not ready is said and is no error.
+Each part has a share of the remaining time, and reports the steps that it skips for lack of time. A part writes
+<gpu>-<part>.json after every step; tables come last. If a library still compiles when the first timed part could begin,
+the script waits for a while, then ends it and lists it. The exit status is 1 if a test failed, a result was wrong or a
+part did not end. A library that was not ready is reported and is not an error.
 """
 
 import argparse
@@ -40,19 +40,19 @@ import gpu_tiles  # noqa: E402
 
 from s0kernels.bench import measure  # noqa: E402
 
-#: shares of the time, in this order; compiling is the first
+#: relative shares of the time, in the order of the parts
 SHARES = {"compile": 110, "tests": 130, "scans": 100, "decode": 50, "tiles": 70}
 PARTS = ("tests", "scans", "decode", "tiles")
 SCRIPTS = {"scans": gpu_scans, "decode": gpu_decode, "tiles": gpu_tiles}
 TEST = re.compile(
     r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+::.*?)\s*$|^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\s+\["
 )
-#: seconds that a process may write what it has after it was told to begin nothing more
+#: seconds in which a process may still write its results after its time has ended
 ENDING = 15.0
 
 
 class Run:
-    """What all parts share: options, the environment of their processes, and the time."""
+    """The common data of all parts: options, the environment of their processes, and the time."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.began = options, time.monotonic()
@@ -62,7 +62,7 @@ class Run:
         self.logs = ROOT / "build" / "gpu"
         for folder in (self.out, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        #: flash-linear-attention shall neither call FlashQLA by itself nor believe what a crowded chip found to be best
+        #: flash-linear-attention must not call FlashQLA by itself, nor keep tuning results from a busy GPU
         self.environment = {
             "TRITON_CACHE_DIR": str(ROOT / "build" / "triton-cache"),
             **os.environ,
@@ -78,15 +78,16 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return max(0.0, 60 * self.options.minutes - (time.monotonic() - self.began))
 
     def share(self, part: str, waiting: list[str]) -> float:
-        """Seconds for a part, with those that wait behind it."""
+        """Return the seconds for a part, given the parts that wait after it."""
         return self.left * SHARES[part] / sum(SHARES[name] for name in (part, *waiting))
 
     def start(self, name: str, *command: str, **variables: str) -> subprocess.Popen:
-        """A process, with all its children in a group, which writes to a log of its own. Tests see no baselines."""
+        """Start a process that writes to its own log, in a process group with its children. Tests do not see the
+        baselines."""
         seen = [str(self.options.baselines)] if self.options.baselines and name != "tests" else []
         path = os.pathsep.join([str(ROOT), *seen, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**self.environment, "PYTHONPATH": path, **variables}
@@ -105,7 +106,7 @@ class Run:
         child.wait()
 
     def wait(self, child: subprocess.Popen, seconds: float) -> int | None:
-        """The exit status, or None: it was stopped, because it took longer."""
+        """Wait for a process, and return its exit status. If it takes longer, stop it and return None."""
         try:
             return child.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -119,7 +120,7 @@ def script(run: Run, name: str, *arguments: str) -> list[str]:
 
 
 def compile_all(run: Run) -> tuple[list[str], list[str], subprocess.Popen | None]:
-    """(what did not compile, what was not ready, the process that warms up what takes too long to wait for)."""
+    """Compile everything. Return (failures, what was not ready, the process that warms up slow libraries)."""
     options, slow, build = run.options, None, None
     seconds = run.share("compile", options.parts)
     print(f"compiling in {options.processes} processes, at most {seconds:.0f} s", flush=True)
@@ -148,7 +149,7 @@ def compile_all(run: Run) -> tuple[list[str], list[str], subprocess.Popen | None
 
 
 def nvcc() -> str | None:
-    """As setup.py looks for it."""
+    """Return the path of nvcc, found as in setup.py."""
     folders = (os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     return os.environ.get("NVCC") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
@@ -158,7 +159,7 @@ def tail(text: str, lines: int) -> str:
 
 
 def tests(run: Run, waiting: list[str]) -> list[str]:
-    """What failed."""
+    """Run the tests, and return what failed."""
     seconds = run.share("tests", waiting)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--numprocesses", str(run.options.processes), "tests/backends"]
@@ -182,7 +183,7 @@ def tests(run: Run, waiting: list[str]) -> list[str]:
 
 
 def timed(run: Run, part: str, waiting: list[str], *arguments: str) -> list[str]:
-    """One of the scripts that have the chip for themselves."""
+    """Run one of the scripts that need the GPU for themselves."""
     seconds = run.share(part, waiting)
     ending = min(ENDING, seconds / 4)
     where = ("--until", str(time.time() + seconds - ending), "--out", str(run.file(part)))
@@ -193,7 +194,7 @@ def timed(run: Run, part: str, waiting: list[str], *arguments: str) -> list[str]
         return []
     problem = f"{part}: {'did not end' if status is None else tail(run.log(part), 1)}"
     if part == "scans" and "--no-baselines" not in arguments and not has_rows(run.file(part)) and run.left > 20:
-        return [problem, *timed(run, part, waiting, "--no-baselines")]  # it may have been another library's
+        return [problem, *timed(run, part, waiting, "--no-baselines")]  # another library may have caused it
     return [problem]
 
 
@@ -202,7 +203,8 @@ def has_rows(file: Path) -> bool:
 
 
 def not_ready(run: Run, slow: subprocess.Popen | None) -> list[str]:
-    """Arguments about baselines. The chip is for one: whatever still compiles is waited for, or ended."""
+    """Wait for libraries that still compile, or end them, because timed parts need the GPU for themselves. Return the
+    arguments about baselines."""
     if run.options.no_baselines:
         return ["--no-baselines"]
     if slow is None or run.wait(slow, 0.2 * run.left) is not None:
@@ -213,7 +215,7 @@ def not_ready(run: Run, slow: subprocess.Popen | None) -> list[str]:
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: benchmarks/results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="total time in minutes (default: 8)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="default: one per core")
     parser.add_argument("--baselines", type=Path, help="a folder with libraries to compare with, put on the path")
@@ -224,9 +226,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--minutes and --processes must be positive")
     if options.baselines is not None:
         if not options.baselines.is_dir():
-            parser.error(f"--baselines must be a folder, and {options.baselines} is none")
+            parser.error(f"--baselines must be a folder, got {options.baselines}")
         if found := [name for name in ("torch", "triton") if (options.baselines / name).is_dir()]:
-            parser.error(f"--baselines must not hold what this machine has: {', '.join(found)}")
+            parser.error(f"--baselines must not hold packages that this machine has: {', '.join(found)}")
         options.baselines = options.baselines.resolve()
     options.out = options.out.resolve()
     if not options.dry_run and not torch.cuda.is_available():

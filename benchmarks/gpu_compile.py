@@ -1,10 +1,10 @@
-"""A share of what gpu_scans.py and gpu_tiles.py will run is run once, so that its kernels lie in Triton's cache.
+"""Run once a share of the work of gpu_scans.py and gpu_tiles.py, so that its kernels are in Triton's cache.
 
     python benchmarks/gpu_compile.py NUMBER PROCESSES [--baselines] [--dry-run]    or    --slow [--dry-run]
 
-Of a library that tries many configurations, each process compiles its share of them and takes the others for useless;
-which one is best is found when it is timed, on an idle chip, so nobody may write down what was best here. `--slow`:
-libraries that compile in one process for minutes, which are waited for last.
+If a library tries many configurations, each process compiles its share of them and treats the others as unusable. The
+best one is found later, when the library is timed on an idle GPU, so the choice made here must not be saved. `--slow`
+runs libraries that compile in one process for minutes; they are waited for last.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from s0kernels.bench.passes import brief  # noqa: E402
 
 
 def share_configurations(number: int, processes: int) -> None:
-    """Makes Triton's autotuner look at every `processes`-th configuration alone."""
+    """Make Triton's autotuner try only every `processes`-th configuration."""
     from triton.runtime.autotuner import Autotuner
 
     look, place = Autotuner._bench, itertools.count()
@@ -54,7 +54,7 @@ def main() -> None:
     for label, call in work:
         try:
             call()
-        except Exception as error:  # the others still have to be compiled
+        except Exception as error:  # the others must still be compiled
             print(f"did not run: {label}: {brief(error)}", flush=True)
             gpu_scans.check_device()
 

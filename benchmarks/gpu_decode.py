@@ -1,10 +1,10 @@
-"""One token at a time on a GPU: steps, mixers and whole models with random weights. `make gpu` runs this.
+"""Time single tokens on a GPU: steps, mixers and whole models with random weights. `make gpu` runs this.
 
     python benchmarks/gpu_decode.py [--kinds steps mixers models]    (from the source tree)
     TRITON_INTERPRET=1 python benchmarks/gpu_decode.py --dry-run
 
-bf16, at the sizes of Qwen3.5-4B and Falcon-H1-7B (hybrids.py). All that is compared runs in turn, round by round;
-figures are medians in milliseconds. What a library computes is compared with fp64 before it is timed. Bandwidth counts
+bf16, at the sizes of Qwen3.5-4B and Falcon-H1-7B (hybrids.py). Cases that are compared take turns, round by round;
+times are medians in milliseconds. The results of a library are compared with fp64 before it is timed. Bandwidth counts
 the states, read and written once. Writes <gpu>-decode.json after each batch.
 """
 
@@ -37,7 +37,7 @@ from s0kernels.ops import registry  # noqa: E402
 
 BATCHES = (1, 8, 32, 256)
 MODELS = {"gated_delta_rule": "Qwen3.5-4B", "ssd": "Falcon-H1-7B"}
-#: of ours, those that are made for single tokens
+#: our backends with kernels for single tokens
 BACKENDS = [name for name in registry.ORDER if name not in ("reference", "torch")]
 KINDS = ("steps", "mixers", "models")
 
@@ -93,7 +93,7 @@ def without_fused_steps(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph, which shows what the kernels take without Python."""
+    """Return the call as a CUDA graph, which shows the time of the kernels without Python."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -104,7 +104,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def mixers(op: Op, batch: int, options) -> dict:
-    """A token through one layer's mixer, projections included: untouched, swapped, swapped part by part."""
+    """Time a token through the mixer of one layer, projections included: original, swapped, swapped without fused
+    steps."""
     from transformers import DynamicCache
 
     layers = {"num_hidden_layers": 1} | ({"layer_types": ["linear_attention"]} if op.name == "gated_delta_rule" else {})
@@ -133,13 +134,13 @@ def mixers(op: Op, batch: int, options) -> dict:
 
 
 def models(op: Op, options, late: Callable[[str], bool]) -> dict:
-    """Tokens per second of greedy `generate`: untouched, swapped without S0, swapped with S0."""
+    """Measure the tokens per second of greedy `generate`: original, swapped without S0, swapped with S0."""
     new, batch = 4 if options.dry_run else 128, 1
     model = model_of(op, options.dry_run)
     prompt = torch.randint(2, 500, (batch, 16), device=next(model.parameters()).device)
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     results: dict[str, list[float]] = {}
-    for round_ in range(min(options.rounds, 5) + 1):  # the first compiles
+    for round_ in range(min(options.rounds, 5) + 1):  # the first round compiles
         if round_ > 1 and late(f"models, {op.name}, rounds from {round_}"):
             break
         states = None
@@ -191,7 +192,7 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    """Everything that was timed, a line for each way."""
+    """Return all times as a table, with one line for each way."""
     lines, notes = [], set()
     for row in results["rows"]:
         place = [row["kind"], row["op"], str(row["batch"])]

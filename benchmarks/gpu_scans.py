@@ -1,13 +1,13 @@
-"""Both scans beside the libraries that are installed, on a GPU, in one process. `make gpu` runs this.
+"""Time both scans and those of installed libraries on a GPU, in one process. `make gpu` runs this.
 
     python benchmarks/gpu_scans.py [--cases 1x8192 8x1024]    (from the source tree, nothing installed)
     TRITON_INTERPRET=1 python benchmarks/gpu_scans.py --dry-run
 
-What `python -m s0kernels bench` does not have: packed sequences, both layouts of the inputs, frozen weights, the time
-of the GPU alone and of the host alone. bf16, heads of Qwen3.5-4B and of Falcon-H1-7B. `ms`: a call as a user makes it,
-all in turns, medians; `gpu_ms`: the kernels alone, by the profiler; `host_ms`: until a call returns. A library is timed
-only after its errors were within the budget; one that is missing, wrong or not ready is listed with the reason. Where
-ours are wrong the script ends with an error. Writes <gpu>-scans.json after each case.
+It adds to `python -m s0kernels bench`: packed sequences, both layouts of the inputs, frozen weights, and separate times
+of GPU and host. It uses bf16 and the heads of Qwen3.5-4B and Falcon-H1-7B. `ms` is the median time of a call, with all
+cases in turns; `gpu_ms` the time of the kernels alone, by the profiler; `host_ms` the time until a call returns. A
+library is timed only if its errors are within the budget; one that is missing, wrong or not ready is listed with the
+reason. If our results are wrong, the script ends with an error. Writes <gpu>-scans.json after each case.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from s0kernels.bench.tables import markdown  # noqa: E402
 from s0kernels.heads import FLAGSHIPS, MODELS  # noqa: E402
 
 RAGGED = [300 + (37 * i) % 160 - 80 for i in range(48)]
-#: in the order of what one wants to know first; `alone`: too large for what other libraries keep
+#: cases, the most important first; `alone`: too large for the memory that other libraries need
 CASES = {
     "1x8192": (1, 8192),
     "8x1024": (8, 1024),
@@ -44,12 +44,12 @@ CASES = {
 ALONE = ("1x32768",)
 TINY_CASES = {"2x20": (2, 20), "3 ragged": [9, 0, 7]}
 VARIANTS = ("token-major", "channel-first", "with z, D, dt_bias")
-#: which of ours is measured, and libraries that take minutes to compile
+#: our backend that is measured, and libraries that take minutes to compile
 BACKEND, SLOW = "triton", ("flash-qla",)
 
 
 def settings(dry_run: bool) -> tuple[str, torch.dtype, dict, dict]:
-    """(device, dtype, cases, heads by op)."""
+    """Return (device, dtype, cases, heads by op)."""
     if dry_run:
         return "cpu", torch.float16, TINY_CASES, TINY
     if not torch.cuda.is_available():
@@ -58,7 +58,8 @@ def settings(dry_run: bool) -> tuple[str, torch.dtype, dict, dict]:
 
 
 def shapes(dry_run: bool, cases: list[str] | None = None) -> Iterator[tuple[Op, str, str, Callable[[], Values]]]:
-    """(op, case, variant, what makes the inputs): all cases token-major, then the first ones in other variants."""
+    """Yield (op, case, variant, function that makes the inputs): all cases token-major, then the first cases in other
+    variants."""
     device, dtype, known, heads = settings(dry_run)
     first = list(known)[: 1 if dry_run else 2]
     for variant, name in [("token-major", n) for n in known] + [(v, n) for v in VARIANTS[1:] for n in first]:
@@ -74,7 +75,7 @@ def lay_out(make: Callable[[], Values]) -> Values:
 
 
 def our_calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
-    """Everything of ours that is run below, once."""
+    """Yield every call of our kernels in this script, once."""
     for op in SCANS.values():
         run = partial(op.by(OURS, BACKEND), state=True)
         yield f"{OURS}, {op.name}, judged", partial(gradients, run, judged(op, dry_run))
@@ -92,7 +93,7 @@ def our_calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
 
 
 def baseline_calls(dry_run: bool, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, Callable]]:
-    """Those of other libraries that compile something: of `names`, or of all that are not slow."""
+    """Yield the calls of other libraries that compile kernels: those in `names`, or all that are not slow."""
     device = settings(dry_run)[0]
     for op, name, variant, make in shapes(dry_run):
         for library, baseline in op.baselines.items():
@@ -106,13 +107,14 @@ def baseline_calls(dry_run: bool, names: tuple[str, ...] | None = None) -> Itera
 
 
 def judged(op: Op, dry_run: bool) -> Values:
-    """Inputs on which an implementation is compared with fp64."""
+    """Return inputs for the comparison of an implementation with fp64."""
     device, dtype, _, heads = settings(dry_run)
     return scan_inputs(op.name, heads[op.name], (2, 20 if dry_run else 200), device=device, dtype=dtype)
 
 
 def usable(op: Op, dry_run: bool, baselines: bool, not_ready: list[str]) -> tuple[dict[str, Scan], dict[str, str]]:
-    """(implementations that may be timed, why the others may not); ours has to be among the first."""
+    """Return (implementations that may be timed, reasons why the others may not). Raise RuntimeError if ours may
+    not."""
     judge = op.judge(judged(op, dry_run))
     if reason := op.why_not(OURS, judge, BACKEND):
         raise RuntimeError(f"{op.name}: our own results are wrong: {reason}")
@@ -129,7 +131,7 @@ def usable(op: Op, dry_run: bool, baselines: bool, not_ready: list[str]) -> tupl
 
 
 def forget_configurations() -> None:
-    """What Triton's autotuner found to be best on the few tokens that were judged."""
+    """Make Triton's autotuner forget the configurations that it chose for the few tokens of the check."""
     if autotuner := sys.modules.get("triton.runtime.autotuner"):
         for found in gc.get_objects():
             if isinstance(found, autotuner.Autotuner):
@@ -137,7 +139,7 @@ def forget_configurations() -> None:
 
 
 def check_device() -> None:
-    """Raises where an error before it has ended what this process can do with the GPU."""
+    """Raise an error if an earlier error has made the GPU unusable for this process."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -156,7 +158,7 @@ def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int) -> dict
             backwards = {f"{name}, {what}": case(op, run, values, what) for what in backwards_of(values)}
             for timed in (found | backwards).values():
                 timed()
-        except Exception as error:  # a case that a library does not know
+        except Exception as error:  # a library may not support the case
             if name == OURS:
                 raise
             refused[name] = brief(error)
@@ -183,19 +185,19 @@ def measured(op: Op, runs: dict[str, Scan], values: Values, rounds: int) -> dict
 
 
 def parser_of(text: str, machine_part: str) -> argparse.ArgumentParser:
-    """What the scripts of `make gpu` share."""
+    """Return a parser with the options that the scripts of `make gpu` share."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--until", type=float, default=float("inf"), help="Unix time after which no case begins")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-baselines", action="store_true", help="ours alone")
-    parser.add_argument("--not-ready", nargs="+", default=[], metavar="NAME", help="baselines to be left out")
+    parser.add_argument("--not-ready", nargs="+", default=[], metavar="NAME", help="baselines to leave out")
     parser.add_argument("--dry-run", action="store_true", help="tiny inputs on a CPU, in Triton's interpreter")
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/<gpu>-{machine_part}.json")
     return parser
 
 
 class Results:
-    """A file that is written after every step, and the time for them."""
+    """A file of results that is written after every step, and the time limit of the steps."""
 
     def __init__(self, options: argparse.Namespace, part: str):
         device = settings(options.dry_run)[0]
@@ -204,7 +206,7 @@ class Results:
         self._file = options.out or HERE / "results" / f"{measure.machine_name(self.found['machine'])}-{part}.json"
 
     def late(self, what: str) -> bool:
-        """Whether it is too late for another case, which is then said."""
+        """Whether it is too late for another case. If so, record that it was left out."""
         if time.time() < self._until:
             return False
         self.found["left out"].append(f"left out: {what}: no time was left")
@@ -238,8 +240,8 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    """Milliseconds as a user sees them and, after a stroke, of the GPU alone; in brackets how much longer the fastest
-    other library takes, both ways."""
+    """Return a table of milliseconds per call and, after a slash, on the GPU alone. In brackets is how much longer the
+    fastest other library takes, in both."""
 
     def cell(row: dict, what: str) -> str:
         parts = []

@@ -1,11 +1,11 @@
-"""Which tiles are best on this GPU: every stage of every scan with each candidate. `make gpu` runs this.
+"""Find the best tiles on this GPU: time every stage of every scan with each candidate. `make gpu` runs this.
 
     python benchmarks/gpu_tiles.py   (from the source tree, nothing installed)
     TRITON_INTERPRET=1 python benchmarks/gpu_tiles.py --dry-run
 
-One candidate for all stages runs in one call, and the profiler times each kernel alone, so a sweep takes as many calls
-as there are candidates. The schedule of the forward stays today's. Results that differ from those with today's tiles
-end the script with an error. Writes <gpu>-tiles.json after each candidate: microseconds of each kernel by tiles.
+One call uses the same candidate for all stages, and the profiler times each kernel separately. So a sweep takes one
+call per candidate. The schedule of the forward is the current one. If results differ from those with the current tiles,
+the script ends with an error. Writes <gpu>-tiles.json after each candidate: microseconds of each kernel by tiles.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ CANDIDATES = [
 TINY_CANDIDATES = [Tiles(16, 4, 1), Tiles(32, 4, 2)]
 AGAIN = "today, again"
 PASSES = ("forward", "backward", "state")
-#: what a kernel may differ in by the order of its sums, relative to the largest number, by dtype
+#: by dtype: allowed difference due to another order of sums, relative to the largest number
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @contextlib.contextmanager
 def changed(op: Op, table: dict, schedule: str | None = None) -> Iterator[None]:
-    """With these tables of tiles in place of today's, and with this schedule."""
+    """Use these tables of tiles and this schedule instead of the current ones."""
     today, before = dict(TABLES[op.name]), os.environ.get(launch.SCHEDULE)
     TABLES[op.name].update(table)
     if schedule is not None:
@@ -64,12 +64,12 @@ def changed(op: Op, table: dict, schedule: str | None = None) -> Iterator[None]:
 
 
 def keys(op: Op, values: Values) -> list[tuple[str, int]]:
-    """Of the tables that inputs like these look into."""
+    """Return the keys of the tables of tiles that these inputs use."""
     return [key for key in TABLES[op.name] if key[1] == values[op.output].element_size()]
 
 
 def recorded(op: Op, values: Values, what: str) -> list[launch.Launch]:
-    """What a pass launches, forward of a backward left out."""
+    """Return the launches of a pass, without the forward of a backward."""
     run = case(op, op.by(gpu_scans.BACKEND), values, what)
     with launch.recording(target_of(values["initial_state"].device)) as found:
         run()
@@ -77,26 +77,26 @@ def recorded(op: Op, values: Values, what: str) -> list[launch.Launch]:
 
 
 def schedule_of(op: Op, values: Values) -> str:
-    """Today's of the forward."""
+    """Return the current schedule of the forward."""
     split = any(one.kernel.__name__.endswith("_output_fwd_kernel") for one in recorded(op, values, "forward"))
     return "split" if split else "fused"
 
 
 def stages(op: Op, values: Values, what: str) -> dict[str, str]:
-    """The stage of each kernel that a pass launches, by the kernel's name."""
-    marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # no two alike
+    """Return the stage of each kernel that a pass launches, by the name of the kernel."""
+    marks = {Tiles(2**place, 1, 1): key for place, key in enumerate(keys(op, values))}  # all different
     with changed(op, {key: {0: (mark,)} for mark, key in marks.items()}, schedule_of(op, values)):
         found = recorded(op, values, what)
     return {one.kernel.__name__: marks[one.tiles][0] for one in found if one.tiles in marks}
 
 
 def using(op: Op, values: Values, candidate: Tiles, schedule: str):
-    """Every stage takes this candidate."""
+    """Use this candidate for every stage."""
     return changed(op, {key: {0: (candidate,)} for key in keys(op, values)}, schedule)
 
 
 def cases(dry_run: bool) -> Iterator[tuple[Op, str, Callable[[], Values]]]:
-    """The two cases that matter most, token-major."""
+    """Yield the two most important cases, token-major."""
     first = list(gpu_scans.settings(dry_run)[2])[:2]
     for op, name, variant, make in gpu_scans.shapes(dry_run, first):
         if variant == "token-major":
@@ -104,7 +104,7 @@ def cases(dry_run: bool) -> Iterator[tuple[Op, str, Callable[[], Values]]]:
 
 
 def calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
-    """All candidates, once, for gpu_compile.py."""
+    """Yield calls with all candidates, once, for gpu_compile.py."""
     for candidate in TINY_CANDIDATES if dry_run else CANDIDATES:
         for op, name, make in cases(dry_run):
 
@@ -115,7 +115,7 @@ def calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
                     try:
                         with using(op, values, candidate, schedule):
                             run()
-                    except Exception as error:  # too large for one stage is not too large for all
+                    except Exception as error:  # a candidate too large for one stage may fit others
                         problems.append(error)
                 if problems:
                     raise problems[0]
@@ -124,7 +124,7 @@ def calls(dry_run: bool) -> Iterator[tuple[str, Callable]]:
 
 
 def passes(op: Op, values: Values) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Backwards behind a forward with today's tiles."""
+    """Return the passes. A backward follows a forward with the current tiles."""
     return {what: case(op, op.by(gpu_scans.BACKEND), values, what) for what in PASSES}
 
 
@@ -140,8 +140,9 @@ def differs(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | No
 def swept(
     op: Op, values: Values, candidates: list[Tiles], times: Callable[[Callable], dict[str, float]]
 ) -> Iterator[dict]:
-    """After each candidate, and before the first: microseconds by pass, kernel and tiles; candidates that cannot run,
-    with the reason; and wrong results. Today's tiles are measured twice: what lies between is noise."""
+    """Yield, before the first candidate and after each one: microseconds by pass, kernel and tiles; candidates that
+    cannot run, with the reason; and wrong results. The current tiles are measured twice, and the difference is
+    noise."""
     runs, schedule = passes(op, values), schedule_of(op, values)
     expected = {what: run() for what, run in runs.items()}
     row: dict = {"schedule": schedule, "us": {}, "stage": {}, "refused": {}, "wrong": {}}
@@ -164,7 +165,7 @@ def swept(
                         row["wrong"][f"{what}, {label}"] = reason
                     else:
                         note(what, label)
-            except Exception as error:  # too large for this chip, for one
+            except Exception as error:  # for example, too large for this GPU
                 row["refused"][f"{what}, {label}"] = brief(error)
         yield row
         if row["refused"]:
@@ -172,7 +173,7 @@ def swept(
 
 
 def counted(run: Callable) -> dict[str, float]:
-    """In place of times, where there is no GPU: how many programs each kernel has."""
+    """Return the number of programs of each kernel, in place of times, if there is no GPU."""
     with launch.recording(target_of(torch.device("cpu"))) as launches:
         run()
     return {one.kernel.__name__: float(one.programs) for one in launches}
@@ -201,13 +202,13 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    """For each kernel today's time, the best candidate and what it gains."""
+    """Return a table with the current time of each kernel, the best candidate and its gain."""
     lines = []
     for row in results["rows"]:
         for what, kernels in row["us"].items():
             for kernel, us in kernels.items():
                 stage = row["stage"].get(kernel)
-                if stage is None or "today" not in us:  # torch's own, or another schedule
+                if stage is None or "today" not in us:  # a kernel of torch, or of another schedule
                     continue
                 best = min(us, key=lambda tiles: us[tiles])
                 gain = f"{us['today'] / us[best]:.2f}x"

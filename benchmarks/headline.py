@@ -1,21 +1,21 @@
-"""A Qwen3.5-4B and a Falcon-H1-7B with random weights: what tuning and using S0 takes at their true size.
+"""Measure the cost of tuning and using S0 at the true sizes of Qwen3.5-4B and Falcon-H1-7B, with random weights.
 
     python benchmarks/headline.py [--models Qwen3.5-4B Falcon-H1-7B] [--parts states train use] [--fresh]
 
-On a GPU the models are whole, in bf16, with the settings published with them (`benchmarks/hybrids.py`). On a CPU
-there are two stand-ins for each, in fp32: `layer`, one recurrent layer at full width with a small vocabulary, and
-`small`, a shrunken model with the heads' sizes kept; training `layer` takes fewer examples and steps there. `states`
-is exact everywhere: it needs the settings only.
+On a GPU the models are complete, in bf16, with their published settings (`benchmarks/hybrids.py`). On a CPU there are
+two stand-ins for each, in fp32: `layer`, one recurrent layer at full width with a small vocabulary, and `small`, a
+smaller model with heads of the same size. There, training `layer` uses fewer examples and steps. `states` is exact
+everywhere, because it needs only the settings.
 
-- `states`: parameters of the model; bytes of S0, and of the file that holds it.
-- `train`: seconds for 48 examples x 20 steps, and what the training holds at its peak above the weights.
-- `use`: prefill, and each token of `generate` after the first, with S0, without, and without again for control.
+- `states`: number of parameters of the model; bytes of S0, and of its file.
+- `train`: seconds for 48 examples x 20 steps, and the peak memory of training beyond the weights.
+- `use`: prefill, and each token of `generate` after the first, with S0, without S0, and again without S0 as a control.
 
 Examples are random tokens with lengths like those of HumanEval: prompts of 60 to 220, completions of 20 to 180.
 
-Every part is saved to benchmarks/results/headline-<machine>.json when it is finished, by model and stand-in, with what
-it was measured with; started again, the script does what is missing, what was measured with other settings or kernels,
-and with --fresh everything. `machine` as in `s0kernels.bench.measure.machine`; `parts` by "model, stand-in, part".
+Every finished part is saved to benchmarks/results/headline-<machine>.json, by model and stand-in, with its settings. A
+second run measures only parts that are missing or were measured with other settings or kernels; --fresh measures
+everything. `machine` is that of `s0kernels.bench.measure.machine`; the keys of `parts` are "model, stand-in, part".
 """
 
 import argparse
@@ -36,7 +36,7 @@ from s0kernels.bench.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("states", "train", "use")
-#: options that a part's figures depend on
+#: by part: the options that its results depend on
 ASKED = {
     "states": (),
     "train": ("device", "clock", "threads", "steps", "tokens_per_batch", "layer_examples", "layer_steps"),
@@ -45,7 +45,7 @@ ASKED = {
 SIZES = ("states_bytes", "file_bytes")
 _LAYER = {"vocab_size": 4096, "num_hidden_layers": 1}
 _SMALL = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2}
-#: changes to the published settings
+#: by stand-in: changes to the published settings
 STAND_INS = {
     ("Qwen3.5-4B", "layer"): {**_LAYER, "layer_types": ["linear_attention"]},
     ("Qwen3.5-4B", "small"): {
@@ -62,7 +62,7 @@ STAND_INS = {
 
 
 class Numbers:
-    """A tokenizer of texts that are written as numbers."""
+    """A tokenizer for texts that consist of token numbers."""
 
     pad_token_id, eos_token_id = 0, 1
 
@@ -81,7 +81,7 @@ def examples(count: int, vocabulary: int) -> list[tuple[str, int]]:
 
 
 def settings_of(model: str, stand_in: str) -> tuple[str, dict]:
-    """(family, settings of the config)."""
+    """Return (family, settings of the config)."""
     family, published = hybrids.PUBLISHED[model]
     return family, {**published, **STAND_INS.get((model, stand_in), {})}
 
@@ -93,7 +93,7 @@ def load(model: str, stand_in: str, device: str) -> torch.nn.Module:
 
 
 def measure_states(model: str, stand_in: str, options: argparse.Namespace) -> dict:
-    """On the meta device: weights take no memory there, and S0 is real."""
+    """Count the model on the meta device, where weights take no memory. S0 is real."""
     family, settings = settings_of(model, stand_in)
     built = swap_modules(hybrids.build(family, settings, device="meta"))
     states = S0States.for_model(built)
@@ -143,7 +143,7 @@ def synchronize(device: str) -> None:
 
 
 def reset_peak(device: str) -> int:
-    """What is held now; `peak` gives the most that is held from here on. On a CPU: resident memory."""
+    """Return the memory in use, and reset the peak that `peak` returns. On a CPU this is resident memory."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -171,7 +171,7 @@ def measure_use(model: str, stand_in: str, options: argparse.Namespace) -> dict:
     what = f"{model}, {stand_in}"
     line = compare({name: partial(prefill, built) for name, built in pair.items()}, settings)
     lines = [{"what": f"{what}, prefill of {length}", **line}]
-    if has_attention(plain.config):  # transformers' generate asks its cache for the length that attention has seen
+    if has_attention(plain.config):  # generate of transformers reads the length from the cache of attention
         _, later = generation(pair, settings)
         lines.append({"what": f"{what}, each token after the first", **later})
     return {"lines": lines}
@@ -186,7 +186,7 @@ def has_attention(config) -> bool:
 
 
 def run_part(part: str, model: str, stand_in: str, options: argparse.Namespace, kernels: dict, done: dict) -> bool:
-    """Measure it, unless `done` has it as it would be measured now; whether anything was."""
+    """Measure a part, unless `done` has it with the same settings. Return whether it was measured."""
     key = f"{model}, {stand_in}, {part}"
     asked = {name: getattr(options, name) for name in ASKED[part]}
     measured_with = {
@@ -194,7 +194,7 @@ def run_part(part: str, model: str, stand_in: str, options: argparse.Namespace, 
         **asked,
         "kernels": {} if part == "states" else kernels,
     }
-    measured_with = json.loads(json.dumps(measured_with))  # as it comes back from the file
+    measured_with = json.loads(json.dumps(measured_with))  # in the form that the file gives back
     if not options.fresh and done.get(key, {}).get("measured_with") == measured_with:
         print(f"{key}: done before")
         return False
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--models", nargs="+", choices=list(hybrids.PUBLISHED), default=list(hybrids.PUBLISHED))
     parser.add_argument("--stand-ins", nargs="+", choices=("whole", "layer", "small"), help="default: by the device")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--fresh", action="store_true", help="measure also what has been measured")
+    parser.add_argument("--fresh", action="store_true", help="measure all parts again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--layer-examples", type=int, default=4, help="for training `layer`")
     parser.add_argument("--layer-steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds for the rounds of a comparison, at most")
+    parser.add_argument("--budget", type=float, default=10.0, help="time limit for a comparison in seconds")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

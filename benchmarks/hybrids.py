@@ -1,7 +1,7 @@
-"""Hybrid models with random weights: small ones of every family, and two at the sizes that are published.
+"""Hybrid models with random weights: a small model of every family, and two models at published sizes.
 
-Decays are made slow, as those of trained models are: with the stock initialisation most heads forget their initial
-state within a few tokens. Nothing else of the weights matters to time or memory.
+Decays are made slow, like those of trained models: with the standard initialisation most heads forget their initial
+state within a few tokens. Otherwise the values of weights do not affect time or memory.
 """
 
 import importlib
@@ -19,8 +19,8 @@ _CLASSES = {
 }
 _COMMON = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 
-#: Qwen/Qwen3.5-4B, text model, from second hand: the shapes of its tensors as github.com/quantumaikr/quant.cpp issue 94
-#: lists them. Not compared with the hub's https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/config.json.
+#: Qwen/Qwen3.5-4B, text model, from a secondary source: the shapes of its tensors in github.com/quantumaikr/quant.cpp
+#: issue 94. Not compared with https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/config.json.
 QWEN3_5_4B = {
     "vocab_size": 248320,
     "hidden_size": 2560,
@@ -39,8 +39,8 @@ QWEN3_5_4B = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-#: tiiuae/Falcon-H1-7B-Base, from second hand: layers, width and heads as in transformers' page on FalconH1. Not
-#: compared with the hub's https://huggingface.co/tiiuae/Falcon-H1-7B-Base/blob/main/config.json. Its multipliers scale
+#: tiiuae/Falcon-H1-7B-Base, from a secondary source: layers, width and heads in transformers' page on FalconH1. Not
+#: compared with https://huggingface.co/tiiuae/Falcon-H1-7B-Base/blob/main/config.json. Its multipliers scale
 #: activations and are left at 1.
 FALCON_H1_7B = {
     "vocab_size": 130049,
@@ -106,7 +106,7 @@ SMALL = {
 def build(
     family: str, settings: dict, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The causal language model of a family with these settings of its config, in evaluation mode."""
+    """Build the causal language model of a family with these settings of its config, in evaluation mode."""
     transformers = importlib.import_module("transformers")
     config_class, model_class = (getattr(transformers, name) for name in _CLASSES[family])
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def build(
 
 
 def random_states(model: nn.Module, tasks: int = 1, size: float = 0.1):
-    """S0 of a swapped model that is not zero, frozen."""
+    """Return frozen random S0 for a swapped model."""
     from s0kernels import S0States
 
     states = S0States.for_model(model, tasks).requires_grad_(False)

@@ -1,13 +1,13 @@
-"""Every Triton kernel compiled ahead of time: for each chip, with each tested Triton, each optional argument absent and
-present.
+"""Compile every Triton kernel ahead of time, for each chip and each tested Triton, with each optional argument absent
+and present.
 
-    python benchmarks/matrix.py                 # what the file of results is behind on
+    python benchmarks/matrix.py                 # compile what the file of results lacks
     python benchmarks/matrix.py --behind        # print it, by kernel, and compile nothing
-    python benchmarks/matrix.py --table         # the file as a table
+    python benchmarks/matrix.py --table         # print the file as a table
 
 It writes benchmarks/results/kernels-aot.json: the hash of each kernel's source, and for each launch, chip and Triton
-[registers, bytes of spills, bytes of shared memory, instructions on matrices], or why it does not compile.
-Other versions of Triton than the installed one are looked for in .deps/triton-VERSION (`make matrix-triton`).
+[registers, bytes of spills, bytes of shared memory, instructions on matrices], or the reason why it does not compile.
+Versions of Triton that are not installed are taken from .deps/triton-VERSION (`make matrix-triton`).
 """
 
 import argparse
@@ -29,14 +29,14 @@ from s0kernels.files import replace_file  # noqa: E402
 from s0kernels.hardware import CHIPS  # noqa: E402
 from s0kernels.versions import PINNED, TESTED  # noqa: E402
 
-#: with so little shared memory that tiles are chosen for it
+#: chips with little shared memory, for which smaller tiles are chosen
 SMALL = ("sm_86", "sm_120", "gfx942")
 
 
 def sampled(version: str) -> dict[str, list[str]]:
-    """The cases that are compiled with a Triton, by chip: the flagships everywhere, the widest states where memory is
-    small, the optional arguments in pairs for one chip; with the pinned Triton there the heads of every family, too,
-    and all their sizes of states where memory is small."""
+    """Return the cases to compile with a version of Triton, by chip: the flagships for all chips, the widest states for
+    chips with little shared memory, and pairs of optional arguments for one chip. With the pinned Triton, also the
+    heads of every family for that chip, and all sizes of states for chips with little shared memory."""
     from s0kernels.backends.triton.aot_cases import CASES, FLAGSHIPS, PAIRS, SIZES
 
     pinned = version == PINNED["triton"]
@@ -46,7 +46,7 @@ def sampled(version: str) -> dict[str, list[str]]:
 
 
 def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Callable]]:
-    """(kernel, key of the launch, chip, what it belongs to, how to compile it), each once."""
+    """Yield (kernel, key of the launch, chip, its case, function that compiles it), each once."""
     from s0kernels.backends.triton import aot
     from s0kernels.backends.triton.aot_cases import CASES, PAIRS
     from s0kernels.backends.triton.common.targets import known_target
@@ -66,7 +66,7 @@ def jobs(cases: dict[str, list[str]]) -> Iterator[tuple[str, str, str, str, Call
 
 
 def sources() -> dict[str, str]:
-    """The hash of every kernel."""
+    """Return the hash of every kernel."""
     from s0kernels.backends.triton import aot
 
     return {name.removesuffix("_kernel"): aot.source_hash(kernel) for name, kernel in sorted(aot.kernels().items())}
@@ -77,7 +77,7 @@ def load() -> dict:
 
 
 def missing(results: dict, version: str, cases: dict[str, list[str]]) -> list[tuple]:
-    """The jobs that have no figures of today's source, or failed."""
+    """Return the jobs that have no results for the current source, or failed."""
     current = sources()
     return [
         job
@@ -88,14 +88,14 @@ def missing(results: dict, version: str, cases: dict[str, list[str]]) -> list[tu
 
 
 def behind(results: dict) -> dict[str, int]:
-    """How many launches of each kernel have no figures, over all chips and versions."""
+    """Return the number of launches of each kernel without results, over all chips and versions."""
     return collections.Counter(
         job[0] for version in TESTED["triton"] for job in missing(results, version, sampled(version))
     )
 
 
 def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> None:
-    """Compile every so many-th of the jobs that are not known, and print a line of JSON for each."""
+    """Compile a share of the jobs that are not in `known`, and print a line of JSON for each."""
     import triton
 
     for job in missing(known, triton.__version__, cases)[share::shares]:
@@ -103,14 +103,14 @@ def work(share: int, shares: int, cases: dict[str, list[str]], known: dict) -> N
         try:
             usage, wrong = compile_it()
             found = "; ".join(wrong) or list(usage)
-        except Exception as error:  # whatever the compiler raises, the others go on
+        except Exception as error:  # the compiler may raise anything, and the other jobs go on
             found = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         sys.stdout.write(json.dumps([kernel, key, chip, what, found]) + "\n")
         sys.stdout.flush()
 
 
 def compiled(version: str, shares: int) -> Iterator[list]:
-    """What that many processes find with a Triton."""
+    """Yield the results of so many processes with one version of Triton."""
     path = [] if version == PINNED["triton"] else [str(ROOT / ".deps" / f"triton-{version}")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -120,7 +120,7 @@ def compiled(version: str, shares: int) -> Iterator[list]:
         subprocess.Popen([*command, f"{i}/{shares}"], stdout=written, text=True, env=environment) for i in range(shares)
     ]
     os.close(written)
-    with os.fdopen(found) as lines:  # each of which is written at once
+    with os.fdopen(found) as lines:  # each line is written at once
         yield from map(json.loads, lines)
     failed = [process for process in running if process.wait()]
     if failed:
@@ -128,14 +128,14 @@ def compiled(version: str, shares: int) -> Iterator[list]:
 
 
 def merge(results: dict, version: str, rows: Iterable[list]) -> None:
-    """Take in what was found."""
+    """Add rows to the results."""
     for kernel, key, chip, what, found in rows:
         of_kernel = results["launches"][kernel]
         of_kernel.setdefault(key, {"what": what}).setdefault(chip, {})[version] = found
 
 
 def prune(results: dict) -> None:
-    """What was found of other kernels than today's, or of launches that nothing makes any more, goes."""
+    """Remove results of old kernels, and of launches that no longer exist."""
     current, launches = sources(), {kernel: {} for kernel in sources()}
     for version in TESTED["triton"]:
         for kernel, key, chip, what, _ in jobs(sampled(version)):
@@ -146,7 +146,7 @@ def prune(results: dict) -> None:
 
 
 def save(results: dict) -> None:
-    """A line for each launch."""
+    """Write the results, one line for each launch."""
     lines = []
     for kernel, launches in results["launches"].items():
         rows = ",\n".join(
@@ -158,7 +158,7 @@ def save(results: dict) -> None:
 
 
 def table(results: dict) -> str:
-    """Versions by chips: launches compiled, how many of them spill, failures."""
+    """Return a table of versions by chips: launches compiled, launches that spill, failures."""
     found = collections.defaultdict(list)
     for launches in results["launches"].values():
         for row in launches.values():
@@ -177,7 +177,7 @@ def table(results: dict) -> str:
 
 
 def figures(results: dict, case: str) -> str:
-    """Kernels by chips: registers / bytes spilled / KiB of shared memory, with the pinned Triton."""
+    """Return a table of kernels by chips: registers / bytes spilled / KiB of shared memory, with the pinned Triton."""
     rows = collections.defaultdict(dict)
     for kernel, launches in results["launches"].items():
         for row in launches.values():
@@ -190,7 +190,7 @@ def figures(results: dict, case: str) -> str:
 
 
 def document(results: dict) -> str:
-    """For docs/triton-kernels.md."""
+    """Return the text for docs/triton-kernels.md."""
     lines = ["Launches compiled, and how many of them spill registers to memory:", "", table(results), ""]
     lines += [f"Registers / bytes spilled / KiB of shared memory, with Triton {PINNED['triton']}:", ""]
     for case in ("delta rule 128/128", "Falcon-H1-7B"):
@@ -202,12 +202,12 @@ def document(results: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--behind", action="store_true", help="print what the file is behind on, and compile nothing")
+    parser.add_argument("--behind", action="store_true", help="print what the file lacks, and compile nothing")
     parser.add_argument("--table", action="store_true", help="print the file as a table")
     parser.add_argument("--share", help="I/N: with the installed Triton, print every N-th row that the file lacks")
-    parser.add_argument("--fresh", action="store_true", help="of --share: as if there were no file")
-    parser.add_argument("--chip", choices=CHIPS, help="of --share: this one alone")
-    parser.add_argument("--case", action="append", help="of --share: this one alone")
+    parser.add_argument("--fresh", action="store_true", help="with --share: ignore the file")
+    parser.add_argument("--chip", choices=CHIPS, help="with --share: this chip only")
+    parser.add_argument("--case", action="append", help="with --share: this case only")
     options = parser.parse_args()
     results = load()
     if options.table:
@@ -248,7 +248,7 @@ def fill(results: dict) -> int:
         merge(results, version, rows)
         save(results)
         print(f"Triton {version}: {len(rows)} compiled, {time.monotonic() - start:.0f} s", flush=True)
-    prune(results)  # into the order of the jobs, whichever process was quicker
+    prune(results)  # also puts rows into the order of the jobs
     save(results)
     return int(failures > 0)
 

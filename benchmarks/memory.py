@@ -1,12 +1,12 @@
-"""What training takes of memory at the published sizes, counted on tensors without memory.
+"""Count the memory of training at published sizes, on tensors without memory.
 
     python benchmarks/memory.py [--models Qwen3.5-4B Falcon-H1-7B] [--examples 48]
 
 A model on the meta device, in bf16, goes through forward, head and backward with examples of 300 tokens, half of them
-predicted, and every tensor that is made is counted: what torch's allocator would be asked for, without what operators
-use inside. `one` is one example a forward; `4096` the forwards of 13 examples that 4096 tokens make; each also with
-layers checkpointed. `largest` is the size that the trainer would choose within 2, 8 and 48 GiB beyond the weights, by
-its own rule. Writes benchmarks/results/memory-counted.json.
+predicted, and every new tensor is counted. That is the memory requested from torch's allocator, without the memory that
+operators use inside. `one` is one example per forward; `4096` is 13 examples per forward, the most that fit into 4096
+tokens; each also with layers checkpointed. `largest` is the size that the trainer would choose within 2, 8 and 48 GiB
+beyond the weights. Writes benchmarks/results/memory-counted.json.
 """
 
 import argparse
@@ -31,18 +31,18 @@ GIB = 2**30
 
 
 class Unchecked(Head):
-    """Whose logits cannot be compared, since they have no values."""
+    """A head whose logits are not compared, because they have no values."""
 
     def _agrees(self, ids: torch.Tensor) -> bool:
         return True
 
 
 class Batch(PaddedBatch):
-    """Examples of one length. What there is to look up in them is looked up where tensors have values."""
+    """Examples of one length. Indices are computed on a device where tensors have values."""
 
     def __init__(self, count: int):
         super().__init__([Example(list(range(2, 2 + LENGTH)), LENGTH // 2)] * count, torch.device("cpu"), 0)
-        del self._inputs["attention_mask"]  # of ones
+        del self._inputs["attention_mask"]  # it is all ones
         self._inputs = {name: self._moved(value) for name, value in self._inputs.items()}
         self._before = tuple(map(self._moved, self._before))
         self.targets, self.device = self._moved(self.targets), torch.device("meta")
@@ -92,8 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     from report import counted
 
-    memory.UNCOUNTED = 1.0  # that is for resident memory
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # it would look at values
+    memory.UNCOUNTED = 1.0  # the factor is for resident memory
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # it would read values
     models = {name: count(name, options.examples) for name in options.models}
     results = {"machine": machine("cpu", "no"), "examples": options.examples, "models": models}
     print(counted(results))

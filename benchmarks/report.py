@@ -1,11 +1,11 @@
-"""The tables of the documents from the files of results, and the plots.
+"""Make the tables of the documents, and the plots, from the files of results.
 
     python benchmarks/report.py
 
-What stands between `<!-- bench: NAME -->` and `<!-- end -->` becomes the table of benchmarks/results/NAME.json, which
-says so where the kernels have changed since; of scans (`python -m s0kernels bench --json`) and scaling a plot is
-written beside that file, NAME.svg. After `<!-- hardware -->` stands the table of s0kernels/hardware.py. A test fails
-where a document is not what this gives.
+The text between `<!-- bench: NAME -->` and `<!-- end -->` is replaced by the table of benchmarks/results/NAME.json,
+which says if the kernels have changed since. For scans (`python -m s0kernels bench --json`) and scaling, a plot
+NAME.svg is written beside that file. The text after `<!-- hardware -->` is replaced by the table of
+s0kernels/hardware.py. A test fails if a document differs from the output of this script.
 """
 
 import json
@@ -32,7 +32,7 @@ from s0kernels.files import replace_file  # noqa: E402
 NAMES = {"gated_delta_rule": "delta rule", "ssd": "SSD"}
 KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 CHANGED = " **The kernels have changed since these were measured.**"
-#: by part of `make gpu`: what makes its table, and the backends that it measures
+#: by part of `make gpu`: the function that makes its table, and the backends that it measures
 GPU_TABLES = {
     "scans": (gpu_scans.table, ("triton",)),
     "decode": (gpu_decode.table, ("triton", "cuda")),
@@ -40,7 +40,7 @@ GPU_TABLES = {
 }
 _MARKED = re.compile(r"(<!-- bench: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HARDWARE = re.compile(r"(<!-- hardware -->\n).*?(<!-- end -->)", re.DOTALL)
-_GREY = "#808080"  # to be read on white and on black
+_GREY = "#808080"  # readable on white and on black
 
 
 def load(name: str) -> dict:
@@ -52,7 +52,7 @@ def length(row: dict) -> int:
 
 
 def series(results: dict) -> dict[tuple[str, str, str], list[dict]]:
-    """Rows by scan, pass and dtype, short inputs first."""
+    """Return rows by scan, pass and dtype, with short inputs first."""
     found = {}
     for row in sorted(results["rows"], key=length):
         found.setdefault((row["op"], row["pass"], row["dtype"]), []).append(row)
@@ -60,14 +60,14 @@ def series(results: dict) -> dict[tuple[str, str, str], list[dict]]:
 
 
 def changed(machine: dict) -> bool:
-    """Whether the kernels are others now than the ones that were measured there."""
+    """Whether the kernels have changed since the measurement on `machine`."""
     backend = "triton" if "gpu" in machine else "cpu"
     return machine["kernels"][backend] != measure.kernel_hashes()[backend]
 
 
 def table(results: dict) -> str:
-    """Per length: milliseconds, and what each baseline takes for one of ours. The other columns are of the longest, and
-    left out where nothing was measured."""
+    """Return a table of milliseconds for each length, and the ratio of each baseline's time to ours. The other columns
+    are for the longest input, and are left out if nothing was measured."""
     lengths = sorted({length(row) for row in results["rows"]})
     head = ["", "", *(f"T = {T}, ms" for T in lengths)]
     head += ["of roofline", "peak MiB", "S0 / zero", "S0 / S0"]
@@ -90,7 +90,8 @@ def _with_notes(lines: list[list[str]], note: str, machine: dict) -> str:
 
 
 def overhead(results: dict) -> str:
-    """What benchmarks/zero_overhead.py wrote: a line for everything that is set against the base of its level."""
+    """Return the table of benchmarks/zero_overhead.py: one line for every case that is compared with the base of its
+    level."""
     lines = [["what", "", "ms", "ratio (95 %)", "control", "", "work"]]
     for level in ("op", "mixer", "generate", "bank", "untouched"):
         for row in results.get(level, []):
@@ -103,7 +104,8 @@ def overhead(results: dict) -> str:
 
 
 def training(results: dict) -> str:
-    """What benchmarks/training.py wrote: the ways of training one model, against the batches of the trainer."""
+    """Return the table of benchmarks/training.py: ways of training one model, compared with the batches of the
+    trainer."""
     settings = results["settings"]
     lines = [["model", "way", "processor s", "of batched", "peak MiB", "last loss"]]
     batched = {run["model"]: run for run in results["runs"] if run["way"] == "batched"}
@@ -120,7 +122,7 @@ def training(results: dict) -> str:
 
 
 def vocabulary(results: dict) -> str:
-    """What benchmarks/vocabulary.py wrote: a step of the trainer against that of the plain loop."""
+    """Return the table of benchmarks/vocabulary.py: a step of the trainer, compared with a step of the plain loop."""
     head = ["model", "way", "s", "processor s", "plain loop takes", "GiB beyond the model", "expected", "loss"]
     lines = [head]
     plain = {run["model"]: run for run in results["runs"] if run["way"] == "plain loop"}
@@ -135,7 +137,8 @@ def vocabulary(results: dict) -> str:
 
 
 def counted(results: dict) -> str:
-    """What benchmarks/memory.py wrote: bytes of a forward and its backward, counted and expected from one example."""
+    """Return the table of benchmarks/memory.py: bytes of a forward and its backward, counted, and predicted from one
+    example."""
     head = ["model", "weights, GiB", "forward", "kept for the backward", "peak, counted", "expected from one example"]
     lines = [head]
     for name, found in results["models"].items():
@@ -151,7 +154,7 @@ def counted(results: dict) -> str:
 
 
 def headline(results: dict) -> str:
-    """What benchmarks/headline.py wrote: sizes of whole models, and runs of what fits on the machine."""
+    """Return the table of benchmarks/headline.py: sizes of whole models, and runs of models that fit on the machine."""
     lines = [["part", "found"]]
     for name, part in results["parts"].items():
         if "states_bytes" in part:
@@ -200,7 +203,7 @@ def origin(results: dict) -> str:
 
 
 def filled(text: str) -> str:
-    """The text with every table made anew."""
+    """Return the text with every table updated."""
     makers = {"scans": table, "zero-overhead": overhead, "training": training, "headline": headline, "scaling": scaling}
     makers |= {"vocabulary": vocabulary, "memory": counted, "kernels": matrix.document}
 
@@ -214,7 +217,7 @@ def filled(text: str) -> str:
 
 
 def of_gpu(name: str) -> str:
-    """What a script of `make gpu` wrote, as that script shows it."""
+    """Return the table of a script of `make gpu`, as the script prints it."""
     results, part = load(name), name.rpartition("-")[2]
     machine, now = results["machine"], measure.kernel_hashes()
     note = _where(machine)
@@ -224,7 +227,7 @@ def of_gpu(name: str) -> str:
 
 
 def hardware_table() -> str:
-    """What was tried, of s0kernels/hardware.py."""
+    """Return the table of tried hardware, from s0kernels/hardware.py."""
     lines = [["hardware", "", "compilers", "tried"]]
     for chip in hardware.CHIPS.values():
         compiler = "Triton, nvcc" if chip.target.startswith("sm_") else "Triton"
@@ -240,7 +243,7 @@ def _style() -> dict:
 
 
 def scaling(results: dict) -> str:
-    """What benchmarks/scaling.py wrote: the ends of every axis."""
+    """Return the table of benchmarks/scaling.py: both ends of every axis."""
     lines = [["model", "axis", "pass", "from, ms", "to, ms", "of roofline", "from, MiB", "to, MiB"]]
     groups: dict[tuple, list[dict]] = {}
     for row in results["points"]:
@@ -257,7 +260,7 @@ def scaling(results: dict) -> str:
 
 
 def plot(results: dict, file: Path) -> None:
-    """Time against T, a panel for each scan, in the first dtype that was measured."""
+    """Plot time against T, with a panel for each scan, in the first dtype that was measured."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -277,7 +280,8 @@ def plot(results: dict, file: Path) -> None:
 
 
 def plot_scaling(results: dict, file: Path) -> None:
-    """Time and peak memory along each axis of benchmarks/scaling.py, a column for each axis and two rows per model."""
+    """Plot time and peak memory along each axis of benchmarks/scaling.py, with a column for each axis and two rows per
+    model."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -318,7 +322,7 @@ def _scaling_panel(panel, rows: list[dict], axis: str, value: str, roofline: dic
 
 
 def _panel(panel, series: dict[str, list[dict]]) -> None:
-    """A colour for each implementation, a dash for each pass."""
+    """Draw one panel, with a colour for each implementation and a dash style for each pass."""
     names = list(dict.fromkeys(name for rows in series.values() for row in rows for name in row["ms"]))
     for (what, rows), dash in zip(series.items(), ("-", "--", ":", "-."), strict=False):
         for i, name in enumerate(names):

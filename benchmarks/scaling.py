@@ -1,11 +1,11 @@
-"""Time and peak memory against length, batch, heads and tasks, beside the roofline measured in the same run.
+"""Measure time and peak memory against length, batch, heads and tasks, and the roofline in the same run.
 
     python benchmarks/scaling.py [--processor-time --threads 1] [--longest 32768] [--axes length batch heads tasks]
 
-fp32 on a CPU, bf16 on a GPU, heads of Qwen3.5-4B and of Falcon-H1-7B. Each axis is walked alone from batch 1, length
-1024 (256 beside more than one sequence), all heads, one task; with tasks, 8 sequences pick theirs from a bank.
-transformers' PyTorch functions go along up to --baselines-longest tokens. Writes
-benchmarks/results/scaling-<machine>.json after every point; started again it measures what is missing, unless the
+It uses fp32 on a CPU, bf16 on a GPU, and the heads of Qwen3.5-4B and Falcon-H1-7B. One axis varies at a time, starting
+from batch 1, length 1024 (256 with more than one sequence), all heads and one task. With several tasks, 8 sequences
+pick theirs from a bank. transformers' PyTorch functions are measured too, up to --baselines-longest tokens. It writes
+benchmarks/results/scaling-<machine>.json after every point. A second run measures the missing points, unless the
 kernels or the machine have changed.
 """
 
@@ -26,11 +26,11 @@ from s0kernels.heads import FLAGSHIPS, MODELS
 RESULTS = Path(__file__).resolve().parent / "results"
 AXES = ("length", "batch", "heads", "tasks")
 WHAT = ("forward", "training")
-_ROWS = 8  # that pick from a bank
+_ROWS = 8  # sequences that pick their task from a bank
 
 
 def points(model: str, axis: str, longest: int) -> Iterator[dict]:
-    """Shapes along an axis: batch, length, the share of the model's heads, tasks."""
+    """Yield the shapes along an axis: batch, length, share of the model's heads, tasks."""
     start = {"model": model, "batch": 1, "length": 1024, "heads": 1.0, "tasks": 0}
     if axis == "length":
         for exponent in range(8, longest.bit_length()):
@@ -88,9 +88,11 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768)
     parser.add_argument("--baselines-longest", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--processor-time", action="store_true", help="of all threads together, not wall time")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure the time of all threads together, not wall time"
+    )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=4.0, help="for the timing of a point (default: 4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time limit for a point (default: 4)")
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)

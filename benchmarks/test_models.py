@@ -1,4 +1,4 @@
-"""Mixers and whole models of both families: untouched, swapped, and swapped with S0. Small, random, from a config."""
+"""Time mixers and whole models of both families: original, swapped, and swapped with S0. They are small and random."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def build(family: str, way: str):
-    """(model, its states or None)."""
+    """Return (model, its states or None)."""
     if family == "qwen":
         heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
         model = qwen(**SIZES, **heads, linear_key_head_dim=64, linear_value_head_dim=64)
@@ -66,7 +66,7 @@ def test_decode(rows, way, family, benchmark, timed):
 
 @every_family
 def test_training_step(family, benchmark, timed):
-    """Of S0, the weights frozen; the untouched models have nothing to compare with."""
+    """Time a training step of S0 with frozen weights. The original models have no equivalent."""
     benchmark.group = f"{family}, a training step, 4x128"
     model, states = build(family, "swapped")
     ids = tokens(4, 128).to(DEVICE)

@@ -1,4 +1,5 @@
-"""Scans and steps, by backend, dtype and heads: forward, forward and backward, the backward of S0 alone, one token."""
+"""Time scans and steps by backend, dtype and heads: forward, forward and backward, the backward of S0 alone, one
+token."""
 
 import pytest
 import torch

@@ -1,24 +1,24 @@
-"""S0 training on the two tiny models of examples/tiny: the trainer against one example per forward.
+"""Time S0 training on the two tiny models of examples/tiny: the trainer against one example per forward.
 
     python benchmarks/training.py [--models qwen3_5 falcon_h1] [--ways ...] [--steps 20] [--rounds 3] [--threads 1]
 
-- `batched`: the trainer as it comes; examples go through the model together, here up to 4096 tokens.
-- `one by one`: the trainer, an example per forward.
-- `copied`: the model as transformers has it, an example per forward, each given S0 as a state of its own (`expand`,
-  `contiguous`): what s0-tuning does, with the PyTorch functions of the transformers installed here.
-- `s0-tuning`: that package, 0.1.2, on transformers 5.14.1, the last it works with, from a folder of their own
+- `batched`: the trainer with its defaults; examples go through the model together, here up to 4096 tokens.
+- `one by one`: the trainer with one example per forward.
+- `copied`: the original model, with one example per forward and a copy of S0 for each (`expand`, `contiguous`). That is
+  the method of s0-tuning, with the PyTorch functions of the transformers installed here.
+- `s0-tuning`: that package, 0.1.2, with transformers 5.14.1, the last version it works with, from separate folders
   (`make .deps/s0-tuning/.installed .deps/s0-tuning-transformers/.installed`).
 
-s0-tuning can train Falcon-H1 only where mamba_ssm runs, on a GPU: it hands S0 to that library's functions and has no
-way to do so in PyTorch.
+s0-tuning can train Falcon-H1 only on a GPU with mamba_ssm, because it passes S0 to that library's functions and has no
+PyTorch equivalent.
 
 The same examples in the same order, the same tokenizer, fp32 weights, S0 from zero, the defaults of `S0Config`. Every
-run is a process of its own, the ways take turns, figures are medians over rounds. Memory is how far resident memory
-rises above the loaded model. The losses of all steps are compared with those of `batched`.
+run has its own process, the ways take turns, and results are medians over rounds. Memory is the increase of resident
+memory above the loaded model. The losses of all steps are compared with those of `batched`.
 
 Prints a table and writes benchmarks/results/training-<machine>.json: `machine`, `settings`, and a list of `runs`:
 `model`, `way`, `versions`; medians over `rounds` of `seconds` (wall) and `processor_seconds` of the whole run and of
-`peak_mib`; `losses` by step; or `missing`, why there is none.
+`peak_mib`; `losses` by step; or `missing`, the reason why there is none.
 """
 
 import argparse
@@ -39,11 +39,11 @@ MODELS = ("qwen3_5", "falcon_h1")
 WAYS = ("batched", "one by one", "copied", "s0-tuning")
 PACKAGE = ROOT / ".deps" / "s0-tuning"
 ITS_TRANSFORMERS = ROOT / ".deps" / "s0-tuning-transformers"
-L2, LR, CLIP = 5e-4, 1e-3, 1.0  # the defaults of S0Config, which are those of s0-tuning
+L2, LR, CLIP = 5e-4, 1e-3, 1.0  # the defaults of S0Config and of s0-tuning
 
 
 def examples(count: int, tokenizer) -> list[tuple[str, int]]:
-    """(text, tokens of the prompt) of problems that the tiny models are tuned on, with the solutions that pass."""
+    """Return (text, number of prompt tokens) for tuning problems of the tiny models, with solutions that pass."""
     sys.path.append(str(TINY))
     from problems import make_problems
 
@@ -51,7 +51,7 @@ def examples(count: int, tokenizer) -> list[tuple[str, int]]:
     return [(p + s + tokenizer.eos_token, len(tokenizer(p)["input_ids"])) for p, s in pairs]
 
 
-# The ways, each in a process of its own
+# The ways, each in its own process
 
 
 def run_child(way: str, name: str, steps: int, count: int) -> dict:
@@ -66,7 +66,7 @@ def run_child(way: str, name: str, steps: int, count: int) -> dict:
     train = {"copied": train_copied, "s0-tuning": train_package}.get(way, train_here)
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))  # imports and pools
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident()
     began, processor = time.perf_counter(), time.process_time()
     losses = train(model, tokenizer, data, steps, 1 if way == "one by one" else None)
@@ -79,7 +79,7 @@ def run_child(way: str, name: str, steps: int, count: int) -> dict:
 
 
 def resident() -> int:
-    """Peak of resident memory in KiB."""
+    """Return the peak of resident memory in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -93,7 +93,7 @@ def train_here(model, tokenizer, data: list, steps: int, tokens_per_batch: int |
 
 
 def train_package(model, tokenizer, data: list, steps: int, _) -> list[float]:
-    """Its loop shows the last loss only, so they are taken from the model."""
+    """Train with s0-tuning. Its loop reports only the last loss, so the losses are taken from the model."""
     from s0 import S0Config, S0Trainer
 
     losses: list[float] = []
@@ -103,7 +103,7 @@ def train_package(model, tokenizer, data: list, steps: int, _) -> list[float]:
 
 
 def train_copied(model, tokenizer, data: list, steps: int, _) -> list[float]:
-    """The loop of s0-tuning, around a model whose scans are handed S0."""
+    """Train with the loop of s0-tuning, on a model whose scans get S0."""
     import torch
 
     states = hand_over_states(model)
@@ -128,8 +128,8 @@ def train_copied(model, tokenizer, data: list, steps: int, _) -> list[float]:
 
 
 def hand_over_states(model) -> list:
-    """Make the scans of an untouched model start from new parameters, a copy per sequence. The functions that scan are
-    looked up in the module of the mixer's class, and do not know their layer: a hook on the mixer says it."""
+    """Make the scans of an original model start from new parameters, with a copy per sequence. The scan functions are
+    replaced in the module of the mixer's class. They do not know their layer, so a hook on the mixer tells them."""
     import torch
 
     from s0kernels.modules.families import family_of
@@ -160,11 +160,11 @@ def hand_over_states(model) -> list:
 
 
 def missing(way: str, name: str) -> str | None:
-    """Why this way cannot be gone here, or None."""
+    """Return the reason why this way cannot run here, or None."""
     if way != "s0-tuning":
         return None
     if name == "falcon_h1":
-        return "s0-tuning hands S0 to mamba_ssm's functions, which need a GPU; it has no way to do so in PyTorch"
+        return "s0-tuning passes S0 to mamba_ssm's functions, which need a GPU; it has no PyTorch equivalent"
     absent = [path.name for path in (PACKAGE, ITS_TRANSFORMERS) if not (path / ".installed").is_file()]
     return f"not installed: make {' '.join(f'.deps/{each}/.installed' for each in absent)}" if absent else None
 
@@ -238,8 +238,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--examples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--package-rounds", type=int, default=1, help="of s0-tuning, which takes minutes")
-    parser.add_argument("--threads", type=int, default=1, help="more do not help models as small")
+    parser.add_argument("--package-rounds", type=int, default=1, help="rounds of s0-tuning, which takes minutes")
+    parser.add_argument("--threads", type=int, default=1, help="more threads do not help models this small")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=4, metavar=("WAY", "MODEL", "STEPS", "EXAMPLES"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

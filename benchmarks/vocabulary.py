@@ -1,21 +1,22 @@
-"""A step of training at a real vocabulary: the trainer against the plain loop, one example a forward, all logits.
+"""Time a training step at a real vocabulary: the trainer against the plain loop, with one example per forward and all
+logits.
 
     python benchmarks/vocabulary.py [--models Qwen3.5-0.8B ...] [--ways ...] [--examples 8] [--rounds 3] [--threads 2]
 
-- `plain loop`: what the method's package does, around our modules: a forward for each example, logits of all its
-  tokens, the loss of transformers, a backward.
+- `plain loop`: the loop of the method's package with our modules: a forward for each example, logits of all its tokens,
+  the loss of transformers, a backward.
 - `one example`: the trainer with `tokens_per_batch=1`.
-- `default`: the trainer as it comes.
+- `default`: the trainer with its defaults.
 
 Random weights in bf16 at the shapes of Qwen3.5-0.8B, and of a Falcon-H1 with 12 layers; examples of 280 to 315 random
-tokens, half of them predicted. Every run is a process of its own, the ways take turns, figures are medians over rounds.
-Seconds are those of a step, without what comes before the first one. Memory is how far resident memory rises above the
-loaded model in the whole run, and `expected_gib` what the trainer said before it. With --profile a step of the plain
-loop and of the default are looked at by operator, on one example.
+tokens, half of them predicted. Every run has its own process, the ways take turns, and results are medians over rounds.
+Seconds are those of a step, without the work before the first step. Memory is the increase of resident memory above the
+loaded model in the whole run, and `expected_gib` the trainer's prediction. --profile profiles a step of the plain loop
+and of the default by operator, on one example.
 
 Writes benchmarks/results/vocabulary-<machine>.json: `machine`, `settings`, and a list of `runs`: `model`, `way`,
-`rounds`, medians of `seconds` (wall), `processor_seconds`, `peak_gib`; `loss`, `expected_gib`, `tokens_per_batch`; by
---profile `operators`: the share of the processor's time that the first ones take.
+`rounds`, medians of `seconds` (wall), `processor_seconds`, `peak_gib`; `loss`, `expected_gib`, `tokens_per_batch`; with
+--profile `operators`: the operators with the largest shares of processor time.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import hybrids
 
 HERE = Path(__file__).resolve().parent
 WAYS = ("plain loop", "one example", "default")
-#: shapes of Qwen3.5-0.8B as those of the 4B, from second hand, and of Falcon-H1 with fewer layers
+#: shapes of Qwen3.5-0.8B, from the same secondary source as those of the 4B, and of Falcon-H1 with fewer layers
 MODELS = {
     "Qwen3.5-0.8B": (
         "Qwen3.5",
@@ -61,7 +62,7 @@ def examples(count: int, vocabulary: int) -> list[tuple[str, int]]:
     return [(" ".join(str(numbers.randrange(2, vocabulary)) for _ in range(n)), n // 2) for n in lengths]
 
 
-# A way, in a process of its own
+# A way, in its own process
 
 
 def run_child(model_name: str, way: str, count: int, profiled: bool) -> dict:
@@ -79,7 +80,7 @@ def run_child(model_name: str, way: str, count: int, profiled: bool) -> dict:
     if profiled:
         return profile(step, model, Numbers(), data[:1])
     step(model, Numbers(), [(" ".join(["5"] * 16), 8)], 1)  # imports and pools
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident()
     found = step(model, Numbers(), data, 1 if way == "one example" else None)
     return {**found, "peak_gib": (resident() - before) / 2**20}
@@ -111,7 +112,7 @@ def since(began: tuple[float, float]) -> dict:
 
 
 def trainer_step(model, tokenizer, data: list, tokens: int | None) -> dict:
-    """The step begins where the trainer starts on the first forward of it."""
+    """Time a step of the trainer, from the start of its first forward."""
     from s0kernels import S0Config, S0Trainer
     from s0kernels.tuning.loop import Learner
 
@@ -125,7 +126,7 @@ def trainer_step(model, tokenizer, data: list, tokens: int | None) -> dict:
 
 
 def profile(step, model, tokenizer, data: list) -> dict:
-    """Shares of the operators themselves; the trainer's steps before the one that counts are looked at too."""
+    """Return the shares of operators in self time. The trainer's earlier steps are included."""
     import torch
 
     step(model, tokenizer, data, 1)

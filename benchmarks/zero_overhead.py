@@ -1,22 +1,22 @@
-"""S0 active against no S0: does it cost anything?
+"""Measure the cost of an active S0, compared with no S0.
 
     python benchmarks/zero_overhead.py [--levels op mixer generate untouched bank] [--clock processor] [--threads 1]
 
 - `op`: both scans, forward and training (all inputs require grad), and their steps, on every usable backend.
 - `mixer`: a swapped mixer as wide as that of Qwen3.5-0.8B or Falcon-H1-0.5B: prefill with a new cache, one token with a
   live one.
-- `generate`: a small random model of every family: time to the first token, and per token after it.
-- `bank`: a task for each row, of 1, 16, 256 and 1024; and states copied for every sequence, as others do.
-- `untouched`: the swapped model with S0 against the model as transformers has it, with the kernels installed there.
+- `generate`: a small random model of every family: time to the first token, and per later token.
+- `bank`: a task for each row, out of 1, 16, 256 and 1024; and states copied for every sequence, as in other libraries.
+- `untouched`: the swapped model with S0 against the original model, with the installed kernels of transformers.
 
-"No S0" is the swapped module with nothing attached, which starts from zero. S0 is frozen and at the scale that it is
-used at; in `training` of the level `op` there is also one that learns, and whose gradient is extra work.
+"No S0" is the swapped module without attached states, which starts from zero. S0 is frozen, at its scale in use. In
+`training` of the level `op` there is also an S0 that learns; its gradient is extra work.
 
-All cases of a line take turns round by round in one process, the base twice: the ratio of the base to itself is the
-control, and a ratio's interval (bootstrap, 95 %) should lie inside the control's. What cannot be noisy is counted:
-kernels (operators on a CPU that compute or move something, views excepted), bytes allocated, bytes copied. S0 and zero
-must agree in all three, or the script ends with an error: the PyTorch scans are allowed to copy S0 where they fill
-zeros in, one state per sequence.
+All cases of a line take turns round by round in one process, and the base runs twice. The ratio of the base to itself
+is the control; the interval of a ratio (bootstrap, 95 %) should lie inside that of the control. Quantities without
+noise are counted: kernels (on a CPU, operators that compute or move data, without views), bytes allocated, bytes
+copied. S0 and zero must agree in all three, or the script ends with an error. One exception: where the PyTorch scans
+fill in zeros, they may copy S0, one state per sequence.
 
 Prints tables and writes benchmarks/results/zero-overhead-<machine>.json: `machine` (of `s0kernels.bench.measure`),
 `settings`, and by level a list of lines: `what`; by case `ms`, `ratio` (median, low, high), `verdict` and `work`; and
@@ -44,7 +44,7 @@ from s0kernels.ops import registry
 RESULTS = Path(__file__).resolve().parent / "results"
 LEVELS = ("op", "mixer", "generate", "bank", "untouched")
 BANKS = (1, 16, 256, 1024)
-ROWS = 8  # of a batch that picks its tasks from a bank
+ROWS = 8  # rows of a batch that picks its tasks from a bank
 HEADS = {op: MODELS[model][1] for op, model in FLAGSHIPS.items()}
 #: a recurrent layer and attention at the widths of Qwen3.5-0.8B and Falcon-H1-0.5B, and a small vocabulary
 WIDE = {
@@ -98,7 +98,7 @@ def usable(settings: Settings) -> list[str]:
 
 
 def check_equal(row: dict, backend: str, state_bytes: int) -> None:
-    """The torch backend copies S0 where it fills in zeros; nothing else may differ."""
+    """Raise AssertionError if S0 and zero do different work. The torch backend may copy S0 where it fills in zeros."""
     zero, found = row["work"]["zero"], dict(row["work"]["S0"])
     if backend == "torch":
         found["copied"] -= state_bytes
@@ -110,7 +110,7 @@ def check_equal(row: dict, backend: str, state_bytes: int) -> None:
 
 
 def twins(family: str, settings_of_model: dict, device: str) -> tuple:
-    """Two swapped models with the same weights in the same memory: to one S0 is attached."""
+    """Return two swapped models that share the memory of their weights. One has S0 attached."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     plain, tuned = (
         swap_modules(hybrids.build(family, settings_of_model, device=device, dtype=dtype)) for _ in range(2)
@@ -199,7 +199,7 @@ def bank_level(settings: Settings, heads: dict = HEADS, models: dict = WIDE, ban
 
 
 def spread(size: int, device: str) -> torch.Tensor:
-    """Tasks of ROWS rows, as far apart in the bank as they can be."""
+    """Return the tasks of ROWS rows, as far apart in the bank as possible."""
     return torch.arange(ROWS, device=device) * size // ROWS
 
 
@@ -221,7 +221,7 @@ def bank_in_a_model(family: str, model_settings: dict, settings: Settings, banks
     return {"family": family, "backend": "default", "B": ROWS, "what": what, **compare(cases, settings)}
 
 
-# The model as transformers has it
+# The original model of transformers
 
 
 def untouched_level(settings: Settings, models: dict = WIDE, length: int | None = None) -> list[dict]:
@@ -254,7 +254,7 @@ def untouched_level(settings: Settings, models: dict = WIDE, length: int | None 
 
 
 def check_same_logits(untouched, tuned, device: str) -> None:
-    """No speed without the same result: with nothing attached the two models agree."""
+    """Check that the swapped model without S0 and the original model agree."""
     ids = torch.arange(64, device=device)[None] % tuned.config.vocab_size
     with torch.no_grad():
         expected = untouched(ids).logits.float()
@@ -263,7 +263,7 @@ def check_same_logits(untouched, tuned, device: str) -> None:
             found = tuned(ids).logits.float()
     limit = 1e-4 if expected.dtype == torch.float32 and device == "cpu" else 5e-2
     if float((found - expected).abs().max()) > limit * float(expected.abs().max()):
-        raise AssertionError("the swapped model does not compute what the untouched one does")
+        raise AssertionError("the swapped model and the untouched one differ")
 
 
 def tuned_states(model):
@@ -273,7 +273,7 @@ def tuned_states(model):
 
 
 def installed_kernels(settings: Settings) -> str:
-    """What the untouched model runs on."""
+    """Return the names of the kernels that the original model uses."""
     from importlib.util import find_spec
 
     found = [name for name in ("fla", "mamba_ssm", "causal_conv1d") if settings.on_gpu and find_spec(name)]
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for the rounds of a line, at most")
+    parser.add_argument("--budget", type=float, default=20.0, help="time limit for a line in seconds")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

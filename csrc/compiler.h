@@ -1,4 +1,4 @@
-// Where compilers differ: g++ from 11 on, clang from 14 on, and nvcc.
+// Differences between compilers: g++ 11 and newer, clang 14 and newer, and nvcc.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,14 +7,14 @@
 #define S0_CALL inline __attribute__((always_inline))
 #endif
 
-// In front of a loop that nvcc shall unroll, and others may.
+// Put before a loop that nvcc must unroll and that other compilers may unroll.
 #if defined(__CUDACC__)
 #define S0_UNROLL _Pragma("unroll")
 #else
 #define S0_UNROLL
 #endif
 
-// In front of a loop whose bounds are constants once everything is inlined.
+// Put before a loop whose bounds are constants after inlining.
 #if defined(__clang__)
 #define S0_UNROLL_WHOLE _Pragma("clang loop unroll(full)")
 #else

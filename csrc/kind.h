@@ -7,7 +7,8 @@ namespace s0 {
 
 enum class Kind : int { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Two of them as they lie in memory: not every compiler knows them, nor converts them without help. See numbers.h.
+// The bits of the two 16-bit types, because not every compiler supports these types and their conversion. See
+// numbers.h.
 struct Half {
   uint16_t bits;
 };

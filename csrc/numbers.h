@@ -1,7 +1,6 @@
-// Numbers of 16 bits to float and back: exact, and rounded to the nearest, of two that are as near to the even one.
-//
-// Bits is uint32_t and Float float, or vectors of both with as many lanes. No step meets a float that is subnormal and
-// counts, so a machine that takes those for zero gets the same.
+// Conversion of 16-bit numbers to float, which is exact, and back, which rounds to nearest, ties to even.
+// Bits is uint32_t and Float is float, or both are vectors with the same number of lanes. No step depends on a
+// subnormal float, so the result is the same on a machine that flushes subnormals to zero.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,7 @@ S0_CALL Bits narrow_bfloat16(Float x) {
 
 template <class Float, class Bits>
 S0_CALL Float widen_half(Bits x) {
-  constexpr uint32_t one = 1u << 23, smallest = 113 * one;  // of an exponent; 2^-14, the smallest normal number
+  constexpr uint32_t one = 1u << 23, smallest = 113 * one;  // one step of the exponent; 2^-14, the smallest normal number
   const Bits number = (x & 0x7fffu) << 13;
   const Float subnormal =
       __builtin_bit_cast(Float, number + smallest) - __builtin_bit_cast(Float, Bits{} + smallest);
@@ -41,7 +40,7 @@ S0_CALL Float widen_half(Bits x) {
 
 template <class Bits, class Float>
 S0_CALL Bits narrow_half(Float x) {
-  constexpr uint32_t one = 1u << 23, half = 126 * one;  // of an exponent; 0.5, whose last bit is worth 2^-24
+  constexpr uint32_t one = 1u << 23, half = 126 * one;  // one step of the exponent; 0.5, whose last bit is worth 2^-24
   const Bits all = __builtin_bit_cast(Bits, x), sign = all & 0x80000000u, bits = all ^ sign;
   const Bits infinite = bits > 255 * one ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   const Float sum = __builtin_bit_cast(Float, bits) + __builtin_bit_cast(Float, Bits{} + half);

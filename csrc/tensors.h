@@ -1,6 +1,5 @@
-// What operators check of the tensors that they are given, on LibTorch's stable ABI.
-//
-// s0kernels/ops has validated them; this is the little that memory safety needs.
+// Checks of the tensors that operators get, on LibTorch's stable ABI.
+// s0kernels/ops has validated them already; these checks are the minimum for memory safety.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,14 +16,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Whose memory a library's kernels read.
+// The device whose memory the kernels of a library read.
 enum class Device { kCpu, kCuda };
 
 inline void check_device(const Tensor& x, Device device) {
   STD_TORCH_CHECK(device == Device::kCuda ? x.is_cuda() : x.is_cpu(), "s0kernels: a tensor on another device");
 }
 
-// Arithmetic in fp64 reads and writes fp64 and nothing else; that in fp32 the other three.
+// Arithmetic in fp64 reads and writes fp64 only; arithmetic in fp32 reads and writes the other three dtypes.
 inline Kind kind_of(const Tensor& x, ScalarType arithmetic) {
   STD_TORCH_CHECK((x.scalar_type() == ScalarType::Double) == (arithmetic == ScalarType::Double),
                   "s0kernels: tensors of fp64 and of other dtypes do not mix");

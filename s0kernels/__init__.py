@@ -1,7 +1,7 @@
 """Kernels and tools that let hybrid recurrent-attention language models start from a learned initial state S0.
 
-Importing it registers the operators, which an exported program needs to be loaded, and needs torch alone. The names
-here are loaded when first used, since most of them need transformers.
+Importing this package registers its torch operators, which `torch.export.load` needs, and requires torch alone. The
+names here are loaded when first used, because most of them need transformers.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The records in which a call's arguments travel, from a public op down to a kernel.
+"""The records that carry the arguments of a call from a public op down to a kernel.
 
-They are unpacked in two places: the schema of a torch operator, and the launch of a kernel. Options are flat, so that a
-schema can hold them.
+They are unpacked in two places: the schema of a torch operator, and the launch of a kernel. Options are plain numbers
+and flags, so that a schema can hold them.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class DeltaInputs(NamedTuple):
-    """Of the gated delta rule; a step has no T. v is None in the backward of the initial state alone."""
+    """The inputs of the gated delta rule. A step has no T. v is None where the backward computes the gradient of the
+    initial state alone."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor
@@ -23,11 +24,12 @@ class DeltaInputs(NamedTuple):
 class DeltaOptions(NamedTuple):
     scale: float
     use_qk_l2norm: bool
-    chunk_size: int = 0  # the backend's choice
+    chunk_size: int = 0  # 0: the backend chooses
 
 
 class SSDInputs(NamedTuple):
-    """Of Mamba-2 SSD; a step has no T. x, B and D are None in the backward of the initial state alone."""
+    """The inputs of Mamba-2 SSD. A step has no T. x, B and D are None where the backward computes the gradient of the
+    initial state alone."""
 
     x: Tensor  # [B, T, H, P]
     dt: Tensor  # [B, T, H]
@@ -43,7 +45,7 @@ class SSDOptions(NamedTuple):
     dt_softplus: bool
     dt_min: float
     dt_max: float
-    chunk_size: int = 0  # the backend's choice
+    chunk_size: int = 0  # 0: the backend chooses
 
     @property
     def dt_limit(self) -> tuple[float, float]:
@@ -51,33 +53,34 @@ class SSDOptions(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where sequences begin and what they start from. They are the rows of a dense batch, or the pieces that
-    `cu_seqlens` cuts out of one packed row; `state` is shared by all of them, one for each, or a bank for `indices`."""
+    """Where sequences begin, and the states they start from. The sequences are the rows of a dense batch, or the pieces
+    that `cu_seqlens` cuts out of one packed row. `state` is one state shared by all sequences, one state for each, or a
+    bank whose rows `indices` picks."""
 
     state: Tensor | None = None
     indices: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
     def sequences(self, batch: int) -> int:
-        """NSEQ."""
+        """The number of sequences, NSEQ."""
         return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
 class Pool(NamedTuple):
-    """The states that a step writes: one for each row, or those that `indices` addresses."""
+    """The states that a step updates: one for each row, or the rows of a pool that `indices` picks."""
 
     state: Tensor
     indices: Tensor | None = None
 
 
 class Grads(NamedTuple):
-    """What comes back to a scan; at least one of them."""
+    """The gradients of a scan's two results. At least one is not None."""
 
     output: Tensor | None
     final_state: Tensor | None
 
     def columns(self, axis: int) -> int:
-        """The last size of the output, which is that of a state at `axis`."""
+        """The last dimension of the output, which equals dimension `axis` of a state."""
         if self.output is not None:
             return self.output.shape[-1]
         assert self.final_state is not None
@@ -85,14 +88,14 @@ class Grads(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Names of the inputs, `initial_state` among them, whose gradients are asked for, and the shape of that state."""
+    """The gradients to compute: the names of inputs, which may include `initial_state`, and the shape of that state."""
 
     names: frozenset[str]
     state_shape: tuple[int, ...]
 
 
 class DeltaMixerInputs(NamedTuple):
-    """A token between the projections of a mixer with the gated delta rule."""
+    """One token between the input and output projections of a gated delta rule mixer."""
 
     mixed: Tensor  # [B, C]
     z: Tensor  # [B, HV, V]
@@ -111,7 +114,7 @@ class DeltaMixerOptions(NamedTuple):
 
 
 class SSDMixerInputs(NamedTuple):
-    """A token between the projections of a Mamba-2 mixer."""
+    """One token between the input and output projections of a Mamba-2 mixer."""
 
     gate: Tensor  # [B, H P]
     mixed: Tensor  # [B, C]
@@ -136,7 +139,7 @@ class SSDMixerOptions(NamedTuple):
 
 
 class MixerPool(NamedTuple):
-    """What a mixer's token moves on: the windows of its convolution [., C, W] and the states."""
+    """The memory that a mixer's step updates: the windows of its convolution [., C, W] and the states."""
 
     window: Tensor
     state: Tensor
@@ -144,8 +147,8 @@ class MixerPool(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What decides which backend runs a call: the op's public name, the device and dtype of its inputs, and where they
-    matter the largest dimension of a head and the width of a convolution."""
+    """The properties of a call that decide which backend runs it: the op's public name, the device and dtype of its
+    inputs, and, where they matter, the largest dimension of a head and the width of a convolution."""
 
     op: str
     device: torch.device
@@ -155,5 +158,5 @@ class Call(NamedTuple):
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States and arithmetic are fp32, or fp64 for fp64 inputs."""
+    """Return the dtype of states and of arithmetic: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

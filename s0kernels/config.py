@@ -1,4 +1,4 @@
-"""Settings of S0 training, as in the `s0-tuning` package."""
+"""The settings of S0 training, as in the `s0-tuning` package."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from s0kernels.files import replace_file
 
 @dataclass
 class S0Config:
-    """Settings of S0 training; the same seven fields and defaults as `s0-tuning` 0.1.2.
+    """The settings of S0 training, with the seven fields and the defaults of `s0-tuning` 0.1.2.
 
     Args:
-        n_steps: optimization steps, each over all examples.
+        n_steps: number of optimization steps; each uses all examples.
         lr: learning rate of Adam.
         l2_lambda: weight of the sum of squares of all states in the loss.
-        alpha: scale at which trained states are used; None takes the default of the architecture (0.07 for the gated
-            delta rule, 0.65 for Mamba-2). Training itself uses scale 1.
+        alpha: factor that multiplies trained states in use; None means the default of the architecture (0.07 for the
+            gated delta rule, 0.65 for Mamba-2). Training itself uses factor 1.
         normalize: divide each state by its norm before scaling.
-        grad_clip: largest norm of the gradient of all states together.
-        max_length: longest example in tokens; what lies beyond is cut off.
+        grad_clip: the gradient of all states together is scaled down to at most this norm.
+        max_length: maximum length of an example in tokens; longer examples are cut.
     """
 
     n_steps: int = 20
@@ -50,7 +50,7 @@ class S0Config:
             if not math.isfinite(value) or (value < 0 and name != "alpha"):
                 raise ValueError(f"S0Config: {name} must be finite and not negative, got {value}")
         if self.grad_clip == 0:
-            raise ValueError("S0Config: grad_clip must be positive, or nothing is learned")
+            raise ValueError("S0Config: grad_clip must be positive, got 0: the gradient would be scaled to zero")
         if not isinstance(self.normalize, bool):
             raise TypeError(f"S0Config: normalize must be True or False, got {self.normalize!r}")
 
@@ -59,7 +59,7 @@ class S0Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "S0Config":
-        """Raises ValueError if a key is not a field."""
+        """Make a config from a dict of its fields. Raise ValueError if a key is not a field."""
         if not isinstance(values, dict):
             raise TypeError(f"S0Config.from_dict: values must be a dict, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
@@ -77,7 +77,7 @@ class S0Config:
 
 
 def check_number(value: float, name: str) -> float:
-    """`value`, if it is a finite number; TypeError or ValueError with its name if it is not."""
+    """Return `value` if it is a finite number; otherwise raise TypeError or ValueError with `name` in the message."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):

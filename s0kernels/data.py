@@ -1,4 +1,4 @@
-"""Training examples from files, pairs, records and conversations, for loops of one's own."""
+"""Read training examples from files, pairs, records and conversations, for use in your own training loop."""
 
 from s0kernels.tuning.data import Example, read_examples
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read with suspicion."""
+"""Write files atomically, and validate files when they are read."""
 
 import errno
 import glob
@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-#: of what a file system says that does not do something, rather than has failed to do it
+#: errors by which a file system says that it does not support an operation, as opposed to a failure of the operation
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write beside and move over, so that readers see the old file or the new one, also after a crash.
+    """Replace a file atomically: write a temporary file beside it and move that over it. Readers see the old file or
+    the new one, also after a crash.
 
-    What a mount does not do (S3, GCS, CIFS may refuse to flush or to move over a file) is warned about, and the content
-    is written all the same. An OSError names the file.
+    Some mounts (S3, GCS, CIFS) refuse to flush a file or to move one over another. Then the content is written all the
+    same, with a warning. An OSError names the file.
     """
     _sweep(file)
     try:
@@ -42,7 +43,7 @@ def replace_file(file: Path, content: bytes) -> None:
 
 
 def append(file: Path, content: bytes) -> None:
-    """Write behind what is there, and flush; a crash may leave a part of `content`."""
+    """Append to a file, and flush it. A crash may leave a part of `content`."""
     with open(file, "ab", buffering=0) as stream:
         stream.write(content)
         try:
@@ -53,7 +54,7 @@ def append(file: Path, content: bytes) -> None:
 
 
 def _write_new(file: Path, content: bytes) -> Path:
-    """A file beside `file`, flushed, with the permissions that a new one gets."""
+    """Write a temporary file beside `file`, flush it, and give it the permissions of a new file."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
@@ -73,13 +74,11 @@ def _write_new(file: Path, content: bytes) -> Path:
 
 
 def _write_over(file: Path, content: bytes, temporary: Path, refusal: OSError) -> None:
-    """In place; where that fails as well the content stays in `temporary`, and the error says so."""
+    """Write the file in place. If that fails as well, the content stays in `temporary`, and the error says so."""
     try:
         file.write_bytes(content)
     except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; what was to be written is in {temporary}", str(file)
-        ) from refusal
+        raise OSError(error.errno, f"{error.strerror}; the new content is in {temporary}", str(file)) from refusal
     temporary.unlink(missing_ok=True)
     warnings.warn(
         f"{file}: cannot be replaced in one move ({refusal}); it was written in place, and a reader or a crash may "
@@ -89,15 +88,15 @@ def _write_over(file: Path, content: bytes, temporary: Path, refusal: OSError) -
 
 
 def _naming(file: Path, error: OSError) -> OSError:
-    """The same error, about `file`."""
+    """Return the same error with the name of `file`."""
     return OSError(error.errno, error.strerror, str(file)) if error.errno else OSError(f"{file}: {error}")
 
 
 def check_output(folder: str | os.PathLike[str], size: int) -> None:
-    """Make the directory and know, before the work and not after it, that `size` bytes can be written to it.
+    """Create the directory, and check before the work starts that `size` bytes can be written to it.
 
     Raises:
-        OSError: they cannot; it names the directory.
+        OSError: the directory cannot be created, is not writable or has too little space; the message names it.
     """
     folder = Path(folder)
     try:
@@ -107,24 +106,25 @@ def check_output(folder: str | os.PathLike[str], size: int) -> None:
     except OSError as error:
         raise _naming(folder, error) from error
     if free < size and free > 0:  # a mount without limits may say 0
-        message = f"holds no {size / 1e6:.1f} MB, which the states need; {free / 1e6:.1f} MB are free"
+        message = f"too little space: the states need {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
         raise OSError(errno.ENOSPC, message, str(folder))
 
 
 def _sweep(file: Path, age: float = 3600.0) -> None:
-    """Remove what writers that were killed long ago have left beside `file`."""
+    """Remove temporary files older than `age` seconds that killed writers have left beside `file`."""
     for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
         try:
             if time.time() - leftover.stat().st_mtime > age:
                 leftover.unlink()
-        except OSError:  # another process sweeps as well
+        except OSError:  # another process may remove it at the same time
             continue
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of a safetensors file, which cannot run code; ValueError if it is none.
+    """Return (tensors, header) of a safetensors file. Raise ValueError if it is not one. Reading it cannot run code.
 
-    The file is opened once and read whole: what safetensors maps it opens again by name, and then it may be another.
+    The file is opened once and read whole. safetensors would open it a second time by name, and by then another process
+    may have replaced it.
     """
     try:
         content = file.read_bytes()

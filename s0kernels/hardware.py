@@ -1,16 +1,18 @@
-"""On which chips, instruction sets and compilers the kernels were tried: one table, read by docs/supported.md, `env`,
+"""The chips, instruction sets and compilers that the kernels were tried on: one table for docs/supported.md, `env`,
 `check` and the tests. It needs nothing but Python.
 
-Tried means: `run`, the tests passed there; `compiled`, all kernels (before 8.0: those of a single token) were compiled
-for it ahead of time and never ran; `emulated`, they ran in an emulator; `never`, nobody has looked.
+The values of `tried`: `run`, the tests passed there; `compiled`, all kernels (before sm_80: only the one-token kernels)
+    were compiled ahead of time and never ran; `emulated`, the tests passed in an emulator; `never`, nobody has tried
+    it.
 """
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A GPU as far as the kernels' sizes and schedules depend on it. `shared` is the bytes of shared memory (AMD: local
-    data share) that one program can have, `warp` the threads of a warp (AMD: wavefront)."""
+    """The properties of a GPU that decide the sizes and schedules of kernels. `shared` is the number of bytes of shared
+    memory (AMD: local data share) that one program can have, `warp` the number of threads in a warp (AMD:
+    wavefront)."""
 
     target: str
     names: str
@@ -20,7 +22,7 @@ class Chip(NamedTuple):
     tried: str
 
 
-#: by what Triton and nvcc compile for; `processors` are those of the first name
+#: by the name of the target in Triton and nvcc; `processors` is that of the first chip named
 CHIPS = {
     chip.target: chip
     for chip in (
@@ -38,7 +40,8 @@ CHIPS = {
 
 
 class Processor(NamedTuple):
-    """A CPU with the instruction set that the compiled kernels use there, and the compilers that build them for it."""
+    """A CPU architecture, the instruction set that the compiled kernels use on it, and the compilers that build
+    them."""
 
     architecture: str
     instructions: str
@@ -59,24 +62,25 @@ PROCESSORS = (
 
 
 def compilers() -> str:
-    """All that build the kernels for a CPU."""
+    """Return the names of all compilers that build the kernels for a CPU."""
     return ", ".join(dict.fromkeys(name for row in PROCESSORS for name in row.compilers))
 
 
 _WORDS = {
-    "run": "the kernels ran on one of this kind (an H200)",
-    "compiled": "the kernels were compiled for it and have never run on one",
-    "never": "nobody has tried the kernels on one",
+    "run": "the kernels ran on a GPU of this kind (an H200)",
+    "compiled": "the kernels were compiled for this GPU and have never run on one",
+    "never": "nobody has tried the kernels on this GPU",
 }
 
 
 def target_name(properties, hip: str | None) -> str:
-    """What is compiled for, of torch's properties of a device; `hip` is torch.version.hip, None beside CUDA."""
+    """Return the name of the compilation target of a device. `properties` are torch's device properties; `hip` is
+    `torch.version.hip`, which is None with CUDA."""
     if hip is not None:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 
 def experience(target: str) -> str:
-    """What is known of a GPU, as `env` and `check` say it."""
+    """Return the sentence by which `env` and `check` say how far the kernels were tried on a GPU."""
     return _WORDS[CHIPS[target].tried if target in CHIPS else "never"]

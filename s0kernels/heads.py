@@ -1,4 +1,4 @@
-"""Heads of one layer, by model: what is compiled ahead of time, measured, and checked on a GPU.
+"""The head sizes of published models. Kernels are compiled ahead of time, measured, and checked on a GPU for these.
 
 Qwen3.5: "Number of Linear Attention Heads" and "Head Dimension" in the model cards of Qwen/Qwen3.5-0.8B and -4B; for 9B
 the defaults of transformers' Qwen3_5TextConfig, which are documented as that model's. Falcon-H1: mamba_n_heads,
@@ -6,7 +6,7 @@ mamba_d_head, mamba_n_groups, mamba_d_state of tiiuae/Falcon-H1-*'s config.json.
 the defaults of transformers' configurations.
 """
 
-#: an op and the sizes of its heads
+#: by model: the op, and the sizes of its heads
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "qwen3.5-0.8b": ("gated_delta_rule", {"H": 16, "HV": 16, "K": 128, "V": 128}),
     "qwen3.5-4b": ("gated_delta_rule", {"H": 16, "HV": 32, "K": 128, "V": 128}),
@@ -25,5 +25,5 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "zamba2-7b": ("ssd", {"H": 112, "P": 64, "G": 2, "N": 64}),
     "mamba2-2.7b": ("ssd", {"H": 80, "P": 64, "G": 1, "N": 128}),
 }
-#: the model whose heads stand for each recurrence
+#: by op: the model whose heads represent the recurrence
 FLAGSHIPS = {"gated_delta_rule": "qwen3.5-4b", "ssd": "falcon-h1-7b"}

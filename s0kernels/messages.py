@@ -1,4 +1,4 @@
-"""Parts of messages."""
+"""Helpers for the wording of messages."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ _EXTRAS |= {"math_verify": "verify", "openai": "server"}
 
 
 def advice(error: ImportError) -> str:
-    """What is missing, and the command that installs it, from the index or from the source tree that this is."""
+    """Name the missing package and the command that installs it, from the package index or from this source tree."""
     missing = (error.name or "").partition(".")[0]
     extra = _EXTRAS.get(missing, "hf")
     tree = Path(__file__).resolve().parents[1]
@@ -19,6 +19,6 @@ def advice(error: ImportError) -> str:
 
 
 def some(names: Iterable) -> str:
-    """The first of many names, for messages."""
+    """Join names for a message, and shorten a long list."""
     names = list(names)
     return f"{names}" if len(names) <= 8 else f"{str(names[:8])[:-1]}, ...] ({len(names)})"

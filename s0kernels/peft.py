@@ -1,8 +1,9 @@
 """S0 as a method of PEFT: importing this module registers `"S0"`, beside `"LORA"` and the others.
 
-An adapter is one state per recurrent layer, S0 = scale * s0_state, added up where several adapters are active at once.
-It lies in a module of its own inside the layer's mixer, and forwards take it the way they take `S0States`: bound once,
-at the start of a sequence, a row of a mixed batch by its index. Nothing can be merged, for no weight holds a start.
+An adapter has one state per recurrent layer, S0 = scale * s0_state. The states of adapters that are active at once are
+added. A state lies in its own module inside the mixer of the layer. Forwards use it like `S0States`: it is bound once,
+at the start of a sequence, and each row of a mixed batch has an index. An adapter cannot be merged, because no weight
+holds an initial state.
 """
 
 import contextlib
@@ -36,15 +37,16 @@ from s0kernels.modules.swap import (
 from s0kernels.states import warn_of_another_base
 from s0kernels.states.files import ADAPTER_KEY
 
-_BASE = "__base__"  # PEFT's name for no adapter, among `adapter_names`
+_BASE = "__base__"  # PEFT's name for no adapter in `adapter_names`
 _CANNOT_MERGE = (
-    "S0 cannot be merged: it is the state in which a sequence starts, and no weight of the model holds one. Use the "
-    "adapter as it is, which costs no time; unload() gives the model without it"
+    "S0 cannot be merged: it is the state in which a sequence starts, and no weight holds such a state. Use the "
+    "adapter unmerged, which costs no time; unload() returns the model without it"
 )
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """PEFT's registry takes names of a closed enum only. This is the one place that reaches into it."""
+    """Add a name to PEFT's enum of methods, because its registry accepts no others. Only this function changes the
+    enum."""
     if name in PeftType.__members__:
         return PeftType[name]
     member: Any = str.__new__(PeftType, name)
@@ -65,19 +67,18 @@ class S0PeftConfig(PeftConfig):
     """Settings of an S0 adapter.
 
     Args:
-        scale: what the states are multiplied by, while they learn and when they are used. `set_scale` of the model
-            changes it afterwards.
-        layers_to_transform: indices of the layers that get a state; None: every recurrent layer.
-        target_modules: names of the mixers, as PEFT matches them; None: whatever they are called.
-        exclude_modules: names of mixers that get none.
-        modules_to_save: other modules that are trained and saved as a whole, as with LoRA.
-        arch: "gated_delta_net" or "mamba2"; found in the model.
-        base_weights: a hash of some weights of the model that the states belong to; found in the model. Another one
-            gets a warning.
-        recurrent_layers: indices of all layers that have a state; found in the model.
+        scale: factor that multiplies the states in training and in use. The model's `set_scale` changes it later.
+        layers_to_transform: indices of the layers that get a state; None means every recurrent layer.
+        target_modules: names of the mixers, as PEFT matches them; None means all mixers.
+        exclude_modules: names of mixers that get no state.
+        modules_to_save: other modules to train and save as a whole, as with LoRA.
+        arch: "gated_delta_net" or "mamba2"; filled in from the model.
+        base_weights: hash of some weights of the model that the states belong to; filled in from the model. A different
+            hash gives a warning.
+        recurrent_layers: indices of all layers with a state; filled in from the model.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong kind; it is named.
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
     """
 
     scale: float = 1.0
@@ -85,9 +86,9 @@ class S0PeftConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    arch: str | None = field(default=None, metadata={"help": "found in the model"})
-    base_weights: str | None = field(default=None, metadata={"help": "found in the model"})
-    recurrent_layers: list[int] | None = field(default=None, metadata={"help": "found in the model"})
+    arch: str | None = field(default=None, metadata={"help": "filled in from the model"})
+    base_weights: str | None = field(default=None, metadata={"help": "filled in from the model"})
+    recurrent_layers: list[int] | None = field(default=None, metadata={"help": "filled in from the model"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,7 +110,7 @@ class S0PeftConfig(PeftConfig):
 
 
 class _State(nn.Module):
-    """The state of one adapter. A module, since trainers look for `.default.` in the names of parameters."""
+    """The state of one adapter. It is a module because trainers look for `.default.` in the names of parameters."""
 
     def __init__(self, state: Tensor):
         super().__init__()
@@ -117,7 +118,7 @@ class _State(nn.Module):
 
 
 class S0Layer(nn.Module, BaseTunerLayer):
-    """The states of one recurrent layer, by adapter. It lies in the layer's mixer and is never called itself."""
+    """The states of one recurrent layer, by adapter. It is a submodule of the layer's mixer and is never called."""
 
     mixer: S0Mixer
     adapter_layer_names = ("s0_state",)
@@ -125,23 +126,23 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def __init__(self, mixer: S0Mixer):
         super().__init__()
-        object.__setattr__(self, "mixer", mixer)  # which this module is in, and not the other way round
+        object.__setattr__(self, "mixer", mixer)  # not a submodule: this module is inside the mixer
         self.s0_state = nn.ModuleDict()
-        #: by adapter: that of its config, and that in use
+        #: by adapter: the scale of its config, and the scale in use
         self.scale: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._made: dict[tuple[tuple[str, ...], ...], tuple[list, Tensor]] = {}
 
     def add(self, adapter: str, scale: float) -> None:
-        """A zero state [*state], in fp32."""
+        """Add an adapter with a zero state [*state] in fp32."""
         shape = self.mixer.site.shapes[self.mixer.layer_idx]
-        with torch.inference_mode(False):  # what inference mode makes cannot be trained afterwards
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
             state = torch.zeros(shape, dtype=torch.float32, device=self._device())
             self.s0_state[adapter] = _State(state)
         self.scale[adapter] = self.scaling[adapter] = scale
 
     def state(self, adapter: str) -> nn.Parameter:
-        """[*state], which learns."""
+        """Return the parameter of an adapter, [*state]."""
         module: Any = self.s0_state[adapter]
         return module.weight
 
@@ -160,10 +161,12 @@ class S0Layer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def bank(self, rows: Sequence[Sequence[str]]) -> Tensor | None:
-        """[rows, *state] at their scales, each row the sum of some adapters; None where none of them is here.
+        """Return [rows, *state], where each row is the scaled sum of some adapters, or None if this layer has none of
+        them.
 
-        A single adapter at scale 1 is its parameter. What has to be computed is kept until a parameter or a scale has
-        changed, but not while a parameter learns, for fused optimizers leave its version as it was, nor in a graph.
+        A single adapter at scale 1 is its parameter. A computed result is kept until a parameter or a scale changes. It
+        is not kept while a parameter requires grad, because fused optimizers do not change its version, nor in compiled
+        graphs.
         """
         names = [[name for name in row if name in self.s0_state] for row in rows]
         if not any(names):
@@ -180,21 +183,22 @@ class S0Layer(nn.Module, BaseTunerLayer):
         stamp = [(x, x._version, x.data_ptr(), scale) for x, scale in used]
         old, bank = self._made.get(key, (None, None))
         if bank is None or not _same(old, stamp):
-            with torch.inference_mode(False), torch.no_grad():  # it may be used outside as well
+            with torch.inference_mode(False), torch.no_grad():  # the result may be used outside inference mode
                 bank = self._make(names)
             self._made[key] = stamp, bank
         return bank
 
     def _make(self, names: Sequence[Sequence[str]]) -> Tensor:
-        """Trainers may have cast a state to bf16; from here on it is fp32."""
+        """Compute the rows of a bank. They are fp32, even if a trainer has cast the states to bf16."""
         sums = [sum(_in_fp32(self.state(name)) * self.scaling[name] for name in row) for row in names]
         zero = next(torch.zeros_like(each) for each in sums if isinstance(each, Tensor))
         return torch.stack([each if isinstance(each, Tensor) else zero for each in sums])
 
-    # As LoRA's layers have them, for what weighs adapters of any kind; nothing of it is saved
+    # The methods of LoRA's layers that change scales, for code that works with any kind of adapter. Changes are not
+    # saved
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Use an adapter at `scale` times its config's."""
+        """Use an adapter at `scale` times the scale of its config."""
         if adapter in self.scaling:
             self.scaling[adapter] = check_number(scale, "S0Layer.set_scale: scale") * self.scale[adapter]
 
@@ -205,7 +209,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
                 self.scaling[adapter] *= check_number(scale, "S0Layer.scale_layer: scale")
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)`; None: whatever was done."""
+        """Undo `scale_layer(scale)`. None undoes all changes of the scale."""
         if scale is not None and check_number(scale, "S0Layer.unscale_layer: scale") == 0:
             raise ValueError("S0Layer.unscale_layer: scale must not be 0")
         for adapter in self.active_adapters:
@@ -218,23 +222,23 @@ class S0Layer(nn.Module, BaseTunerLayer):
             raise ValueError(_CANNOT_MERGE)
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing: adapters are never merged."""
 
 
 class AdapterStates(Attachment):
-    """What the forwards of a model start from: the adapters that are active, or one for each row.
+    """The states that forwards start from: those of the active adapters, or of one adapter for each row.
 
     Args:
-        layers: the layers' states by layer index; more may come.
-        adapters: the names that `tasks` counts; None: what is active when a forward begins.
-        tasks: an adapter per row, -1 for none.
+        layers: the states by layer index; layers may be added later.
+        adapters: the names that `tasks` indexes; None: the adapters that are active when a forward begins.
+        tasks: the index of an adapter for each row, or -1 for none.
     """
 
     def __init__(self, layers: dict[int, S0Layer], adapters: Sequence[str] | None = None, tasks: int | Tensor = 0):
         super().__init__(None, {}, 1.0, tasks)
         self.layers = layers
         self._adapters = adapters
-        #: whether the model was swapped for the sake of the adapters
+        #: whether adding an adapter has swapped the model
         self.swapped = False
 
     def choose(self) -> Callable[[int], Tensor | None]:
@@ -248,16 +252,16 @@ class AdapterStates(Attachment):
 
 
 class S0Model(BaseTuner):
-    """PEFT's tuner for S0: gives the mixers of a model their states. An unswapped model is swapped."""
+    """PEFT's tuner for S0, which adds states to the mixers of a model. A model that is not swapped is swapped."""
 
     prefix = "s0_"
     tuner_layer_cls = S0Layer
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Use an adapter at `scale` from now on, in training too; saving the adapter saves it.
+        """Use an adapter at `scale` from now on, in training too. The scale is saved with the adapter.
 
         Raises:
-            ValueError: there is no such adapter; `scale` is zero or not finite.
+            ValueError: there is no such adapter, or `scale` is zero or not finite.
         """
         self._check_names([adapter_name], "S0Model.set_scale: adapter_name")
         config: Any = self.peft_config[adapter_name]
@@ -276,10 +280,10 @@ class S0Model(BaseTuner):
         if unknown:
             raise ValueError(f"{argument}: no S0 adapter is called {unknown[0]!r}; there are {some(sorted(known))}")
 
-    # Adapters are made
+    # Creating adapters
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config  # that all recurrent layers are meant needs no list of their names
+        return peft_config  # no list of names is needed to mean all recurrent layers
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         swapped = find_site(model) is None
@@ -295,16 +299,18 @@ class S0Model(BaseTuner):
             site.attachment.swapped = swapped
 
     def _check_model(self, config: S0PeftConfig, model: nn.Module, site: Site) -> None:
-        """Everything that may be wrong, before an adapter is made."""
+        """Check everything before an adapter is created."""
         if site.attachment is not None and not isinstance(site.attachment, AdapterStates):
-            raise ValueError("S0PeftConfig: S0States are attached to the model; detach() them first")
+            raise ValueError("S0PeftConfig: S0States are attached to the model; call detach() on them first")
         if config.arch not in (None, site.arch):
             raise ValueError(f"S0PeftConfig: arch: the states are for {config.arch!r}, the model has {site.arch!r}")
         layers: Any = config.layers_to_transform or []
         unknown = [layer for layer in layers if layer not in site.shapes]
         if unknown or config.layers_to_transform == []:
             named = f"{unknown[0]} has no state" if unknown else "names none"
-            raise ValueError(f"S0PeftConfig: layers_to_transform: {named}; the layers that do are {list(site.shapes)}")
+            raise ValueError(
+                f"S0PeftConfig: layers_to_transform: {named}; the layers with a state are {list(site.shapes)}"
+            )
         mixers = [name for name, module in model.named_modules() if isinstance(module, S0Mixer)]
         if not any(self._check_target_module_exists(config, name) for name in mixers):
             raise ValueError(
@@ -323,7 +329,7 @@ class S0Model(BaseTuner):
         config.base_weights = config.base_weights or found["weights"]
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """By the layer's own index, and for mixers alone."""
+        """Match mixers only, by the index of their layer."""
         mixer = self.model.get_submodule(key)
         if not isinstance(mixer, S0Mixer):
             return False
@@ -345,7 +351,7 @@ class S0Model(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, S0Mixer):
-            raise ValueError(f"S0Model: {current_key} is no recurrent layer")
+            raise ValueError(f"S0Model: {current_key} is not a recurrent layer")
         layers, index = self._layers(), target.layer_idx
         if index not in layers:
             layers[index] = S0Layer(target)
@@ -354,12 +360,13 @@ class S0Model(BaseTuner):
         layers[index].set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("state_dict", None)  # tells PEFT which modules are meant; here the config always does
+        kwargs.pop("state_dict", None)  # PEFT would choose modules by it; here the config always does
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The name that a state has in a file. It is the layer's, whatever leads to the layer in the model."""
+        """Return the name of a state in a file. It depends on the layer alone, not on the path to the layer in the
+        model."""
         if match := re.fullmatch(rf".*\.layers\.(\d+)\..*{ADAPTERS}\.s0_state\.{re.escape(adapter_name)}\.weight", key):
             return ADAPTER_KEY.format(match[1])
         return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -368,7 +375,8 @@ class S0Model(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT does it; states for other layers or of another shape are refused, with both sides named."""
+        """Remap a state dict as PEFT does. Raise ValueError for states of other layers or shapes; the message names
+        both sides."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = {k: v.shape for k, v in model.state_dict().items() if k.endswith(f".s0_state.{adapter_name}.weight")}
         theirs = {
@@ -376,10 +384,10 @@ class S0Model(BaseTuner):
         }
         if ours != theirs:
             both = [_layers_and_shapes(found) for found in (theirs, ours)]
-            raise ValueError(f"S0Model: the states that are loaded are {both[0]}, and the model has {both[1]}")
+            raise ValueError(f"S0Model: the loaded states are {both[0]}, but the model has {both[1]}")
         return renamed
 
-    # Adapters are used
+    # Using adapters
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -388,7 +396,7 @@ class S0Model(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names: only the active adapter learns; call eval() first")
+            raise ValueError("adapter_names: only the active adapter can be trained; call eval() first")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names must be a list of strings, one for each row, got {names!r}")
         self._check_names([name for name in names if name != _BASE], "adapter_names")
@@ -406,7 +414,7 @@ class S0Model(BaseTuner):
             stack.enter_context(site.override(AdapterStates(layers, known, tasks)))
             yield
 
-    # Adapters are taken away
+    # Removing adapters
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(_CANNOT_MERGE)
@@ -423,7 +431,7 @@ class S0Model(BaseTuner):
 
 
 class _Names:
-    """Forward pre-hook that tells a module which adapter each row wants."""
+    """Forward pre-hook that passes a module the adapter of each row."""
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -442,7 +450,7 @@ def _same(old: list | None, new: list) -> bool:
 
 def _check_scale(scale: float) -> float:
     if check_number(scale, "S0PeftConfig: scale") == 0:
-        raise ValueError("S0PeftConfig: scale must not be 0, or nothing is learned; disable_adapter() switches S0 off")
+        raise ValueError("S0PeftConfig: scale must not be 0: nothing would be learned; disable_adapter() turns S0 off")
     return float(scale)
 
 

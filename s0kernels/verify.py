@@ -1,8 +1,8 @@
-"""Checkers for `S0Trainer.collect` and `evaluate`: callables `(problem, answer) -> bool`.
+"""Checkers for `S0Trainer.collect` and `S0Trainer.evaluate`: callables `(problem, answer) -> bool`.
 
-`python` runs a problem's tests in the sandbox, `answer` compares with a problem's answer, `by_problem` does either by
-what the problem has, and `command([...])` makes a checker of a program. `Python(timeout=60)` and `Answer(timeout=60)`
-are the first two with other limits.
+`python` runs the tests of a problem in a sandbox. `answer` compares with the problem's reference answer. `by_problem`
+uses the tests if the problem has them, and the answer otherwise. `command([...])` turns a program into a checker.
+`Python(timeout=60)` and `Answer(timeout=60)` are the first two with another time limit.
 """
 
 from s0kernels.tuning.verify.checkers import Answer, ByProblem, Checker, Python

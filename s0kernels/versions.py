@@ -1,8 +1,7 @@
-"""The versions that the tests run on: one table, read by the Makefile's pins, the tests, docs/supported.md and a
-warning.
+"""The versions that the tests run on: one table, read by the Makefile, the tests, the documents and a warning.
 
-Run as a script it needs nothing but Python: `pins` prints what the environment of the Makefile installs, and
-`others NAME` the other tested versions of a package.
+As a script it needs nothing but Python: `pins` prints the versions that the Makefile installs, and `others NAME` prints
+    the other tested versions of a package.
 """
 
 import importlib.metadata
@@ -16,23 +15,23 @@ TESTED = {
     "transformers": ("5.17.0", "5.23.0", "5.24.0"),
     "triton": ("3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0"),
 }
-#: what every test runs on; the other versions run those that depend on them
+#: every test runs on these; tests that depend on a package run on its other versions too
 PINNED = {"torch": "2.13.0", "transformers": "5.24.0", "triton": "3.7.1"}
 
 
 def installed(*packages: str) -> dict[str, str | None]:
-    """Versions of packages here, None where one is missing."""
+    """Return the installed version of each package, or None if it is missing."""
     return {package: _version(package) for package in packages}
 
 
 def warn_untested() -> None:
-    """Warn where the transformers here is older or newer than any that the tests run on."""
+    """Warn if the installed transformers is older or newer than all tested versions."""
     version = _version("transformers")
     tested = TESTED["transformers"]
     if version is not None and not _minor(tested[0]) <= _minor(version) <= _minor(tested[-1]):
         warnings.warn(
             f"s0kernels was tested with transformers {', '.join(tested)}, not {version}; swap_modules runs each kind "
-            f"of mixer beside its original to find out whether it fits",
+            f"of mixer beside its original to find out whether they agree",
             stacklevel=4,
         )
 

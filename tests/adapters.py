@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT, for tests."""
+"""Models with PEFT adapters, for tests."""
 
 import torch
 from models import MODELS, random_states, tokens
@@ -11,7 +11,7 @@ IDS = tokens(3, 14)
 
 
 def adapted(name: str, seed: int = 0, **options) -> PeftModel:
-    """A model with an adapter that learns and holds random states; those of `random_states(seed)`."""
+    """Return a model with a trainable adapter that holds the states of `random_states(seed)`."""
     model = get_peft_model(MODELS[name](), S0PeftConfig(task_type="CAUSAL_LM", **options))
     fill(model, "default", seed)
     return model.eval()

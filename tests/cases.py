@@ -13,9 +13,9 @@ from s0kernels.calls import Call
 from s0kernels.heads import MODELS as HEADS
 from s0kernels.ops import gated_delta_rule, gated_delta_rule_step, registry, ssd, ssd_step
 
-#: the models whose heads are not those of one before them
+#: the models without those that repeat the heads of an earlier model
 FAMILIES = [model for i, (model, heads) in enumerate(HEADS.items()) if heads not in list(HEADS.values())[:i]]
-#: why the compiled kernels cannot be tested, or None
+#: the reason why the compiled kernels cannot be tested, or None
 NO_CPU_KERNELS = registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32))
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")),
@@ -30,7 +30,7 @@ STATE_KINDS = ("shared", "each", "bank")
 
 @dataclass
 class Problem:
-    """One call: `tensors` are differentiable, `options` go along as they are."""
+    """One call: `tensors` are differentiable arguments, `options` the other arguments."""
 
     op: str
     tensors: dict[str, Tensor]
@@ -45,17 +45,17 @@ class Problem:
         return ssd(*positional, backend=backend, **call)
 
     def to(self, dtype: torch.dtype, scalars: torch.dtype | None = None) -> "Problem":
-        """Inputs in `dtype` (g, beta, dt, A, D, dt_bias in `scalars`), states in fp32 or fp64."""
+        """Convert inputs to `dtype` (g, beta, dt, A, D, dt_bias to `scalars`) and states to fp32 or fp64."""
         states = torch.float64 if dtype == torch.float64 else torch.float32
         kinds = dict.fromkeys(("g", "beta", "dt", "A", "D", "dt_bias"), scalars or dtype) | {"initial_state": states}
         return replace(self, tensors={name: x.detach().to(kinds.get(name, dtype)) for name, x in self.tensors.items()})
 
     def gradients(self, backend: str | None, weights: tuple[Tensor, Tensor], wanted: list[str] | None = None) -> dict:
-        """Output, final state and the gradients of <output, w0> + <final_state, w1>, by name."""
+        """Return output, final state and the gradients of <output, w0> + <final_state, w1>, by name."""
         return gradients(lambda leaves: replace(self, tensors=leaves).run(backend), self.tensors, weights, wanted)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Fixed random gradients of output and final state."""
+        """Return fixed random gradients of output and final state."""
         generator = torch.Generator().manual_seed(7)
         result = self.run("torch")
         return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in result)
@@ -76,7 +76,7 @@ def with_state(problem: Problem, kind: str | None, sequences: int) -> Problem:
 
 
 def packing(values: dict[str, Tensor], B: int) -> tuple[dict, int]:
-    """(options, number of sequences) of inputs that hold their boundaries."""
+    """Return (options, number of sequences) for inputs that hold their boundaries."""
     ends = values.pop("cu_seqlens", None)
     return ({}, B) if ends is None else ({"cu_seqlens": ends}, len(ends) - 1)
 
@@ -98,7 +98,7 @@ def delta_problem(
     seed: int = 0,
     **options,
 ) -> Problem:
-    """fp64 inputs like a trained model's: unit keys."""
+    """Make fp64 inputs like those of a trained model, with unit keys."""
     heads, sizes = {"H": H, "HV": HV, "K": K, "V": V}, (B, T) if lengths is None else lengths
     tensors = scan_inputs("gated_delta_rule", heads, sizes, rates=RATES, seed=seed, dtype=torch.float64)
     packed, sequences = packing(tensors, B)
@@ -120,7 +120,7 @@ def ssd_problem(
     extras: bool = True,
     **options,
 ) -> Problem:
-    """fp64 inputs; with `extras` also D, z, dt_bias, softplus and limits that some steps run into."""
+    """Make fp64 inputs; with `extras` also D, z, dt_bias, softplus and limits that clamp some steps."""
     heads, sizes = {"H": H, "P": P, "G": G, "N": N}, (B, T) if lengths is None else lengths
     tensors = scan_inputs("ssd", heads, sizes, extras=extras, rates=RATES, seed=seed, dtype=torch.float64)
     packed, sequences = packing(tensors, B)
@@ -134,13 +134,13 @@ MAKERS = {"gated_delta_rule": delta_problem, "ssd": ssd_problem}
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """Root mean square of the difference over that of the truth."""
+    """Return the root mean square of the difference, divided by that of the truth."""
     found, truth = found.detach(), truth.detach().double()
     return float((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30))
 
 
 def step(op, tensors, state, **options):
-    """Token `t` of a problem's tensors is [:, t]; tensors without a time axis stay."""
+    """Return token `t` of a problem's tensors, [:, t]. Tensors without a time axis are kept."""
     if op == "gated_delta_rule":
         return gated_delta_rule_step(*(tensors[n] for n in ("q", "k", "v", "g", "beta")), state, **options)
     extras = {n: tensors[n] for n in ("D", "z", "dt_bias") if n in tensors}
@@ -155,14 +155,14 @@ def options_of(problem):
     return {n: v for n, v in problem.options.items() if n in ("use_qk_l2norm", "dt_softplus", "dt_limit", "scale")}
 
 
-#: of keys of one direction: noise, and the bounds of beta
+#: nearly equal keys: the noise, and the bounds of beta
 NEARLY_EQUAL = [(0.03, (2.0, 2.0)), (0.1, (1.96, 2.0)), (0.3, (2.0, 2.0)), (0.1, (1.0, 1.0))]
 
 
 def assert_nearly_equal_keys_are_survived(
     dtype: torch.dtype, run: Callable[[Problem, tuple[Tensor, Tensor]], dict], among=NEARLY_EQUAL, **sizes
 ) -> None:
-    """The gradients that `run(problem, weights)` gives, over two draws, beside the recurrence in the same dtype."""
+    """Compare the gradients of `run(problem, weights)` over two draws with the recurrence in the same dtype."""
     for noise, beta in among:
         found, truth, plain = [], [], []
         for seed in range(2):

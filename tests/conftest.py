@@ -5,24 +5,24 @@ import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("S0KERNELS_POISON", "1")  # the compiled kernels find NaN in their scratch memory
+os.environ.setdefault("S0KERNELS_POISON", "1")  # fills the scratch memory of the compiled kernels with NaN
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # the Triton kernels then run in its interpreter, chosen before triton is imported
+if not torch.cuda.is_available():  # set before triton is imported: its interpreter runs the kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What is compared with an untouched mixer is compared with transformers' PyTorch functions: where these packages can be
-# imported its modules bind their kernels as they are imported, which die on a CPU and know no fp64.
+# Tests compare with transformers' PyTorch functions. If these packages can be imported, transformers' modules use their
+# kernels instead, which fail on a CPU and do not support fp64.
 hidden = [name for name in ("causal_conv1d", "fla", "mamba_ssm") if sys.modules.setdefault(name) is None]
 for family in ("bamba", "falcon_h1", "qwen3_5", "qwen3_5_moe", "qwen3_next"):
-    with contextlib.suppress(ImportError):  # no transformers; whoever needs it says so
+    with contextlib.suppress(ImportError):  # without transformers, tests that need it report it
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 for name in hidden:
     del sys.modules[name]
 
-# Few and small matrices: a second thread costs more than it brings, and more so beside other work.
+# The matrices are few and small: a second thread costs more than it gains, even more on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that nothing was written to holds NaN."""
+    """Fill uninitialised memory with NaN."""
     empty = torch.empty
 
     def poison(*arguments, **options):
@@ -54,7 +54,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def swapped(request):
-    """A swapped model with states attached that matter at its last token."""
+    """Return a swapped model with attached states that affect its last token."""
     from models import MODELS, fails_upstream, random_states, tokens
 
     from s0kernels import swap_modules

@@ -1,7 +1,5 @@
-"""One token in the blocks that a GPU would run, thread by thread on the host.
-
-`csrc/emulated/library.cpp` is built when a test first asks for it, and again where it, the kernels, the compiler or
-flags have changed.
+"""Run one-token kernels in the blocks of a GPU, thread by thread on the host. `csrc/emulated/library.cpp` is built on
+first use, and again if it, the kernels, the compiler or the flags have changed.
 """
 
 import fcntl
@@ -18,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "csrc" / "emulated"
-#: by which operators a test runs: those of the `cpu` backend, or blocks whose warps run first to last or last to first
+#: the operators that a test uses: those of the `cpu` backend, or blocks whose warps run first to last or last to first
 WAYS = {"whole heads": "s0kernels_cpu", "warps up": "s0kernels_warps_up", "warps down": "s0kernels_warps_down"}
 _installed = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the tests run on an installed package")
 every_way = pytest.mark.parametrize(
@@ -27,7 +25,7 @@ every_way = pytest.mark.parametrize(
 
 
 def operators(way: str):
-    """What stands in WAYS for it, as `s0kernels.backends.tokens` takes it."""
+    """Return the operators of an entry of WAYS, for `s0kernels.backends.tokens`."""
     if "warps" in way:
         _load()
     return getattr(torch.ops, WAYS[way])
@@ -39,7 +37,7 @@ def _load() -> None:
 
 
 def build(folder: Path) -> Path:
-    """The library; several processes may ask for it at once."""
+    """Build the library, and return its path. Several processes may call it at once."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
     compiler = setup["compiler"]()
     command = [*compiler, *setup["host_flags"](compiler), f"-I{HERE}", str(HERE / "library.cpp"), "-shared"]
@@ -50,7 +48,7 @@ def build(folder: Path) -> Path:
     library = folder / f"{content.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # or all processes of a run would compile
+        fcntl.flock(lock, fcntl.LOCK_EX)  # otherwise all processes of a run would compile
         if not library.is_file():
             unfinished = library.with_suffix(f".{os.getpid()}")
             subprocess.run([*command, "-o", str(unfinished)], cwd=ROOT, check=True)

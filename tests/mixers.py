@@ -1,4 +1,4 @@
-"""Mixers' steps: their inputs, shapes and options, defined once."""
+"""Inputs, shapes and options of the mixers' steps, defined once."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ OPS = sorted(MAKERS)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 every_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 
-#: (heads that share a group's keys, groups, sizes): of models, square and not, odd, and as large as can be
+#: (heads per group, groups, sizes): those of models, square and not, odd, and the largest
 SHAPES = {
     "Qwen3.5-4B": (2, 2, 128, 128),
     "OLMo-Hybrid": (1, 30, 96, 192),
@@ -29,7 +29,7 @@ SHAPES = {
     "Falcon-H1-7B": (4, 1, 128, 256),
     "Bamba": (6, 2, 64, 128),
 }
-#: what becomes of the gate and the norm, and of beta
+#: variants of gate and norm, and of beta
 FINISHES = {
     "gated_delta_rule": [{}, {"allow_neg_eigval": True}],
     "ssd": [{"norm": None}, {"gate_first": True}, {"gate_first": False}],
@@ -44,7 +44,7 @@ every_finish = pytest.mark.parametrize(
 
 
 def mixer(op, shape, rows=3, width=4, pool=None):
-    """fp64 arguments of a mixer's step by name."""
+    """Make fp64 arguments of a mixer's step, by name."""
     each, groups, first, second = SHAPES[shape]
     heads = {"H": groups, "HV": each * groups, "K": first, "V": second}
     if op == "ssd":
@@ -53,7 +53,7 @@ def mixer(op, shape, rows=3, width=4, pool=None):
 
 
 def to(inputs, dtype):
-    """Activations and windows in `dtype`, per-head parameters and states in fp32."""
+    """Convert activations and windows to `dtype`, per-head parameters and states to fp32."""
     single = ("A_log", "dt_bias", "D", "state")
     return {n: None if x is None else x.to(torch.float32 if n in single else dtype) for n, x in inputs.items()}
 

@@ -87,7 +87,7 @@ _BAMBA = {
 _GRANITE = {
     **{name: value for name, value in _BAMBA.items() if name != "attn_layer_indices"},
     "layer_types": ["mamba", "attention", "mamba"],
-    "num_local_experts": 2,  # both for every token, so that rounding changes no choice of theirs
+    "num_local_experts": 2,  # every token uses both, so that rounding cannot change the choice
     "num_experts_per_tok": 2,
     "shared_intermediate_size": 16,
     "logits_scaling": 2.0,
@@ -160,7 +160,7 @@ def qwen_moe():
 
 
 def qwen_moe_multimodal():
-    torch.manual_seed(2)  # not 0: rounding in the original costs one of its tokens 6e-5 there, against fp64
+    torch.manual_seed(2)  # not 0: with that seed rounding in the original has an error of 6e-5 at one token
     config = Qwen3_5MoeConfig(text_config={**_QWEN, **_EXPERTS}, vision_config=_VISION, pad_token_id=PAD)
     return _slow(Qwen3_5MoeForConditionalGeneration(config))
 
@@ -231,7 +231,7 @@ if hasattr(transformers, "LaraMiniForCausalLM"):
     MODELS["lara"] = lara
 
 
-#: what packed sequences cannot go through
+#: the modules that packed sequences cannot go through
 CANNOT_PACK = {
     "granite": "GraniteMoeHybridModel, which makes its attention mask without position_ids",
     "mamba2": "Mamba2ForCausalLM, which does not tell its backbone where they begin",
@@ -239,7 +239,7 @@ CANNOT_PACK = {
 
 
 def fails_upstream(name: str) -> str | None:
-    """Why the untouched model cannot be used with a cache, for the one model and version known to fail."""
+    """Return the reason why the original model cannot be used with a cache: one model fails in one version."""
     if name != "falcon_norm" or transformers.__version__ != "5.17.0":
         return None
     return _cache_error(name)
@@ -272,12 +272,13 @@ def random_states(model, tasks: int = 1, size: float = 0.5, seed: int = 0) -> S0
 
 
 def numbered(name: str, start: int, stop: int) -> dict:
-    """What a forward that continues a cache has to be told: Bamba's decoder numbers the tokens of each call from 0."""
+    """Return the arguments of a forward that continues a cache: Bamba's decoder numbers the tokens of each call from
+    0."""
     return {"position_ids": torch.arange(start, stop)[None]} if name == "bamba" else {}
 
 
 def checkpoint_layers(model, **options) -> None:
-    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    """Turn on gradient checkpointing, by its name in this version of transformers."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
@@ -301,17 +302,17 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
-# What the tests of modules share
+# Helpers for the tests of modules
 
 
 def named(names):
-    """A test for each of the models of these names."""
+    """Parametrize a test over the models with these names."""
     slow = pytest.mark.slow
     return pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else slow) for n in names])
 
 
 FAMILIES = ("qwen", "falcon")  # one for each recurrence
-#: what `make test` looks at; the others have mixers and decoders like these, and `make test-more` looks at them as well
+#: the models of `make test`; the others have similar mixers and decoders, and are tested by `make test-more`
 QUICK = {"qwen", "qwen_multimodal", "qwen_moe", "qwen_next", "olmo", "falcon", "falcon_norm", "bamba"}
 every_model = named(MODELS)
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -323,7 +324,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask) of rows of different lengths; "mixed" pads on both sides."""
+    """Return (ids, mask) for rows of different lengths; "mixed" pads on both sides."""
     width = max(map(len, rows)) + (3 if side == "mixed" else 0)
     ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -339,12 +340,12 @@ def ragged() -> list[torch.Tensor]:
 
 
 def cached(model, cache) -> dict:
-    """The argument that hands a cache to a model, under this version's name."""
+    """Return the argument that passes a cache to a model, by its name in this version."""
     return {cache_argument(model): cache}
 
 
 def seeded_cache(original, states, rows: int) -> DynamicCache:
-    """A cache of the untouched model that holds `states` and empty convolution windows, and nothing else."""
+    """Return a cache of the original model that holds only `states` and empty convolution windows."""
     cache = DynamicCache(config=original.config.get_text_config())
     for module in original.modules():
         layer = getattr(module, "layer_idx", None)

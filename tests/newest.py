@@ -1,4 +1,4 @@
-"""Tries the newest transformers and PEFT that the package index has and prints what came out; it never fails.
+"""Run the tests with the newest transformers and PEFT of the package index, and print the outcome. It never fails.
 
 python tests/newest.py
 """

@@ -1,4 +1,4 @@
-"""Where things lie, and processes that see what this one sees."""
+"""Paths, and environments for other processes."""
 
 import os
 import subprocess
@@ -13,7 +13,8 @@ FLA = ROOT / ".deps" / "fla"
 
 
 def environment(*first: Path) -> dict[str, str]:
-    """For a process that imports what this one does, from `first` before all else; without Triton's interpreter."""
+    """Return the environment of a process with the imports of this one, with `first` at the front of the path, without
+    Triton's interpreter."""
     folders = [*first, *filter(None, [os.environ.get("PYTHONPATH")]), ROOT, TESTS, TESTS / "tuning"]
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {**kept, "PYTHONPATH": os.pathsep.join(map(str, folders))}

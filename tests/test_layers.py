@@ -1,4 +1,4 @@
-"""Imports between packages run one way, and no package reaches into what another keeps to itself."""
+"""Imports between packages run one way, and no package uses private names of another."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ import s0kernels
 
 PACKAGE = Path(s0kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
-#: folders of the C++ sources, and whose files each may include besides its own and those that lie beside the folders
+#: folders of the C++ sources, and the other folders whose files each may include, apart from files beside the folders
 FOLDERS = {"token": set(), "cpu": {"token"}, "cuda": {"token"}}
-#: from the bottom floor up: what stands in a line may import what stands below it, and itself
+#: layers from bottom to top: a module may import modules of lower layers, and of its own
 FLOORS = (
     ("files", "messages", "versions", "hardware", "heads", "progress"),
     ("config", "calls"),
@@ -29,12 +29,12 @@ FLOORS = (
 
 
 def room(module: str) -> str:
-    """The package or file of s0kernels that a module lies in."""
+    """Return the package or file of s0kernels that contains a module."""
     return module.split(".")[1] if "." in module else ""
 
 
 def imports() -> list[tuple[str, str, list[str]]]:
-    """(importing module, imported module, names) of every import of s0kernels by itself, late ones included."""
+    """Yield (importing module, imported module, names) for every import within s0kernels, late imports included."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         here = ".".join(("s0kernels", *file.relative_to(PACKAGE).with_suffix("").parts))
@@ -66,7 +66,7 @@ def test_nothing_private_is_imported_from_another_package():
 
 
 def test_the_recurrences_of_the_triton_backend_meet_in_what_they_share():
-    """`common` imports neither, they do not import each other, and none takes a private name from another."""
+    """`common` imports neither recurrence, they do not import each other, and none uses a private name of another."""
     home = "s0kernels.backends.triton."
     packages = {file.parent.name for file in (PACKAGE / "backends" / "triton").glob("*/__init__.py")}
     assert packages == {"common", "gated_delta_rule", "ssd"}
@@ -96,7 +96,7 @@ def test_the_package_knows_nothing_of_examples_and_benchmarks():
 
 
 def test_examples_and_benchmarks_use_public_names():
-    """Of all that is private in the package, none is imported or reached into."""
+    """They neither import nor access private names of the package."""
     private = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,4 +1,4 @@
-"""What a user reads says what is wrong, where, and what to do; and what nothing may depend on."""
+"""Messages say what is wrong, where, and what to do. Also: behaviour that must not depend on circumstances."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ PAIRS = [{"prompt": "Q: 2+2?\nA:", "completion": " 4"}, {"prompt": "a", "complet
 
 
 def ending():
-    """A tokenizer that puts an end token behind every text."""
+    """A tokenizer that appends an end token to every text."""
     from tokenizers.processors import TemplateProcessing
 
     tok = tokenizer()
@@ -34,7 +34,7 @@ def test_an_end_token_is_not_learned_and_not_read_before_going_on(monkeypatch):
     assert read_examples(PAIRS, ending(), 100) == read_examples(PAIRS, tokenizer(), 100)
     pair = ("Q: 1\nA: 2", 6)
     assert read_examples([pair], ending(), 100) == read_examples([pair], tokenizer(), 100)
-    written = ("ends itself<eos>", 4)  # by hand, an end token is a token like others
+    written = ("ends itself<eos>", 4)  # an end token written by the user is an ordinary token
     ids = read_examples([written], ending(), 100)[0].ids
     assert ids == tokenizer()(written[0])["input_ids"]
     plain, other = (S0Trainer(MODELS["falcon"](), tok) for tok in (tokenizer(), ending()))
@@ -119,7 +119,7 @@ def test_states_and_batches_do_not_depend_on_the_default_device(tmp_path):
 
 
 class Cut(nn.Module):
-    """A layer without a gradient, as some in 4 or 8 bits are on a CPU."""
+    """A layer without a gradient, like some 4-bit or 8-bit layers on a CPU."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -159,9 +159,7 @@ def test_a_model_without_a_tokenizer_is_no_fault_of_the_data(tmp_path):
     with pytest.raises(TypeError, match=r"^S0Trainer: tokenizer must be the model's tokenizer, got None$"):
         S0Trainer(model, None).train(PAIRS)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        ValueError, match=r"model: no tokenizer can be loaded from there .*S0Trainer\(model, tokenizer\)"
-    ):
+    with pytest.raises(ValueError, match=r"model: cannot load a tokenizer from there .*S0Trainer\(model, tokenizer\)"):
         S0Trainer.from_pretrained(str(tmp_path / "model"))
 
 
@@ -199,7 +197,7 @@ def test_what_is_not_installed_is_named_with_a_command_that_helps(library, code,
     last = done.stderr.strip().splitlines()[-1]
     assert f"{library} is not installed; pip install " in last
     assert f"[{extra}]" in last
-    if (ROOT / "pyproject.toml").is_file():  # from the source tree, wherever one is
+    if (ROOT / "pyproject.toml").is_file():  # from the source tree, in any current directory
         assert f"--no-build-isolation -e '{ROOT}[{extra}]'" in last
 
 

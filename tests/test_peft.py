@@ -1,4 +1,4 @@
-"""S0 as a method of PEFT: adapters are made, saved, loaded, switched and refused."""
+"""S0 as a method of PEFT: adapters are created, saved, loaded, switched and refused."""
 
 import copy
 import json
@@ -134,7 +134,7 @@ def test_the_scale_is_changed_in_use_and_in_training(tmp_path):
         assert torch.equal(layer.state("default").grad, states[layer.mixer.layer_idx].grad[0])
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(MODELS["qwen"](), tmp_path)), logits(model))
-    for layer in layers_of(model):  # what PEFT does with the layers of any method
+    for layer in layers_of(model):  # PEFT does this with the layers of every method
         layer.set_scale("default", 2.0)
     assert torch.equal(logits(model), logits(attached("qwen", 0.5)))
     for layer in layers_of(model):
@@ -165,7 +165,7 @@ def test_other_modules_are_trained_and_saved(tmp_path):
 
 
 def test_injected_without_a_wrapper():
-    """As transformers and diffusers do it: the layers alone, and PEFT's functions for them."""
+    """Inject the layers alone, like transformers and diffusers do, and use PEFT's functions for them."""
     model = inject_adapter_in_model(S0PeftConfig(scale=0.5), MODELS["qwen"]()).eval()
     fill(model, "default", 0)
     truth = logits(model)
@@ -191,7 +191,7 @@ def test_merging_is_refused_and_unloading_gives_the_model_back():
     swapped = swap_modules(MODELS["qwen"]())
     names = set(swapped.state_dict())
     plain = get_peft_model(swapped, S0PeftConfig()).unload()
-    assert any(isinstance(module, S0Mixer) for module in plain.modules())  # it came swapped
+    assert any(isinstance(module, S0Mixer) for module in plain.modules())  # it was swapped before
     assert set(plain.state_dict()) == names
     assert torch.equal(logits(get_peft_model(plain, S0PeftConfig())), logits(swapped))
 
@@ -244,7 +244,7 @@ def test_misuse_is_refused(tmp_path):
         logits(model, adapter_names=["default"] * 2)
     with pytest.raises(TypeError, match="adapter_names must be a list"):
         logits(model, adapter_names="default")
-    with pytest.raises(ValueError, match="only the active adapter learns"):
+    with pytest.raises(ValueError, match="only the active adapter can be trained"):
         model.train()(IDS, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match="scale must not be 0"):
         model.set_scale("default", 0)
@@ -257,14 +257,14 @@ def test_files_for_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the states are for 'gated_delta_net', the model has 'mamba2'"):
         PeftModel.from_pretrained(MODELS["falcon"](), tmp_path / "all")
     with (
-        pytest.raises(ValueError, match=r"loaded are 3 of shape \[4, 8, 12\].* the model has 3 of shape \[4, 8, 10\]"),
+        pytest.raises(ValueError, match=r"states are 3 of shape \[4, 8, 12\].* the model has 3 of shape \[4, 8, 10\]"),
         pytest.warns(UserWarning, match="the states were learned on"),
     ):
         PeftModel.from_pretrained(MODELS["qwen"](linear_value_head_dim=10), tmp_path / "all")
     adapted("qwen", layers_to_transform=[0]).save_pretrained(tmp_path / "some")
     config = json.loads((tmp_path / "some" / "adapter_config.json").read_text())
     (tmp_path / "some" / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": None}))
-    with pytest.raises(ValueError, match=r"loaded are 1 of shape .* for \['model.layers.0.linear_attn'\], .* has 3"):
+    with pytest.raises(ValueError, match=r"states are 1 of shape .* for \['model.layers.0.linear_attn'\], .* has 3"):
         PeftModel.from_pretrained(MODELS["qwen"](), tmp_path / "some")
 
 

@@ -1,4 +1,4 @@
-"""What forwards with adapters of PEFT compute, beside the states that are attached without it."""
+"""Forwards with PEFT adapters, compared with states attached without PEFT."""
 
 import copy
 
@@ -66,7 +66,7 @@ def test_the_bank_is_made_once_and_again_after_a_change():
         layer.state("other").mul_(2)
         assert layer.bank(rows) is not bank
         assert torch.equal(layer.bank(rows)[1], layer.state("other"))
-        layer.state("other").data = layer.state("other").data * 3  # as a move to another device does
+        layer.state("other").data = layer.state("other").data * 3  # like a move to another device does
         assert torch.equal(layer.bank(rows)[1], layer.state("other"))
         layer.set_scale("other", 0.5)
         assert torch.equal(layer.bank(rows)[1], 0.5 * layer.state("other"))
@@ -76,7 +76,7 @@ def test_the_bank_is_made_once_and_again_after_a_change():
 
 
 def test_what_a_fused_optimizer_changes_is_seen():
-    """It leaves the version of a parameter as it was. Before and after training the adapter is frozen."""
+    """It does not change the version of a parameter. Before and after training the adapter is frozen."""
     model = adapted("qwen", scale=0.5)
     model.set_requires_grad("default", False)
     before = logits(model)
@@ -93,7 +93,8 @@ def test_what_a_fused_optimizer_changes_is_seen():
 @pytest.mark.parametrize("target", ["q_proj", "in_proj_qkv"])
 @pytest.mark.parametrize("order", [("S0", "LoRA"), ("LoRA", "S0")])
 def test_lora_beside_it(order, target, tmp_path):
-    """In either order: one forward, gradients for both, both saved; LoRA is merged on its own."""
+    """In either order there is one forward with gradients for both, and both are saved. LoRA can be merged
+    separately."""
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[target], init_lora_weights=False)
     configs = {"S0": S0PeftConfig(task_type="CAUSAL_LM", scale=0.5), "LoRA": lora}
     torch.manual_seed(0)
@@ -143,7 +144,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_what_was_bound_is_recomputed():
-    """The adapter that a forward began with counts for its backward too."""
+    """The backward uses the adapter that was active when its forward began."""
     model = adapted("qwen").train()
     model.base_model.set_adapter(["default"])
     model(IDS, labels=IDS).loss.backward()

@@ -1,4 +1,4 @@
-"""An adapter goes to the hub and comes back: the hub's HTTP, as far as that needs it, answered here."""
+"""An adapter is pushed to the hub and loaded again. A local server answers the necessary part of the hub's HTTP API."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ for model in models:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories in memory, one commit each; every file goes inline, none by large-file storage."""
+    """Repositories in memory, with one commit each. All files are sent inline, without large-file storage."""
 
     files: dict[str, dict[str, bytes]]
 

@@ -1,4 +1,4 @@
-"""What is around the library: imports, other packages on the path, the command line, the package itself."""
+"""The surroundings of the library: imports, other packages on the path, the command line, the package itself."""
 
 import importlib
 import io
@@ -22,7 +22,7 @@ from s0kernels.modules import FAMILIES
 
 
 def test_ops_need_torch_alone():
-    """They import and run where nothing else that the package uses can be imported."""
+    """They can be imported and run if no other dependency of the package can be imported."""
     code = """
 import sys
 for name in ("transformers", "triton", "safetensors", "accelerate", "tqdm"):
@@ -45,7 +45,7 @@ except ImportError as error:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU, and there is one")
 @pytest.mark.skipif(not FLA.is_dir(), reason="flash-linear-attention is not in .deps/fla; `make test` puts it there")
 def test_flash_linear_attention_on_a_machine_without_a_gpu():
-    """transformers binds its kernels at import and dies on the CPU; the swapped model does not."""
+    """transformers binds its kernels at import and fails on the CPU. The swapped model works."""
     code = """
 import torch, fla
 from models import MODELS, random_states, tokens
@@ -78,7 +78,7 @@ for name in ("qwen", "falcon"):
 
 
 def test_untouched_mixers_of_the_tests_run_in_pytorch(tmp_path):
-    """Whatever kernel packages can be imported."""
+    """This holds even if kernel packages can be imported."""
     (tmp_path / "mamba_ssm").mkdir()
     package = (
         "class ops:\n class triton:\n  class selective_state_update:\n   def selective_state_update(*a, **k): 1 / 0\n"
@@ -160,7 +160,7 @@ def test_tune_and_generate(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_options_of_the_demonstration():
-    """They are the script's, --help too."""
+    """The options of the script are available, including --help."""
     for options, code, text in (
         (["--help"], 0, "--solutions"),
         (["--samples", "0"], 2, "--samples must be at least 1"),
@@ -179,7 +179,7 @@ def test_tune_and_generate_with_several_tasks_and_a_checkpoint(tmp_path, capsys)
     tune = ["tune", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "out")]
     tune += ["--steps", "3", "--checkpoint", str(tmp_path / "run"), "--tokens-per-batch", "5"]
     outputs = []
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second time there is nothing to do
         assert main(tune) == 0
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
@@ -220,7 +220,7 @@ def quick_check(monkeypatch):
     from s0kernels.bench import check
     from s0kernels.ops import registry
 
-    backends = tuple(name for name in registry.ORDER if name != "triton")  # whose interpreter takes minutes for it
+    backends = tuple(name for name in registry.ORDER if name != "triton")  # Triton's interpreter would take minutes
     monkeypatch.setattr(registry, "ORDER", backends)
     monkeypatch.setattr(check, "DRAWS", 1)
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
@@ -236,7 +236,7 @@ def quick_check(monkeypatch):
     ],
 )
 def test_check_finds_a_backend_that_computes_something_else(module, name, results, monkeypatch, capsys, quick_check):
-    """Every op has a row under its public name."""
+    """Every op has a row with its public name."""
     from s0kernels.ops import registry
 
     if module == "cpu" and NO_CPU_KERNELS:
@@ -305,11 +305,11 @@ def test_the_documents_have_every_family():
 
 
 def test_what_is_known_of_a_gpu():
-    """`env` and `check` say it, also of one that nobody has tried and beside a torch for ROCm."""
+    """`env` and `check` print it, also for a GPU that was never tried, and with a torch for ROCm."""
     nvidia, amd = SimpleNamespace(major=12, minor=0), SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+")
     assert hardware.target_name(nvidia, None) == "sm_120"
     assert hardware.target_name(amd, "7.1") == "gfx942"
-    assert hardware.experience("sm_90") == "the kernels ran on one of this kind (an H200)"
+    assert hardware.experience("sm_90") == "the kernels ran on a GPU of this kind (an H200)"
     assert "never run" in hardware.experience("sm_80")
     assert "nobody has tried" in hardware.experience("gfx90a")
 

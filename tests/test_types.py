@@ -1,4 +1,4 @@
-"""What a type checker, and so an editor, knows of the package: it is clean, and what users call has exact types."""
+"""Type checking: the package has no errors, and public functions have exact types."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Trainers of small models, and what they learn from."""
+"""Trainers of small models, and their training data."""
 
 import torch
 from models import MODELS, tokenizer

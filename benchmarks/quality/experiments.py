@@ -1,7 +1,7 @@
-"""The experiments: what is varied, and what is kept of each run.
+"""The experiments, and the results that they save.
 
-Most are a table of variants by seeds, all going through the protocol; a cell holds the greedy answers to the held-out
-problems. The others look at how S0 acts: pass@k, and how far its influence reaches along the prompt.
+Most are a table of variants by seeds, all run by the protocol; a cell holds the greedy answers to the held-out
+problems. The others study the effect of S0: pass@k, and how far its influence reaches along the prompt.
 """
 
 import time
@@ -25,7 +25,7 @@ ALPHAS = {"gated_delta_net": (0.01, 0.03, 0.07, 0.15, 0.3, 0.65, 1.0), "mamba2":
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a table: a method, and how many solutions it learns from, the task's number if None."""
+    """A row of a table: a method, and the number of solutions that it learns from (None: the task's number)."""
 
     label: str
     method: object
@@ -35,13 +35,13 @@ class Variant:
 
 @dataclass
 class Run:
-    """What an experiment works with: the base, its seeds, the verified solutions of each, and the file of results."""
+    """The data of an experiment: the base, the seeds, the verified solutions of each seed, and the file of results."""
 
     base: Base
     seeds: Sequence[int]
     results: Results
     found: Results  # the solutions and the chosen settings, shared by all experiments
-    folder: Path  # for what can be thrown away
+    folder: Path  # for temporary files
 
     def solutions(self, seed: int, most: int | None = None) -> list[dict]:
         found = self.found.get(str(seed), lambda: {"solutions": solutions(self.base, seed)})
@@ -53,7 +53,7 @@ class Run:
 
 
 def grid(run: Run, variants: Sequence[Variant]) -> None:
-    """Every variant with every seed; what is in the results already is not done again."""
+    """Run every variant with every seed, except those that the results already have."""
     total = len(variants) * len(run.seeds)
     with tqdm(total=total, desc=f"{run.results.file.stem}", unit="run") as bar:
         for variant in variants:
@@ -73,10 +73,11 @@ def grid(run: Run, variants: Sequence[Variant]) -> None:
 
 
 def best(run: Run, label: str, method, setting: str, values: Sequence[float]):
-    """`method` with the value of a setting that gave the most right answers on tuning problems that were not learned
-    from (on all, where there are no others), with the first seed.
+    """Return `method` with the value of a setting that gave the most right answers with the first seed, on tuning
+    problems that were not learned from (or on all of them, if there are no others).
 
-    The paper's settings are for models a thousand times larger; here each method also gets the best of several.
+    The paper's settings are for models a thousand times larger. So here each method also gets the best of several
+    settings.
     """
     seed = SEEDS[0]
     found = run.solutions(seed)
@@ -95,7 +96,7 @@ def best(run: Run, label: str, method, setting: str, values: Sequence[float]):
 
 
 def matched_rank(base: Base) -> int:
-    """The rank at which LoRA has as many parameters as S0."""
+    """Return the rank at which LoRA has about as many parameters as S0."""
     return max(1, round(S0().parameters(base) / LoRA(rank=1).parameters(base)))
 
 
@@ -144,7 +145,7 @@ def size(run: Run) -> None:
 
 
 def variants(run: Run) -> None:
-    """Other ways to learn and to use a state, and what reading an offset at every step costs."""
+    """Compare other ways to learn and use a state, and measure the cost of an offset that is read at every step."""
     grid(
         run,
         [
@@ -158,7 +159,7 @@ def variants(run: Run) -> None:
 
 
 def offset_cost(base: Base, rounds: int = 300) -> dict:
-    """Milliseconds per generated token at batch 1, with the state alone and with an offset, taken in turns."""
+    """Measure milliseconds per generated token at batch 1, with the state alone and with an offset, in turns."""
     (problem,) = base.read(base.heldout[:1])
     prompt = torch.tensor([problem.ids], device=base.trainer.device)
 
@@ -192,8 +193,8 @@ def _offsets(base: Base) -> list:
 
 
 def boundary(run: Run) -> None:
-    """Problems of kinds that the base has never seen, learned from written solutions: there are no right ones to
-    steer towards."""
+    """Use problems of kinds that the base has never seen. The solutions are written by hand, because the base has no
+    right ones."""
     for seed in run.seeds:
         written = [{**run.base.problem(x), "completion": x.reference, "ended": True} for x in run.base.tune]
         run.found.get(str(seed), lambda written=written: {"solutions": written})
@@ -217,7 +218,7 @@ def passk(run: Run, samples: int = 20) -> None:
 
 
 def persistence(run: Run) -> None:
-    """The divergence KL(with S0 || without) of the next token, along the prompts of the held-out problems."""
+    """Measure the divergence KL(with S0 || without) of the next token along the prompts of the held-out problems."""
     missing = [seed for seed in run.seeds if f"S0/{seed}" not in run.results.cells]
     if not missing:
         return
@@ -226,7 +227,8 @@ def persistence(run: Run) -> None:
 
 
 def _divergence(base: Base, name: str) -> dict:
-    """`name` is that of the active S0. Prompt by prompt: all distributions over a large vocabulary fit nowhere."""
+    """Compute the divergence for the active S0, called `name`. It goes prompt by prompt, because all distributions over
+    a large vocabulary would not fit into memory."""
     tenths: list[list[float]] = [[] for _ in range(10)]
     first, last = [], []
     for problem in tqdm(base.read(base.heldout), desc=f"divergence, {name}", leave=False):
@@ -249,14 +251,15 @@ def _log_probabilities(base: Base, ids: list[int]) -> torch.Tensor:
 
 
 def first(run: Run) -> None:
-    """Of the problems that S0 fixes, at which token of the answer it first differs from the base's: from `main`."""
+    """For the problems that S0 fixes, find the first token at which its answer differs from the base's. It reads the
+    results of `main`."""
     cells = Results(
         run.results.file.with_name(run.results.file.name.replace("first", "main", 1)),
         run.results.content["settings"],
         {},
     ).cells
     if missing := [seed for seed in run.seeds if f"S0/{seed}" not in cells]:
-        raise RuntimeError(f"first reads the answers of main, which has to run before it with seeds {missing}")
+        raise RuntimeError(f"first needs the answers of main: run main with seeds {missing} before it")
     tokens = lambda text: run.base.tokenizer(text)["input_ids"]  # noqa: E731
     for seed in run.seeds:
         old, new = cells[f"no tuning/{SEEDS[0]}"], cells[f"S0/{seed}"]

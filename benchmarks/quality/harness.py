@@ -1,10 +1,10 @@
-"""lm-evaluation-harness on a model without and with a learned S0.
+"""Run lm-evaluation-harness on a model without and with a learned S0.
 
     python benchmarks/quality/harness.py Qwen/Qwen3.5-4B --states my_s0_states --tasks gsm8k minerva_math500
     python benchmarks/quality/harness.py MODEL --states STATES --tasks my_task --include-path folder/of/yaml
 
-Needs the extra `eval`. Tasks that run what the model wrote (humaneval, mbpp) are refused by the harness, which has no
-sandbox for it: `run.py --task humaneval` has one.
+It needs the extra `eval`. The harness refuses tasks that run code of the model (humaneval, mbpp), because it has no
+sandbox. `run.py --task humaneval` has one.
 """
 
 import argparse
@@ -18,19 +18,20 @@ from s0kernels.bench import measure
 def compare(
     trainer: S0Trainer, tasks: list[str], rows: int, limit: int | None, include: Path | None, chat: bool
 ) -> dict:
-    """The harness's results by task and metric: {"no tuning": ..., "S0": ...}. The trainer holds the states."""
+    """Return the results of the harness by task and metric: {"no tuning": ..., "S0": ...}. The trainer holds the
+    states."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
-    # an instance is taken as it is, with its swapped modules; the cache of logits would not see that S0 changes
+    # pass a model instance, which keeps its swapped modules. The cache of logits would not notice a change of S0
     model = HFLM(
         pretrained=trainer.model,
         tokenizer=trainer.tokenizer,
         batch_size=rows,
         logits_cache=False,
-        enable_thinking=False,  # as in the experiments; the few tokens of most tasks would be spent on thoughts
+        enable_thinking=False,  # as in the experiments: thoughts would use up the few tokens of most tasks
     )
     found = {}
     for label in ("no tuning", "S0"):
@@ -48,7 +49,7 @@ def _numbers(values: dict) -> dict[str, float]:
 
 
 def table(found: dict) -> str:
-    """Markdown; the harness's standard errors in brackets."""
+    """Return a Markdown table, with the standard errors of the harness in brackets."""
     lines = ["| task | metric | no tuning | S0 | difference |", "|---|---|---|---|---|"]
     for task, before in found["no tuning"].items():
         after = found["S0"][task]
@@ -65,10 +66,10 @@ def table(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder, or name on the hub")
-    parser.add_argument("--states", type=Path, required=True, help="folder that `save` wrote, of one task")
+    parser.add_argument("--states", type=Path, required=True, help="folder of one task, written by `save`")
     parser.add_argument("--tasks", nargs="+", required=True, help="of the harness")
     parser.add_argument("--include-path", type=Path, help="folder with more tasks, as YAML")
-    parser.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+    parser.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
     parser.add_argument("--rows", type=int, default=8, help="sequences at a time")
     parser.add_argument("--limit", type=int, help="only the first so many problems of each task")
     parser.add_argument("--output", type=Path, default=Path("harness.json"))
@@ -82,7 +83,7 @@ def main() -> None:
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"harness.py: {error}")
     if trainer.states.tasks > 1:
-        parser.error(f"--states must be of one task, got those of {', '.join(trainer.tasks)}: name one's folder")
+        parser.error(f"--states must hold one task, got {', '.join(trainer.tasks)}: name the folder of one of them")
     found = compare(trainer, options.tasks, options.rows, options.limit, options.include_path, options.chat)
     about = {"model": options.model, "states": str(options.states), "alpha": trainer.alpha, "limit": options.limit}
     measure.write_json(options.output, {**about, "machine": measure.machine(trainer.device.type), "results": found})

@@ -1,7 +1,7 @@
-"""What is compared: no tuning, S0, LoRA, prompt tuning, and an offset read at every step.
+"""The methods to compare: no tuning, S0, LoRA, prompt tuning, and an offset read at every step.
 
-A method's `tune(base, data)` takes the examples of each seed and yields (seed, model to generate with) one after the
-other; a model is as tuned until the next is asked for, and afterwards the base is as it was.
+`tune(base, data)` of a method takes the examples of each seed and yields (seed, model to generate with) one after the
+other. A model stays tuned until the next one is requested. Afterwards the base is unchanged.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Nothing:
-    """The base as it is."""
+    """The base without tuning."""
 
     padded: ClassVar[bool] = True
 
@@ -44,11 +44,11 @@ class Nothing:
 
 @dataclass(frozen=True)
 class S0:
-    """The learned initial state, with the trainer's defaults. All seeds are learned in one run, as tasks.
+    """The learned initial state, with the trainer's defaults. One run learns all seeds, as tasks.
 
-    `alpha` is the scale it is used at (None: the architecture's), `at_alpha` learns it at that scale too, as
-    Algorithm 1 of the paper does, `layers` is the part of the recurrent layers that learn, and `normalize` divides by
-    each layer's norm before scaling. Runs are kept in `folder` and not repeated.
+    `alpha` is the scale in use (None: that of the architecture). `at_alpha` uses that scale in training too, as in
+    Algorithm 1 of the paper. `layers` is the part of the recurrent layers that learn. `normalize` divides by each
+    layer's norm before scaling. Runs are kept in `folder` and not repeated.
     """
 
     alpha: float | None = None
@@ -85,7 +85,7 @@ class S0:
 
 
 def part(layers: list[int], which: str) -> list[int]:
-    """The early, middle or late third of the layers, or all of them."""
+    """Return the early, middle or late third of the layers, or all layers."""
     first, second = -(-len(layers) // 3), len(layers) - len(layers) // 3
     thirds = {"early": layers[:first], "middle": layers[first:second], "late": layers[second:], "all": layers}
     if which not in thirds:
@@ -130,7 +130,7 @@ class Prompt:
     tokens: int = 32
     lr: float = 1e-2
     steps: int = 50
-    padded: ClassVar[bool] = False  # the learned embeddings would come before the pads
+    padded: ClassVar[bool] = False  # the learned embeddings would be put before the pads
 
     def config(self, base: Base):
         from peft import PromptTuningConfig
@@ -149,8 +149,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class StateOffset:
-    """The state-offset variant of the paper: what is learned is not where the state starts but what is added to it
-    whenever it is read, o_t = scale (S_t + offset)^T q_t. It does not fade, and costs a product at every token."""
+    """The state-offset variant of the paper. It learns an offset that is added to the state whenever it is read, o_t =
+    scale (S_t + offset)^T q_t, instead of the initial state. The offset does not decay, and costs a product at every
+    token."""
 
     alpha: float | None = None
     lr: float = 1e-3
@@ -168,13 +169,14 @@ class StateOffset:
                 fit(base, base.model, offsets, found, self.steps, self.lr, f"offset, seed {seed}", self.l2)
                 with torch.no_grad():
                     for x in offsets:
-                        x *= scale  # learned raw and used at the scale of S0
+                        x *= scale  # learned without a scale, and used at the scale of S0
                 yield seed, base.model
 
 
 @contextlib.contextmanager
 def offset(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The offsets [1, *state] of the recurrent layers of a swapped model, zero at first and read at every step."""
+    """Yield the offsets [1, *state] of the recurrent layers of a swapped model. They are zero at first and read at
+    every step."""
     mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
     offsets = []
     try:
@@ -211,7 +213,7 @@ class _OffsetMamba:
 
 @contextlib.contextmanager
 def _adapted(base: Base, config, seed: int) -> Iterator[nn.Module]:
-    """The base's model with PEFT's layers in it, initialised from `seed`."""
+    """Yield the base's model with layers of PEFT, initialised from `seed`."""
     from peft import get_peft_model
 
     torch.manual_seed(seed)
@@ -236,8 +238,8 @@ def fit(
     label: str,
     l2: float = 0.0,
 ) -> list[float]:
-    """The trainer's loop for other parameters than S0: the same loss over all examples at every step, Adam, and the
-    gradient clipped to norm 1. Returns the losses."""
+    """Train other parameters than S0 with the loop of the trainer: the same loss over all examples at every step, Adam,
+    and the gradient clipped to norm 1. Return the losses."""
     _, read = read_tasks(found, base.tokenizer, base.trainer.config.max_length)
     batches = make_batches(read, TOKENS_PER_BATCH, None, base.model, base.pad, base.trainer.device)
     optimizer = torch.optim.Adam(parameters, lr=lr)

@@ -1,8 +1,8 @@
-"""The protocol that every method goes through, and the statistics of its results.
+"""The protocol for all methods, and the statistics of the results.
 
-Sample from the frozen base, run what it wrote, keep at most one verified solution per tuning problem, tune on those,
-and answer the held-out problems greedily, for each of several seeds. Seeds, split, sampling and test are those of the
-method's paper (arXiv 2604.01168); a seed decides what is sampled, and with it everything that follows.
+For each of several seeds: sample from the frozen base, run its answers, keep at most one verified solution per tuning
+problem, tune on these, and answer the held-out problems greedily. Seeds, split, sampling and test are those of the
+method's paper (arXiv 2604.01168). A seed decides the samples, and thereby all that follows.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from s0kernels.tuning.sampling import Sampler, end_tokens
 from s0kernels.tuning.settings import Sampling
 
 SEEDS = (42, 7, 123, 1337, 999, 314, 256, 777, 555, 2024)
-MOST = 50  # solutions that an experiment may ask for, where the task wants less
+MOST = 50  # solutions that an experiment may ask for, if the task uses fewer
 
 
 @dataclass
 class Base:
-    """A model, whose weights get no gradient, and the problems it is tuned and tested on."""
+    """A model, whose weights get no gradient, and the problems for tuning and testing."""
 
     name: str
     trainer: S0Trainer
     task: Task
     tune: Sequence[Item]
     heldout: Sequence[Item]
-    rows: int = 256  # sequences generated at a time
+    rows: int = 256  # number of sequences in a batch
 
     @property
     def arch(self) -> str:
@@ -60,12 +60,12 @@ class Base:
         return self.trainer.tokenizer
 
     def problem(self, item: Item) -> dict:
-        """What the trainer takes."""
+        """Return the item as a problem for the trainer."""
         asked = {"messages": [{"role": "user", "content": item.prompt}]} if self.task.chat else {"prompt": item.prompt}
         return {"id": item.name, **asked}
 
     def read(self, items: Sequence[Item]) -> list[Problem]:
-        """With their prompts as the model reads them."""
+        """Return the items as problems, with the prompts that the model reads."""
         return read_problems([self.problem(item) for item in items], self.tokenizer)
 
     def check(self, problem: Mapping, answer: str) -> bool:
@@ -77,8 +77,8 @@ class Base:
 
 
 def solutions(base: Base, seed: int) -> list[dict]:
-    """What training takes: verified solutions of the tuning problems, at most one each, in an order that the seed
-    decides: what a run takes is the beginning."""
+    """Return verified solutions of the tuning problems, at most one each, for training. The seed decides their order,
+    and a run uses the first ones."""
     items = random.Random(seed).sample(list(base.tune), len(base.tune))
     return base.trainer.collect(
         [base.problem(item) for item in items],
@@ -93,8 +93,8 @@ def solutions(base: Base, seed: int) -> list[dict]:
 
 
 def answers(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool, **options) -> list[dict]:
-    """Of each item its "answers", and which of them are "right". `model` may wrap the base's own, and starts from what
-    is attached; without options of sampling it gives the likeliest answer.
+    """Return for each item its "answers", and which of them are "right". `model` may wrap the base's model, and starts
+    from the attached states. Without options of sampling it answers greedily.
 
     `padded=False` puts only prompts of one length into a batch, for models that cannot have pads.
     """
@@ -109,7 +109,7 @@ def answers(base: Base, model: nn.Module, items: Sequence[Item], label: str, pad
 
 
 def evaluate(base: Base, model: nn.Module, items: Sequence[Item], label: str, padded: bool = True) -> dict:
-    """Greedy completions of the problems, and which of them are right."""
+    """Return greedy completions of the problems, and which of them are right."""
     found = answers(base, model, items, label, padded)
     passed = [entry["right"][0] for entry in found]
     return {
@@ -126,32 +126,33 @@ class Comparison:
     mean: float
     deviation: float
     delta: float
-    p: float | None  # None where neither side varies, and so no test says anything
+    p: float | None  # None if neither side varies, so that there is no test
 
 
 def compare(values: Sequence[float], others: Sequence[float]) -> Comparison:
-    """`values` against `others`, each the results of independent runs."""
+    """Compare `values` with `others`. Each holds the results of independent runs."""
     from scipy import stats
 
     mean, other = fmean(values), fmean(others)
     spread = [deviation(side) for side in (values, others)]
     p = None
     if len(values) > 1 and len(others) > 1 and max(spread) > 0:
-        with warnings.catch_warnings():  # one side may be the base, whose greedy answers are the same for every seed
+        with warnings.catch_warnings():  # one side may be the base, which has the same greedy answers for every seed
             warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
             p = float(stats.ttest_ind(values, others, equal_var=False).pvalue)
     return Comparison(mean, spread[0], mean - other, p)
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Of a sample; 0 where it is a single value."""
+    """Return the standard deviation of a sample; 0 for a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
 class Results:
-    """A JSON file of an experiment's cells, replaced whole after each, so that an interrupted run goes on from there.
+    """A JSON file of the cells of an experiment. It is replaced as a whole after each cell, so that an interrupted run
+    resumes.
 
-    `settings` is what the cells depend on; a file made with others is refused.
+    The cells depend on `settings`; a file made with other settings is refused.
     """
 
     def __init__(self, file: Path, settings: Mapping, about: Mapping):
@@ -175,7 +176,7 @@ class Results:
         self.save()
 
     def spent(self, seconds: float) -> None:
-        """Adds to the time that the cells took, over all starts."""
+        """Add to the total time of the cells, over all runs."""
         self.content["seconds"] = self.content.get("seconds", 0.0) + seconds
         if self.cells:
             self.save()

@@ -1,14 +1,14 @@
-"""S0 tuning, its baselines and its statistics, by the protocol of the method's paper.
+"""Run S0 tuning and its baselines by the protocol of the method's paper, with statistics.
 
     python benchmarks/quality/run.py main                    on the two tiny models, offline, ten seeds
     python benchmarks/quality/run.py all                     every experiment
     python benchmarks/quality/run.py main --models Qwen/Qwen3.5-4B --task humaneval --rows 64
     python benchmarks/quality/run.py main --models Qwen/Qwen3.5-4B --task spider --task-option databases=spider/database
 
-A task's options are the fields of its class in tasks/, which say what they mean.
+The options of a task are the fields of its class in tasks/, where they are documented.
 
-Each experiment writes one JSON file per model, after every run, and goes on from there when it is started again. At
-the end it prints its table and saves its plot.
+Each experiment writes one JSON file per model after every run, and resumes from it. At the end it prints its table and
+saves its plot.
 """
 
 import argparse
@@ -33,8 +33,8 @@ TINY = ROOT / "examples" / "tiny"
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 TINY_MODELS = ("qwen3_5", "falcon_h1")
 SIZES = ("qwen3_5-64", "qwen3_5-96", "qwen3_5")
-LONGEST = 8192  # tokens of an example, as prompts with the tables of a database in them need
-#: how many of the seeds where not said otherwise; the paper's numbers, but for the sweeps, where it has one
+LONGEST = 8192  # maximum number of tokens of an example; prompts with the tables of a database are long
+#: default number of seeds; these are the paper's numbers, except for the sweeps, for which it uses one
 DEFAULT_SEEDS = {"main": 10, "passk": 3, "size": 5, "variants": 5, "boundary": 5, "persistence": 3}
 
 
@@ -49,7 +49,8 @@ class Options(argparse.Action):
 
 
 def model_folder(name: str, output: Path) -> str:
-    """A tiny model by its name, one of another width that is trained here first, or what transformers is to load."""
+    """Return the folder of a tiny model, which is trained first if it has another width; or the name for transformers
+    to load."""
     if (TINY / name).is_dir():
         return str(TINY / name)
     if name not in SIZES:
@@ -91,12 +92,12 @@ def main() -> None:
     parser.add_argument("experiment", choices=[*experiments.ALL, "all", "report"])
     parser.add_argument("--models", nargs="+", help="tiny models, or names on the hub (default: the tiny models)")
     parser.add_argument("--task", choices=list(TASKS), default="tiny")
+    parser.add_argument("--task-option", action=Options, default={}, metavar="NAME=VALUE", help="may be repeated")
+    parser.add_argument("--limit", type=int, help="use only so many problems of each part, for a trial")
     parser.add_argument(
-        "--task-option", action=Options, default={}, metavar="NAME=VALUE", help="may be given repeatedly"
+        "--seeds", type=int, help=f"number of seeds among {SEEDS}; the default depends on the experiment"
     )
-    parser.add_argument("--limit", type=int, help="take only so many problems of each part, for a try")
-    parser.add_argument("--seeds", type=int, help=f"how many of {SEEDS}; the default depends on the experiment")
-    parser.add_argument("--rows", type=int, default=256, help="sequences generated at a time")
+    parser.add_argument("--rows", type=int, default=256, help="number of sequences in a batch")
     parser.add_argument("--threads", type=int, default=1, help="matrices as small as the tiny models' need no more")
     parser.add_argument(
         "--output",
@@ -111,7 +112,7 @@ def main() -> None:
             parser.error(f"--{name} must be at least 1, got {value}")
     if options.output is None:
         options.output = RESULTS if options.task == "tiny" else RESULTS / options.task
-        if options.limit:  # a try stays out of the results and of the document
+        if options.limit:  # a trial must not change the results and the document
             options.output = options.output / "cache" / f"limit-{options.limit}"
     torch.set_num_threads(options.threads)
     chosen = [options.experiment] if options.experiment in experiments.ALL else list(experiments.ALL)

@@ -1,4 +1,4 @@
-"""Tables and plots of the experiments, from their JSON files; the tables of docs/results.md stand between markers."""
+"""Make tables and plots of the experiments from their JSON files. The tables of docs/results.md are between markers."""
 
 import json
 import re
@@ -10,17 +10,17 @@ from protocol import compare, deviation
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "results.md"
-#: what stands on the horizontal axis where it is a number
+#: by experiment: the label of a numeric horizontal axis
 AXES = {"alpha": "scale that S0 is used at", "count": "verified solutions learned from"}
 
 
 def load(experiment: str, folder: Path) -> list[dict]:
-    """The experiment's results, the models in the order of their names."""
+    """Return the results of an experiment, with models in the order of their names."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"{experiment}-*.json"))]
 
 
 def by_variant(cells: dict, value: str = "pass@1") -> dict[str, list[float]]:
-    """The values over seeds of each variant, in per cent."""
+    """Return the values of each variant over seeds, in per cent."""
     found: dict[str, list[float]] = {}
     for key, cell in cells.items():
         if value in cell:
@@ -29,7 +29,7 @@ def by_variant(cells: dict, value: str = "pass@1") -> dict[str, list[float]]:
 
 
 def table(experiment: str, folder: Path) -> str:
-    """Markdown."""
+    """Return the table of an experiment in Markdown."""
     results = load(experiment, folder)
     if not results:
         return ""
@@ -106,7 +106,7 @@ def _first_difference(results: list[dict]) -> Iterator[str]:
 
 
 def _name(result: dict) -> str:
-    """The model, with what else tells results in one folder apart."""
+    """Return the name of the model, with whatever else distinguishes results in one folder."""
     settings = result["settings"]
     task = [] if settings["task"] in ("tiny", "boundary") else [settings["task"]]
     limit = [f"{settings['limit']} problems"] if "limit" in settings else []
@@ -126,7 +126,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plot(experiment: str, folder: Path) -> Path | None:
-    """An SVG beside the results, of means and standard deviations, in colours that can be read on dark and light."""
+    """Write an SVG of means and standard deviations beside the results, in colours for dark and light backgrounds."""
     results = load(experiment, folder)
     if not results or experiment == "first":
         return None
@@ -183,7 +183,7 @@ def _draw(experiment: str, result: dict, axis) -> None:
 
 
 def write(folder: Path, document: Path = DOCUMENT) -> str:
-    """The document with its tables as the results give them, written only where it differs."""
+    """Update the tables of the document from the results, and write it if it differs."""
     before = document.read_text(encoding="utf-8")
     after = filled(before, folder)
     if after != before:
@@ -192,8 +192,8 @@ def write(folder: Path, document: Path = DOCUMENT) -> str:
 
 
 def filled(text: str, folder: Path) -> str:
-    """`text` with what stands between `<!-- quality: NAME -->` and `<!-- end -->` replaced by that experiment's table;
-    where there are no results it stays."""
+    """Return `text` with the tables of experiments between `<!-- quality: NAME -->` and `<!-- end -->`. Without results
+    the old text is kept."""
 
     def replace(match: re.Match) -> str:
         made = table(match[1], folder)

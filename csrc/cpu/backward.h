@@ -1,7 +1,7 @@
-// The backward of both scans; the formulas stand in engine.h.
-//
-// What passes through states to q and k is computed transposed, [K, tokens]: the states are the left matrices then and
-// stay as they are. What passes inside a chunk is summed over the heads before it meets the keys they share.
+// The backward of both scans. The formulas are in engine.h.
+// The part of dq and dk that flows through states is computed transposed, [K, tokens]: then the states are the left
+// matrices and need no transposition. The part within a chunk is summed over the heads before it is multiplied by the
+// keys, which the heads share.
 #pragma once
 
 #include "cpu/engine.h"
@@ -26,7 +26,7 @@ class BackwardEngine : Engine<T> {
 
  public:
   BackwardEngine(const Scan& s, const Backward& b, void* memory)
-      : Base(s, memory), b_(b), inputs_wanted_(b.ddecay != nullptr) {  // of K = 0 the others have no memory
+      : Base(s, memory), b_(b), inputs_wanted_(b.ddecay != nullptr) {  // if K = 0 the other gradients have no memory
     keys_matter_ = s.delta || inputs_wanted_ || b.dv != nullptr;
     dstates_ = arena_.take(s.head_block * K_ * Vl_);
     dout_dwrites_ = arena_.take(2 * C_ * Vl_);
@@ -78,8 +78,8 @@ class BackwardEngine : Engine<T> {
   T* dstate(int64_t r) { return dstates_ + r * K_ * Vl_; }
   int64_t chunk_index(int64_t t, int64_t r) const { return t / C_ * s_.head_block + r; }
 
-  // The states at the start of every chunk, and of the delta rule what is written in it and V - diag(G) K S, the
-  // residual.
+  // Computes the states at the start of every chunk; for the delta rule also the writes U and the residual V - diag(G)
+  // K S.
   void recompute(const Unit& u) {
     for (int64_t r = 0; r < u.count; ++r)
       this->read_state(chunk_states_ + r * K_ * Vl_, s_.initial, u, u.first + r, true);
@@ -120,7 +120,8 @@ class BackwardEngine : Engine<T> {
     if (s_.delta) fill(dkeys_keys_, T(0), C_ * Cl_);
   }
 
-  // dO stands in the first n rows of dout_dwrites_, the gradient of what is written, R, in the n after them.
+  // The first n rows of dout_dwrites_ hold dO. The next n rows hold R, the gradient of the right side of the system for
+  // U.
   void chunk(const Unit& u, int64_t t, int n, int64_t r) {
     const int64_t head = u.first + r;
     T *dout = dout_dwrites_, *dwrites = dout_dwrites_ + n * Vl_;
@@ -160,11 +161,11 @@ class BackwardEngine : Engine<T> {
     write(b_.dv, kKind, (u.row(s_, t) * s_.heads + head) * V_, s_.heads * V_, output_, Vl_, n, V_);
   }
 
-  // Adds to the gradients of Q K^T and K K^T, and begins those of decay and weight.
+  // Adds to the gradients of Q K^T and K K^T, and starts those of decay and weight.
   void intra_chunk_backward(const Unit& u, int64_t t, int n, int64_t r) {
     const T *dout = dout_dwrites_, *dwrites = dout_dwrites_ + n * Vl_;
     T* writes = s_.delta ? chunk_writes_ + chunk_index(t, r) * C_ * Vl_ : chunk_writes_;
-    T* values = s_.delta ? residuals_ + chunk_index(t, r) * C_ * Vl_ : output_;  // what the weight multiplies
+    T* values = s_.delta ? residuals_ + chunk_index(t, r) * C_ * Vl_ : output_;  // the factor of the weight
     if (!s_.delta) {
       read(values, Vl_, s_.v, u.at(s_.v, t, u.first + r), n, V_);
       weigh(writes, values, n);
@@ -176,7 +177,8 @@ class BackwardEngine : Engine<T> {
     products_backward(n);
   }
 
-  // d(P) and d(L) by pair to d(Q K^T) and d(K K^T); on the way what the decays inside the chunk get.
+  // Turns d(P) and d(L) of every pair of tokens into d(Q K^T) and d(K K^T), and adds the gradients of the decays in the
+  // chunk.
   void products_backward(int n) {
     const T scale = static_cast<T>(s_.scale);
     fill(columns_, T(0), Cp_);
@@ -204,7 +206,8 @@ class BackwardEngine : Engine<T> {
     }
   }
 
-  // What reaches q, k and the decays through the states at the chunk's start and end; writes d(decay) and d(weight).
+  // Adds the gradients of q, k and the decays through the states at the chunk's start and end; writes d(decay) and
+  // d(weight).
   void states_backward(const Unit& u, int64_t t, int n, int64_t r) {
     const T *before = chunk_states_ + chunk_index(t, r) * K_ * Vl_, *after = dstate(r);
     fill(starts_, T(0), Cp_);
@@ -225,7 +228,7 @@ class BackwardEngine : Engine<T> {
     T carried = 0;
     for (int i = 0; i < K_; ++i) carried += dot(before + i * Vl_, after + i * Vl_, Vp_);
     carried *= from_start_[n - 1];
-    double later = 0, earlier = 0;  // what passes the chunk's start at or after token i, and its end before it
+    double later = 0, earlier = 0;  // sums over tokens from i on (through the start), and before i (through the end)
     for (int i = n - 1; i >= 0; --i) ddecay_[i] += static_cast<T>((later += starts_[i]) + carried);
     T* ddecay = static_cast<T*>(b_.ddecay) + u.row(s_, t) * s_.heads + u.first + r;
     T* dweight = static_cast<T*>(b_.dweight) + u.row(s_, t) * s_.heads + u.first + r;
@@ -236,7 +239,7 @@ class BackwardEngine : Engine<T> {
     }
   }
 
-  // to += X = S rows^T, and totals += the sums over K of X * of: what each token's decay gets.
+  // to += X, where X = S rows^T; totals += sums over K of X * of, the gradient of each token's decay.
   void through_state(const T* state, const T* rows, T* to, const T* of, T* totals) {
     multiply(Shape::kFull, K_, Cp_, V_, {state, Vl_, 1}, rows, Cl_, set(through_, Cl_));
     for (int j = 0; j < Cp_; j += kLanes<T>) {
@@ -250,7 +253,7 @@ class BackwardEngine : Engine<T> {
     }
   }
 
-  // dq and dk of the block of heads, through the normalisation.
+  // Propagates dq and dk of the block of heads through the normalisation.
   void write_keys(const Unit& u, int64_t t, int n) {
     const Left<T> down{dqueries_keys_, Cl_, 1}, up{dqueries_keys_, 1, Cl_};
     transpose_padded(dqk_, Kl_, dq_transposed_, Cl_, K_, n);

@@ -6,7 +6,7 @@
 
 namespace s0::S0_ISA {
 
-// What blocks on the host have in common.
+// The common part of blocks on the host.
 template <class Block>
 struct HostBlock {
   static bool arrive(unsigned* counter, int members) {
@@ -31,7 +31,7 @@ struct HostBlock {
   }
 };
 
-// It takes many columns of a state at a time, and all rows.
+// It processes many columns of a state at a time, and all rows.
 struct OneThreadBlock : HostBlock<OneThreadBlock> {
   static constexpr int kLanes = 1, kVectorSize = kTokenVectorSize, kRows = kMaxHeadSize;
 

@@ -1,12 +1,12 @@
-// What forward and backward of both scans share: chunk by chunk with the state in cache.
+// The common part of forward and backward of both scans, which go chunk by chunk with the state in cache.
 //
 // Inside a chunk of n tokens, with e_i = exp(decay_i), G_i = e_1 .. e_i, D_ij = e_{j+1} .. e_i and E_i = e_{i+1} .. e_n:
 //   L     = strict_lower(diag(beta) (K K^T * D)),  P = lower(scale Q K^T * D)
-//   (I + L) U = diag(beta) (V - diag(G) K S)        what each token writes; of SSD U = diag(dt) V
+//   (I + L) U = diag(beta) (V - diag(G) K S)        the value that each token writes; for SSD U = diag(dt) V
 //   O     = scale diag(G) Q S + P U,  S' = G_n S + K^T diag(E) U
 // and backwards, from dO and dS':
-//   (I + L)^T R = P^T dO + diag(E) K dS';  of SSD the right side itself
-//   dS    = G_n dS' + (scale diag(G) Q)^T dO - (diag(G beta) K)^T R;  of SSD without the last term
+//   (I + L)^T R = P^T dO + diag(E) K dS';  for SSD R is the right side
+//   dS    = G_n dS' + (scale diag(G) Q)^T dO - (diag(G beta) K)^T R;  for SSD without the last term
 // Decays are products of exp(decay), never quotients, so a decay of zero is a clean reset.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace s0::S0_ISA {
 
-// Which sequence, group of heads and block of them a unit of work is.
+// The sequence, the group of heads and the block of heads of a unit of work.
 struct Unit {
   int64_t sequence, group, first, count, part, parts, batch, start, length;
 
@@ -36,11 +36,11 @@ struct Unit {
   int64_t at(const Rows& x, int64_t token, int64_t head) const {
     return batch * x.batch + (start + token) * x.token + head * x.head;
   }
-  // of contiguous [B, T, ...]
+  // in contiguous [B, T, ...]
   int64_t row(const Scan& s, int64_t token) const { return batch * s.tokens + start + token; }
 };
 
-// The names end in p where a size is padded to whole vectors and in l where it is the distance of rows in memory.
+// A name ends in p if the size is padded to whole vectors, and in l if it is the distance between rows in memory.
 template <class T>
 class Engine {
  protected:
@@ -78,7 +78,7 @@ class Engine {
   T* q_row(int i) { return qk_ + i * Kl_; }
   T* k_row(int i, int n) { return qk_ + (n + i) * Kl_; }
 
-  // Of a bank the one that the index names: -1 is zero, any other outside the bank not a number.
+  // Loads the state that the index picks from a bank: -1 gives zero, any other index outside the bank gives NaN.
   void read_state(T* to, const States& from, const Unit& u, int64_t head, bool initial) {
     int64_t which = u.sequence;
     if (initial && s_.indices != nullptr) which = s_.indices[u.sequence];
@@ -110,7 +110,7 @@ class Engine {
     }
   }
 
-  // Queries over keys in qk_, the keys transposed, and the products that all heads of the group share.
+  // Puts queries above keys in qk_, transposes the keys, and computes the products that all heads of the group share.
   void load_keys(const Unit& u, int64_t t, int n, bool with_queries) {
     if (with_queries) read(qk_, Kl_, s_.q, u.at(s_.q, t, u.group), n, K_);
     if (!keys_matter_) return;
@@ -122,7 +122,7 @@ class Engine {
     if (s_.delta) lower_product(keys_keys_, n, K_, k_row(0, n), Kl_, k_transposed_);
   }
 
-  // A B^T of n tokens, its vectors that reach the diagonal from the left, with zeros beyond it.
+  // A B^T for n tokens, in vectors from the left up to the diagonal, with zeros beyond it.
   void lower_product(T* to, int n, int depth, const T* a, int lda, const T* b_transposed) {
     multiply(Shape::kLowerProduct, n, Cp_, depth, {a, lda, 1}, b_transposed, Cl_, set(to, Cl_));
     for (int i = 0; i < n; ++i)
@@ -132,7 +132,7 @@ class Engine {
   void load_gates(const Unit& u, int64_t t, int n, int64_t head) {
     const T* decay = static_cast<const T*>(s_.decay) + u.row(s_, t) * s_.heads + head;
     const T* weight = static_cast<const T*>(s_.weight) + u.row(s_, t) * s_.heads + head;
-    double product = 1;  // all tokens share what it loses
+    double product = 1;  // in double: all tokens share its rounding error
     for (int i = 0; i < n; ++i) {
       e_[i] = exponential(decay[i * s_.heads]);
       weight_[i] = weight[i * s_.heads];
@@ -146,7 +146,8 @@ class Engine {
     for (int i = n; i < Cp_; ++i) to_end_[i] = 0;
   }
 
-  // P, and of the delta rule K K^T * D and L; zeros above the diagonal. `decay_` keeps D where the backward wants it.
+  // Computes P, and for the delta rule K K^T * D and L, with zeros above the diagonal. `decay_` keeps D if the backward
+  // needs it.
   void intra_chunk(int n, bool with_attention) {
     const T scale = static_cast<T>(s_.scale);
     fill(row_, T(0), Cp_);
@@ -172,7 +173,8 @@ class Engine {
     }
   }
 
-  // (I + L) X = X in place, by blocks of rows: those above by a product, those inside one after the other.
+  // Solves (I + L) X = X in place, by blocks of rows: earlier blocks by a product, rows within a block one after the
+  // other.
   void solve(int n, T* x) {
     for (int i = 0; i < n; i += kRows) {
       const int rows = n - i < kRows ? n - i : kRows;
@@ -184,7 +186,7 @@ class Engine {
     }
   }
 
-  // (I + L)^T X = X in place, from the last block to the first.
+  // Solves (I + L)^T X = X in place, from the last block to the first.
   void solve_transposed(int n, T* x) {
     for (int i = (n - 1) / kRows * kRows; i >= 0; i -= kRows) {
       const int rows = n - i < kRows ? n - i : kRows, below = i + rows;
@@ -197,7 +199,7 @@ class Engine {
     }
   }
 
-  // S to S'; scales the writes.
+  // Advances S to S', and scales the writes in place.
   void advance(int n, const T* from, T* to) {
     for (int i = 0; i < n; ++i) scale_row(writes_ + i * Vl_, to_end_[i], Vp_);
     multiply(Shape::kFull, K_, Vp_, n, {k_row(0, n), 1, Kl_}, writes_, Vl_,
@@ -207,7 +209,7 @@ class Engine {
   const Scan& s_;
   const int C_, K_, V_, Cp_, Kp_, Vp_, Cl_, Kl_, Vl_;
   Arena<T> arena_;
-  bool keys_matter_ = true;  // keys and what passes inside a chunk matter; not to the gradient of SSD's state
+  bool keys_matter_ = true;  // false for the gradient of SSD's state, which needs neither keys nor P
   T *qk_, *k_transposed_, *queries_keys_, *keys_keys_, *norms_;
   T *e_, *from_start_, *to_end_, *weight_, *factors_, *row_;
   T *attention_, *similarity_, *system_, *writes_, *output_, *decay_ = nullptr;

@@ -1,4 +1,4 @@
-// The forward of both scans; the formulas stand in engine.h.
+// The forward of both scans. The formulas are in engine.h.
 #pragma once
 
 #include "cpu/engine.h"

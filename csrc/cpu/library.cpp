@@ -61,7 +61,7 @@ struct Entries {
   Entries{#isa, isa::forward_bytes, isa::backward_bytes, isa::forward, isa::backward, isa::step_bytes, isa::step, \
           isa::delta_token, isa::ssd_token}
 
-// The most capable instructions that this machine has, or those that S0KERNELS_CPU names.
+// The best instruction set of this machine, or the one that S0KERNELS_CPU names.
 Entries choose() {
   const char* wanted = std::getenv("S0KERNELS_CPU");
   auto asked = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
@@ -88,7 +88,7 @@ Rows rows_of(const Tensor& x, ScalarType arithmetic) {
   return {x.const_data_ptr(), kind_of(x, arithmetic), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// [*, heads, K, V], or [*, heads, V, K] where `transposed`
+// [*, heads, K, V], or [*, heads, V, K] if `transposed`
 States states_of(const Optional& x, bool transposed, ScalarType type, bool written = false) {
   if (!x.has_value()) return {nullptr, 0, 0, 0, 0};
   check_device(*x, Device::kCpu);
@@ -123,7 +123,7 @@ Scan scan_of(const Tensor& q, const Tensor& k, int64_t heads, int64_t value, con
   s.chunk = chunk;
   s.head_block = head_block;
   s.scale = scale;
-  constexpr int64_t most = 16384;  // products of two sizes are counted in int
+  constexpr int64_t most = 16384;  // products of two sizes must fit into int
   STD_TORCH_CHECK(s.key <= most && s.value <= most && chunk <= most, "s0kernels: sizes up to ", most, " expected");
   s.q = rows_of(q, type);
   s.k = rows_of(k, type);
@@ -149,8 +149,8 @@ void run(int64_t units, int64_t grain, int64_t bytes, const Work& work) {
   });
 }
 
-// Smaller blocks of heads until every thread has two units. Only where nothing is summed over a block: the result keeps
-// its bits.
+// Halves the blocks of heads until every thread has two units of work. Only used if nothing is summed over a block, so
+// that the result has the same bits.
 void split_head_blocks(Scan& s) {
   const int64_t threads = torch::stable::get_num_threads();
   while (s.head_block > 1 && units(s) < 2 * threads) s.head_block /= 2;
@@ -209,7 +209,8 @@ void scan_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor weight, Option
       [&](int64_t unit, void* memory) { entries().step(s, step, fp64, unit, memory); });
 }
 
-// A mixer's token, each head in one thread. `size` is what a GPU would cut into tiles, `columns` are a state's.
+// One token of a mixer, with one thread per head. A GPU would cut `size` into tiles; `columns` is the number of columns
+// of a state.
 template <class Call, class Entry>
 void run_heads(Call& call, int size, int columns, Entry entry) {
   call.fast = aligned(call.state, columns, kTokenVectorSize);

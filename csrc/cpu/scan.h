@@ -1,4 +1,4 @@
-// What the scans take, in terms that both recurrences share, and the entry points of each instruction set.
+// The arguments of the scans, in terms that both recurrences share, and the entry points of each instruction set.
 //
 // Mamba-2 SSD is the gated delta rule without the delta: q = C, k = B, v = dt x, and a state read as [N, P] through its
 // strides. K and V below are N and P there.
@@ -11,14 +11,15 @@
 
 namespace s0 {
 
-// [B, T, heads, columns] of any strides, in elements.
+// [B, T, heads, columns] with any strides, in elements.
 struct Rows {
   const void* data;
   Kind kind;
   int64_t batch, token, head, element;
 };
 
-// [sequence, head, K, V] of any strides, in elements of the arithmetic's type; `sequence` 0 shares one among all.
+// [sequence, head, K, V] with any strides, in elements of the arithmetic's type. If the stride `sequence` is 0, all
+// share one state.
 struct States {
   void* data;
   int64_t sequence, head, key, value;
@@ -27,15 +28,15 @@ struct States {
 struct Scan {
   bool delta;  // the gated delta rule; otherwise SSD
   bool normalise;
-  int64_t sequences, tokens, heads, groups, head_block;  // heads of a group are worked on `head_block` at a time
+  int64_t sequences, tokens, heads, groups, head_block;  // `head_block` heads of a group are computed at a time
   int64_t key, value, chunk;
   double scale;
-  const int64_t* boundaries;  // [sequences + 1] where packed; otherwise each is a row of `tokens`
+  const int64_t* boundaries;  // [sequences + 1] if packed; otherwise a sequence is a row of `tokens`
   Rows q, k, v;
   // in the arithmetic's type, contiguous [B, T, heads]: log decay; beta, or dt; and [heads]: D of SSD, or null
   const void *decay, *weight, *skip;
   States initial;          // data null: zero
-  const int64_t* indices;  // of a bank of `bank` states, or null
+  const int64_t* indices;  // into a bank of `bank` states, or null
   int64_t bank;
 };
 
@@ -49,8 +50,8 @@ struct Backward {
   Rows doutput;    // data null: zero
   States dfinal;   // data null: zero
   States dinitial; // data null: not wanted
-  // not wanted where null; in the arithmetic's type, contiguous: [B, T, groups, parts, K] twice, [B, T, heads, V],
-  // and [B, T, heads] twice
+  // null: not wanted. Contiguous, in the arithmetic's type: [B, T, groups, parts, K] twice, [B, T, heads, V], and [B,
+  // T, heads] twice
   void *dq, *dk, *dv, *ddecay, *dweight;
 };
 
@@ -61,12 +62,12 @@ struct Step {
   Kind kind;
 };
 
-// Floats of a state that a mixer's token takes at a time: several vectors of any instruction set.
+// The number of floats of a state that a mixer's step processes at a time: several vectors of any instruction set.
 constexpr int kTokenVectorSize = 32;
 
 int64_t units(const Scan& scan);
 
-// A thread's memory, at least `bytes`, aligned to 64; full of NaN where that is asked for.
+// Scratch memory of a thread, at least `bytes`, aligned to 64; filled with NaN if S0KERNELS_POISON is set.
 void* scratch(int64_t bytes);
 
 #define S0_ENTRIES                                                              \

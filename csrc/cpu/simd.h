@@ -1,9 +1,7 @@
-// Vectors of one instruction set, and the register-tiled matrix product that everything is made of.
-//
-// Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_TILE_VECTORS
-// and for which setup.py switches the instructions on. Nothing here may be shared between those files, or the linker
-// could give an old machine the code of a new one: no function of the standard library that is not a builtin, no static
-// variable.
+// Vectors of one instruction set, and the register-tiled matrix product that all kernels use.
+// Included once per instruction set, by a file that defines S0_ISA (a namespace), S0_VECTOR_BYTES and S0_TILE_VECTORS;
+// setup.py turns the instructions on for that file. These files must not share any code, or the linker could give an
+// old machine the code of a new one. So use no static variables, and only builtin functions of the standard library.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +35,7 @@ S0_CALL void store(T* p, Vec<T> x) {
   *reinterpret_cast<Vec<T>*>(p) = x;
 }
 
-// At any address.
+// A vector type for loads and stores at any address.
 template <class T>
 struct LooseVecOf {
   typedef T type __attribute__((vector_size(S0_VECTOR_BYTES), may_alias, aligned(sizeof(T))));
@@ -58,28 +56,29 @@ constexpr int padded(int n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// The distance of rows of n: padded, and a line of the cache more where they would all fall on a few of its sets.
+// The distance between rows of n numbers: n padded to whole vectors, plus a cache line if the rows would all map to a
+// few sets of the cache.
 template <class T>
 constexpr int row_stride(int n) {
   constexpr int line = 64 / sizeof(T);
   return padded<T>(n) % (4 * line) == 0 ? padded<T>(n) + line : padded<T>(n);
 }
 
-// A matrix in scratch memory, its rows padded to whole vectors. Transposed reading is a swap of the two strides.
+// A matrix in scratch memory, with rows padded to whole vectors. Swapping the two strides reads it transposed.
 template <class T>
 struct Left {
   const T* data;
   std::ptrdiff_t row, column;
 };
 
-// One factor for each row, or one for all.
+// One factor for each row, or one factor for all rows.
 template <class T>
 struct Factors {
   const T* data;
   int step;
 };
 
-// Row i becomes to[i] * product + keep[i] * before, which is mostly what it was; without `keep` that does not count.
+// Row i becomes to[i] * product + keep[i] * before. `before` is usually the old row. Without `keep` it is ignored.
 template <class T>
 struct Target {
   T* data;
@@ -102,10 +101,10 @@ S0_CALL Target<T> add(T* data, std::ptrdiff_t ld, Factors<T> to = {&kOne<T>, 0},
   return {data, ld, to, keep, data};
 }
 
-// Which entries of the left matrix are not zero: all; or of a square one those up to the diagonal, or from it on. The
-// others are not touched, and what they would be multiplied by is not either, so that a number that is not finite stays
-// where it is. Of a product that is wanted below its diagonal alone, kLowerProduct computes the vectors that reach the
-// diagonal from the left.
+// The entries of the left matrix that are not zero: all; or, in a square matrix, those up to the diagonal or from it
+// on. The other entries, and the numbers that they would be multiplied by, are not read, so that values that are not
+// finite do not spread. kLowerProduct is for a product that is needed below its diagonal only: it computes the vectors
+// from the left up to the diagonal.
 enum class Shape { kFull, kLower, kUpper, kLowerProduct };
 
 template <class T>
@@ -116,7 +115,7 @@ struct Product {
   Target<T> c;
 };
 
-// sums += depth d of the product, for the M rows from `a` on, of which those from `top` to `bottom`
+// sums += term d of the product, for those of the M rows from `a` on that lie from `top` to `bottom`
 template <class T, int M, int N>
 S0_CALL void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, const T* b, int top, int bottom) {
   Vec<T> right[N];
@@ -131,7 +130,7 @@ S0_CALL void add_depth(Vec<T> (&sums)[M][N], const T* a, std::ptrdiff_t row, con
   }
 }
 
-// M rows from i on and N vectors from column j on, over `depth` depths.
+// Computes M rows from i on and N vectors from column j on, as sums over `depth` terms.
 template <class T, int M, int N, Shape S>
 __attribute__((noinline)) void tile(const Product<T>& p, int i, int j, int depth) {
   const int first = S == Shape::kUpper ? i : 0;
@@ -204,7 +203,7 @@ void multiply_shaped(bool below, int m, int n, int depth, const Product<T>& p) {
   }
 }
 
-// The product of a [m, depth] and b [depth, n], n padded to whole vectors; depth is m where a is a triangle.
+// The product of a [m, depth] and b [depth, n], with n padded to whole vectors. If a is a triangle, depth is m.
 template <class T>
 void multiply(Shape shape, int m, int n, int depth, Left<T> a, const T* b, std::ptrdiff_t ldb, Target<T> c) {
   const Product<T> p{a, b, ldb, c};

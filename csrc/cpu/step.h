@@ -1,11 +1,11 @@
-// One token for every row, the states updated in place: once through each state, at the speed of the memory.
+// One token for every row. The states are updated in place, in one pass that is limited by memory bandwidth.
 #pragma once
 
 #include "cpu/tiles.h"
 
 namespace s0::S0_ISA {
 
-// Calls each(offset, lanes as a vector) over n elements of any alignment, the last ones through a copy.
+// Calls each(offset, lanes as a vector) for n elements at any alignment. The last elements go through a copy.
 template <class T, class Each>
 S0_CALL void over(int n, Each&& each) {
   int j = 0;

@@ -1,4 +1,4 @@
-// Chunks in scratch memory: tensors read into rows padded to whole vectors, and the small things done to them there.
+// Chunks in scratch memory: tensors are read into rows padded to whole vectors; and small operations on these rows.
 #pragma once
 
 #include <type_traits>
@@ -10,11 +10,11 @@
 
 namespace s0::S0_ISA {
 
-// As many bits as a vector has, and numbers of 16 bits for its lanes, at any address.
+// A vector of integers as wide as a vector of floats, and a vector of 16-bit numbers for its lanes, at any address.
 typedef uint32_t Bits __attribute__((vector_size(S0_VECTOR_BYTES)));
 typedef uint16_t Shorts __attribute__((vector_size(S0_VECTOR_BYTES / 2), may_alias, aligned(2)));
 
-// A vector from memory at any address, and back.
+// Loads a vector from any address, and stores it.
 S0_CALL Vec<float> widen(const float* p) { return load_loose(p); }
 S0_CALL Vec<double> widen(const double* p) { return load_loose(p); }
 
@@ -22,7 +22,7 @@ S0_CALL Vec<float> widen(const BFloat16* p) {
   return widen_bfloat16<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Bits));
 }
 
-// Masked where g++ 12 would otherwise warn of what its own header leaves without a value.
+// Masked, because g++ 12 would otherwise warn of an uninitialised value in its own header.
 S0_CALL Vec<float> widen(const Half* p) {
   const Shorts x = *reinterpret_cast<const Shorts*>(p);
 #if defined(__F16C__) && S0_VECTOR_BYTES == 64
@@ -65,7 +65,7 @@ S0_CALL void read_as(T* to, int ld, const void* data, int64_t at, int64_t token,
   }
 }
 
-// Rows of one head from element `at` on, filled up with zeros to whole vectors.
+// Reads rows of one head from element `at` on, and pads them with zeros to whole vectors.
 template <class T>
 void read(T* to, int ld, const Rows& x, int64_t at, int rows, int columns) {
   if (columns == 0) return;  // there may be no memory
@@ -89,7 +89,7 @@ S0_CALL void write_as(void* data, int64_t at, int64_t token, const T* from, int 
   }
 }
 
-// The reverse, to contiguous rows `token` elements apart.
+// The inverse: writes contiguous rows that are `token` elements apart.
 template <class T>
 void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int ld, int rows, int columns) {
   if (columns == 0) return;
@@ -103,7 +103,7 @@ void write(void* data, Kind kind, int64_t at, int64_t token, const T* from, int 
     write_as<T, float>(data, at, token, from, ld, rows, columns);
 }
 
-// Lanes of a and b that change places in one stage: those that differ in bit S. The masks have to be constants.
+// Swaps the lanes of a and b whose index differs in bit S, for one stage. The masks must be constants.
 template <class T, int S, int... L>
 S0_CALL void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
   constexpr int lanes = sizeof...(L);
@@ -130,7 +130,7 @@ S0_CALL void exchange_all(Vec<T>* x) {
   }
 }
 
-// A square of vectors transposed, bit by bit of row and lane.
+// Transposes a square of vectors, bit by bit of row and lane.
 template <class T>
 S0_CALL void transpose_square(T* to, int64_t ld_to, const T* from, int64_t ld) {
   constexpr int lanes = kLanes<T>;
@@ -153,7 +153,7 @@ void transpose(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int co
     for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * ld_to + i] = from[i * ld + j];
 }
 
-// The same from memory that no cache holds: row after row of `from`, while the next ones are on their way.
+// The same for memory that is not in the cache: it reads `from` row by row and prefetches the next rows.
 template <class T>
 void transpose_far(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
   constexpr int lanes = kLanes<T>, line = 64 / sizeof(T);
@@ -164,7 +164,7 @@ void transpose_far(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, in
   }
 }
 
-// `transpose`, the rows of `to` filled up with zeros to whole vectors.
+// Like `transpose`, with the rows of `to` padded with zeros to whole vectors.
 template <class T>
 void transpose_padded(T* to, int64_t ld_to, const T* from, int64_t ld, int rows, int columns) {
   transpose(to, ld_to, from, ld, rows, columns);
@@ -220,7 +220,7 @@ S0_CALL double exponential(double x) {
   return __builtin_exp(x);
 }
 
-// x * rsqrt(sum(x^2) + 1e-6) in place; the factor.
+// Multiplies x by rsqrt(sum(x^2) + 1e-6) in place, and returns the factor.
 template <class T>
 S0_CALL T normalise(T* x, int n) {
   const T factor = 1 / __builtin_sqrt(dot(x, x, n) + T(1e-6));
@@ -228,7 +228,7 @@ S0_CALL T normalise(T* x, int n) {
   return factor;
 }
 
-// A bump pointer over scratch memory; with no memory it only counts.
+// A bump pointer over scratch memory. Without memory it only counts bytes.
 template <class T>
 struct Arena {
   char* base;

@@ -1,4 +1,4 @@
-// A mixer's token on a CPU, a head to a thread.
+// One token of a mixer on a CPU, with one thread per head.
 #pragma once
 
 #include "cpu/block.h"

@@ -7,7 +7,7 @@ namespace s0::S0_ISA {
 
 struct GpuBlock {
   static constexpr int kLanes = 32;      // threads of a warp
-  static constexpr int kVectorSize = 4;  // neighbouring floats that a thread takes of a state: 16 bytes
+  static constexpr int kVectorSize = 4;  // adjacent floats of a state that a thread loads at a time: 16 bytes
   static constexpr int kRows = 16;       // rows of the delta rule's state that a thread keeps in registers
 
   template <class T>
@@ -26,7 +26,8 @@ struct GpuBlock {
   S0_CALL void sync() { __syncthreads(); }
   S0_CALL void finish() {}
 
-  // The sum over the lanes whose numbers differ in the bits from `from` up to below `to`, for all of them.
+  // Sums over the lanes whose indices differ in the bits from `from` up to, but not including, `to`. All of them get
+  // the sum.
   template <class T>
   S0_CALL void add_lanes(Local<T>& x, int from, int to) {
     for (int bit = from; bit < to; bit *= 2) {
@@ -38,7 +39,7 @@ struct GpuBlock {
     }
   }
 
-  // Whether this is the last of `members` to come; all that the others wrote and read before is then behind it.
+  // Whether this is the last of `members` blocks to arrive. If so, all earlier reads and writes of the others are done.
   S0_CALL static bool arrive(unsigned* counter, int members) {
     __threadfence();
     const bool last = atomicInc(counter, static_cast<unsigned>(members - 1)) == static_cast<unsigned>(members - 1);
@@ -46,7 +47,7 @@ struct GpuBlock {
     return last;
   }
 
-  // What another block wrote, which the first-level cache may not know.
+  // Reads a value that another block wrote, bypassing the first-level cache, which may hold an old value.
   template <class T>
   S0_CALL static T fresh(const T* p) {
     return __ldcg(p);
@@ -58,7 +59,7 @@ struct GpuBlock {
   }
 
   S0_CALL static void store(float* p, const StateVector<GpuBlock>& x) {
-    __stwb(reinterpret_cast<float4*>(p), make_float4(x.v[0], x.v[1], x.v[2], x.v[3]));  // or the compiler splits it
+    __stwb(reinterpret_cast<float4*>(p), make_float4(x.v[0], x.v[1], x.v[2], x.v[3]));  // else it would be split
   }
 };
 

@@ -1,4 +1,4 @@
-// The kernels, and their launches. Needs CUDA alone.
+// The kernels and their launches. They need CUDA alone.
 #define S0_ISA gpu
 #include "cuda/kernels.h"
 
@@ -13,7 +13,7 @@ namespace s0::gpu {
 
 constexpr int kThreads = 32 * kMaxWarps;
 
-// Names without mangling, for who reads the compiler's report.
+// Unmangled names make the compiler's report readable.
 extern "C" {
 
 __global__ void __launch_bounds__(kThreads, 2) s0_gated_delta_rule_step(const __grid_constant__ Delta d) {
@@ -56,7 +56,7 @@ const char* launch_one(void (*kernel)(Call), const Call& call, void* stream) {
 }  // namespace
 
 unsigned* workspace(void* stream, int64_t count) {
-  static auto& all = *new Workspaces;  // CUDA may be gone when statics end
+  static auto& all = *new Workspaces;  // never destroyed: CUDA may have shut down before static destructors run
   return all.of(static_cast<cudaStream_t>(stream), count);
 }
 
@@ -72,7 +72,7 @@ const char* unusable() {
   cudaFuncAttributes found;
   const cudaError_t error = cudaFuncGetAttributes(&found, s0_gated_delta_rule_step);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // so that it is not found by who asks next
+  cudaGetLastError();  // clears the error for later callers
   return cudaGetErrorString(error);
 }
 

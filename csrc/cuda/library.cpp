@@ -3,7 +3,7 @@
 #include "cuda/plan.h"
 #include "token/operators.h"
 
-// in libtorch_cuda; declared by torch's headers only where they were made for CUDA
+// in libtorch_cuda; torch's headers declare it only in builds for CUDA
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 #include <torch/csrc/stable/accelerator.h>
@@ -22,7 +22,7 @@ void run(Call& call, const Tensor& output) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "s0kernels: no CUDA stream");
-  Optional own;  // the allocator keeps its memory for this stream or this graph, so it may end with the call
+  Optional own;  // may be freed after the call: the allocator keeps the memory for this stream or graph
   if (const int64_t count = counters(call); count > 0) {
     call.arrivals = gpu::workspace(stream, count);
     if (call.arrivals == nullptr) {
@@ -34,7 +34,7 @@ void run(Call& call, const Tensor& output) {
   STD_TORCH_CHECK(problem == nullptr, "s0kernels: the launch failed: ", problem);
 }
 
-// Why a device cannot run the kernels, or nothing.
+// Returns the reason why a device cannot run the kernels, or "".
 std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   const char* problem = gpu::unusable();

@@ -1,11 +1,12 @@
-// How a call is cut into blocks of a GPU.
+// Cuts a call into blocks of a GPU.
 #pragma once
 
 #include "token/arguments.h"
 
 namespace s0 {
 
-// Tiles of at least `least`, fewer the more blocks there are anyway. 256 blocks are two for each multiprocessor.
+// Cuts a head into tiles of at least `least`: the more heads there are, the fewer tiles. The aim is 256 blocks, about
+// two per multiprocessor.
 inline void cut(Token& t, int size, int least) {
   t.tile = (size + least - 1) / least * least;
   t.tiles = 1;
@@ -15,10 +16,10 @@ inline void cut(Token& t, int size, int least) {
   }
 }
 
-// The norm is over all of V, so a mixer's heads are not cut.
+// The heads of a mixer are not cut, because the norm is over all of V.
 inline void plan(Delta& d) {
   d.down = d.K <= 64 ? 4 : d.K <= 128 ? 8 : 16;
-  const int columns = 4 * 32 / d.down;  // that a warp takes at once
+  const int columns = 4 * 32 / d.down;  // columns that a warp processes at once
   d.fast = aligned(d.state, d.V, 4);
   if (d.norm.data == nullptr) {
     cut(d, d.V, 32);

@@ -1,12 +1,10 @@
-// Where arrival counters lie: zero before every kernel, zero after it.
-//
-// Kernels that run in order can share a workspace, since each returns its counters to zero. Kernels that may run at
-// once cannot. So there is one for each stream. A stream goes by the id that CUDA never gives twice: a handle may come
-// back for another stream while kernels of the first still run. Memory that is outgrown is not freed, for kernels in
-// flight use it; sizes double, so this is less than what is in use.
-//
-// A captured call gets none from here: its graph may be replayed on any stream, at the same time as others that were
-// captured on this one. It brings memory of the graph, and the graph fills it with zeros in every replay.
+// Memory for arrival counters, which are zero before and after every kernel.
+// Kernels that run in order can share a workspace, because each resets its counters to zero. Kernels that may run at
+// the same time cannot, so each stream has its own. A stream is identified by its id, which CUDA never reuses: a handle
+// may be reused for another stream while kernels of the first still run. Memory that has become too small is not freed,
+// because running kernels may use it. Sizes double, so the unused memory is less than the memory in use.
+// A captured call gets no workspace from here: its graph may be replayed on any stream, at the same time as other
+// graphs captured on this one. It uses memory of the graph, which the graph zeroes in every replay.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,13 +20,13 @@ namespace s0::gpu {
 class Workspaces {
  public:
   static constexpr int64_t kLeast = 1024;     // counters
-  static constexpr std::size_t kMost = 1024;  // streams: torch makes a few dozen, others may come and go without end
+  static constexpr std::size_t kMost = 1024;  // streams: torch creates a few dozen; other code may create any number
 
-  // At least `count` counters for a kernel that follows on `stream` of the current device. Null where a call has to
-  // bring its own: it is captured, there is no memory, or there are too many streams.
+  // Returns at least `count` counters for the next kernel on `stream` of the current device. Null if the call must
+  // bring its own: it is being captured, there is no memory, or there are too many streams.
   unsigned* of(cudaStream_t stream, int64_t count) {
     unsigned* found = look(stream, count);
-    if (found == nullptr) cudaGetLastError();  // so that it is not found by who asks next
+    if (found == nullptr) cudaGetLastError();  // clears the error for later callers
     return found;
   }
 
@@ -57,7 +55,7 @@ class Workspaces {
     return mine.counters;
   }
 
-  // Filled on the stream itself, so before the kernel that follows.
+  // Zeroed on the stream itself, so before the next kernel.
   static unsigned* zeros(cudaStream_t stream, int64_t size) {
     void* memory = nullptr;
     const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(unsigned);

@@ -1,8 +1,8 @@
-// What a block of threads is, on a GPU and on the host, and the arithmetic of single values.
-//
-// A kernel is written as phases, `block.each(f)`, which call f(thread) in every thread, and `block.sync()` between a
-// phase that writes shared memory and one that reads it in another thread. What a thread keeps from one phase to the
-// next is a `Local`. `finish` ends what refers to a function's variables. See cuda/block.h and cpu/block.h.
+// The interface of a block of threads, on a GPU and on the host, and the arithmetic of single values.
+// A kernel consists of phases. A phase is `block.each(f)`, which calls f(thread) in every thread. `block.sync()` stands
+// between a phase that writes shared memory and a phase that reads it in another thread. A `Local` is a value that a
+// thread keeps between phases. `finish` completes the phases that refer to local variables of a function. See
+// cuda/block.h and cpu/block.h.
 #pragma once
 
 #include <math.h>
@@ -51,7 +51,8 @@ S0_CALL float silu(float x) { return x / (1.0f + expf(-x)); }
 S0_CALL float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(x > 0.0f ? -x : x)); }
 S0_CALL float not_a_number() { return __builtin_bit_cast(float, 0x7fc00000u); }
 
-// Where a row's window and state lie: `stored` unless it starts from zero and leaves nothing; `bad` is out of range.
+// The place of a row's window and state. `stored` is false if the row starts from zero and stores nothing; `bad` says
+// that the index is out of range.
 struct Place {
   int64_t row;
   bool stored, bad;
@@ -65,13 +66,14 @@ S0_CALL Place place_of(const Token& t, int64_t row) {
   return {inside ? index : 0, inside, !inside && index != -1};
 }
 
-// What of a call is one block's: a row and head, and of the head's columns (V) or rows (P) those from `begin` to `end`.
+// The part of a call that one block computes: a row, a head, and the columns (V) or rows (P) of the head from `begin`
+// to `end`.
 struct Part {
   int64_t row;
   int head, group, begin, end;
   Place place;
   float* states;
-  bool alone;  // then the inputs of the group are nobody else's
+  bool alone;  // whether no other block reads the inputs of the group
 };
 
 // `size` is V or P.
@@ -88,7 +90,7 @@ S0_CALL Part part_of(const Token& t, int64_t index, int size) {
   return p;
 }
 
-// silu of the convolution at a channel whose newest input is `now`; `move` puts that into the window.
+// silu of the convolution at a channel whose newest input is `now`. `move` shifts the window and appends `now`.
 S0_CALL float convolve(const Convolution& c, const Place& place, int64_t channel, float now, bool move) {
   const int64_t at = place.row * c.row + channel * c.channel;
   float before[kMaxWindow], sum = c.bias.data == nullptr ? 0.0f : read(c.bias, 0, channel, 0);
@@ -108,14 +110,14 @@ S0_CALL float convolve(const Convolution& c, const Place& place, int64_t channel
   return silu(sum);
 }
 
-// An input of the recurrence: as it is given, or convolved where there is a window.
+// An input of the recurrence: the given value, or the result of the convolution if there is a window.
 S0_CALL float input(const Token& t, const Values& x, int64_t row, int head, int i, int64_t channel, const Place& place,
                     bool move) {
   const float now = read(x, row, head, i);
   return t.convolution.window == nullptr ? now : convolve(t.convolution, place, channel, now, move);
 }
 
-// `kVectorSize` neighbours of a state, of which the first `count` exist.
+// `kVectorSize` adjacent numbers of a state, of which the first `count` exist.
 template <bool kFast, class Block>
 S0_CALL StateVector<Block> load(const float* p, int64_t step, int count) {
   if constexpr (kFast) {

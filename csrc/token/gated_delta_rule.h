@@ -1,12 +1,12 @@
-// One token of the gated delta rule, and of a mixer around it, in a block for each (row, value head, tile of V):
+// One token of the gated delta rule, or of a mixer with it. There is one block for each (row, value head, tile of V):
 //
-//   q, k, v = silu(convolution)     where there is a window, which moves on by one
-//   g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), or twice that     where A_log is given
+//   q, k, v = silu(convolution)     if there is a window, which is shifted by one
+//   g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), or twice that     if A_log is given
 //   S' = exp(g) S;  S = S' + beta k (v - S'^T k)^T;  o = scale S^T q
-//   o / rms(o) * norm * silu(z)     where they are given
+//   o / rms(o) * norm * silu(z)     if they are given
 //
-// A warp owns columns of S: lanes across them, and `down` lanes for the rows, each of which keeps kRows. Sums over K
-// then stay in registers and shuffles, S is read and written once, and only what goes in and out is shared.
+// A warp owns columns of S. `down` lanes share a column, and each of them keeps kRows rows in registers. So sums over K
+// need only registers and shuffles, S is read and written once, and only inputs and outputs go through shared memory.
 #pragma once
 
 #include "token/block.h"
@@ -15,7 +15,7 @@ namespace s0::S0_ISA {
 
 struct DeltaShared {
   float q[kMaxHeadSize], k[kMaxHeadSize], v[kMaxHeadSize], o[kMaxHeadSize];
-  float scale;  // of o: that of the call, and what normalises q
+  float scale;  // factor of o: the scale of the call times the factor that normalises q
   bool last;
 };
 
@@ -40,8 +40,8 @@ S0_CALL int64_t key_channel(const Delta& d, int group, int i) {
 }
 
 struct DeltaPart : Part {
-  int down, across, rows;  // lanes of a warp for the rows of S and for its columns; rows that a lane keeps at most
-  int64_t step;            // from one of a lane's rows of S to the next
+  int down, across, rows;  // lanes of a warp along the rows of S, and along its columns; maximum number of rows per lane
+  int64_t step;            // distance between consecutive rows of a lane in S
 };
 
 template <class Block>
@@ -79,16 +79,16 @@ S0_CALL void take_inputs(Block& block, DeltaShared& shared, const Delta& d, cons
     });
 }
 
-// What a thread keeps of S and of sums over it, and the factors that all threads of a block share.
+// The part of S and of its sums that a thread keeps, and the factors that all threads of a block share.
 template <class Block>
 struct DeltaKept {
   typename Block::template Local<StateVector<Block>[Block::kRows]> rows;
   typename Block::template Local<StateVector<Block>> sums;
-  typename Block::template Local<DeltaGates> gate;  // beta times what normalises k
-  typename Block::template Local<float> factor;    // exp(g) times what normalises k
+  typename Block::template Local<DeltaGates> gate;  // beta times the factor that normalises k
+  typename Block::template Local<float> factor;    // exp(g) times the factor that normalises k
 };
 
-// S and o in the columns from `first` on that the warps take at once.
+// Computes S and o in those columns from `first` on that the warps process at once.
 template <bool kFast, class Block>
 S0_CALL void advance(Block& block, DeltaShared& shared, const Delta& d, const DeltaPart& p, DeltaKept<Block>& kept,
                      int first) {
@@ -150,7 +150,7 @@ S0_CALL void delta_block(Block& block, DeltaShared& shared, const Delta& d, int6
   const DeltaPart p = part_of<Block>(d, index);
   take_inputs(block, shared, d, p);
 
-  // every warp for itself: the factors that normalise q and k, and later o
+  // every warp computes the factors that normalise q and k, and later o
   typename Block::template Local<float> squares;
   DeltaKept<Block> kept;
   block.each([&](int t) {
@@ -190,7 +190,7 @@ S0_CALL void delta_block(Block& block, DeltaShared& shared, const Delta& d, int6
       write(d.output, d.kind, (p.row * d.heads + p.head) * d.V + j, o);
     }
   });
-  // all blocks of the group have read its windows
+  // by now all blocks of the group have read its windows
   if (!p.alone && shared.last && d.convolution.window != nullptr)
     block.each([&](int t) {
       for (int i = t; i < 2 * d.K; i += block.threads()) key_input(d, p, i, true);

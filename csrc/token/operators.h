@@ -1,4 +1,4 @@
-// The operators of one token, the same in every library that has them.
+// The operators of one token, which are the same in all libraries that have them.
 #pragma once
 
 #include "tensors.h"
@@ -8,7 +8,7 @@ namespace s0::steps {
 
 constexpr int64_t kNone = -1;
 
-// [rows, heads, columns], of which a dimension may be kNone: not there.
+// [rows, heads, columns]. A dimension of kNone is absent.
 inline Values values_of(Device device, const Optional& x, int64_t rows, int64_t heads, int64_t columns) {
   if (!x.has_value()) return {};
   check_device(*x, device);
@@ -26,7 +26,7 @@ inline Values values_of(Device device, const Optional& x, int64_t rows, int64_t 
   return v;
 }
 
-// What both recurrences have; `channels` of the convolution.
+// Fills in the arguments that both recurrences have. `channels` is the number of channels of the convolution.
 inline void set_common(Token& t, Device device, const Optional& conv_weight, const Optional& conv_bias,
                        const Optional& window, int64_t channels, const Optional& z, const Optional& norm, double eps,
                        const Tensor& state, const Optional& indices, const Tensor& output) {

@@ -1,12 +1,12 @@
-// One token of Mamba-2 SSD, and of a mixer around it, in a block for each (row, head, tile of P):
+// One token of Mamba-2 SSD, or of a mixer with it. There is one block for each (row, head, tile of P):
 //
-//   x, B, C = silu(convolution)     where there is a window, which moves on by one
-//   dt = clamp(softplus(dt + dt_bias)), A = -exp(A_log)     each where asked for
+//   x, B, C = silu(convolution)     if there is a window, which is shifted by one
+//   dt = clamp(softplus(dt + dt_bias)), A = -exp(A_log)     each if requested
 //   S = exp(dt A) S + dt x B^T;  y = S C + D x
-//   y * silu(z), or with the norm over all heads of a group: norm(y) * silu(z), or norm(y * silu(z))
+//   y * silu(z), or with the norm, over all heads of a group: norm(y) * silu(z), or norm(y * silu(z))
 //
-// 8 lanes share a row of S, 32 numbers each, so a warp has 4 rows at once. The norm, and moving the windows of B and C,
-// have to wait for all blocks of the group: the last of them does both.
+// 8 lanes share a row of S, with 32 numbers each, so a warp processes 4 rows at once. The norm, and the shift of the
+// windows of B and C, must wait for all blocks of the group: the last block does both.
 #pragma once
 
 #include "token/block.h"
@@ -28,7 +28,7 @@ S0_CALL SsdGates gates(const Ssd& s, int64_t row, int head) {
   float dt = read(s.dt, row, head, 0), A = read(s.A, 0, head, 0);
   if (s.dt_bias.data != nullptr) dt += read(s.dt_bias, 0, head, 0);
   if (s.softplus) dt = softplus(dt);
-  dt = dt < s.low ? s.low : dt > s.high ? s.high : dt;  // NaN stays
+  dt = dt < s.low ? s.low : dt > s.high ? s.high : dt;  // NaN is kept
   if (s.logarithm) A = -expf(A);
   return {expf(dt * A), dt};
 }
@@ -44,7 +44,7 @@ S0_CALL float group_input(const Ssd& s, int64_t row, int group, int i, const Pla
   return input(s, i < s.N ? s.B : s.C, row, group, i < s.N ? i : i - s.N, group_channel(s, group, i), place, move);
 }
 
-// The group's outputs, written by all of its blocks, gated and normalised in place.
+// Gates and normalises in place the outputs of the group, which all of its blocks have written.
 template <class Block>
 S0_CALL void finish_group(Block& block, SsdShared& shared, const Ssd& s, int64_t row, int group) {
   const int64_t first = static_cast<int64_t>(group) * (s.heads / s.groups) * s.P;
@@ -85,7 +85,7 @@ S0_CALL void finish_group(Block& block, SsdShared& shared, const Ssd& s, int64_t
 template <class Block>
 constexpr int kAcross = Block::kLanes == 1 ? 1 : 8;  // lanes of a row
 
-// A row of S, p, in the lanes that share it, `lane` of them this one: its part of S C.
+// Advances row p of S in the lanes that share it. Returns the part of S C of the lane with index `lane`.
 template <bool kFast, class Block>
 S0_CALL float advance(const SsdShared& shared, const Ssd& s, const Part& part, const SsdGates& gate, int p,
                       int lane) {

@@ -1,4 +1,4 @@
-"""What the examples learn from: the functions of `examples/tiny`, and the model that writes half of them right."""
+"""Shared by the examples: the problems of `examples/tiny`, and the model that solves half of them."""
 
 import argparse
 import json
@@ -12,24 +12,24 @@ TINY = Path(__file__).resolve().parents[1] / "tiny"
 sys.path.append(str(TINY))
 from problems import make_problems  # noqa: E402
 
-#: what the states of Qwen3.5 are used at, as `S0Trainer` does; here they learn at it, too
+#: factor that multiplies the states of Qwen3.5 in use, as in `S0Trainer`; here also in training
 SCALE = 0.07
 
 
 def load():
-    """(model, tokenizer) in fp32."""
+    """Return (model, tokenizer), with the model in fp32."""
     folder = TINY / "qwen3_5"
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def pairs(split: str, count: int) -> list[tuple[str, str]]:
-    """(prompt, the right line) of so many problems; `split` is "tune" or "heldout"."""
+    """Return (prompt, right line) for the first `count` problems. `split` is "tune" or "heldout"."""
     return [(problem.prompt, problem.solution) for problem in make_problems(split)[:count]]
 
 
 @torch.no_grad()
 def right(model, tokenizer, count: int = 84) -> str:
-    """How many of the held-out problems are answered by the right line, greedily."""
+    """Return the number of held-out problems that greedy answers solve, as text."""
     model.eval()
     problems = pairs("heldout", count)
     batch = tokenizer([prompt for prompt, _ in problems], padding=True, padding_side="left", return_tensors="pt")
@@ -41,17 +41,19 @@ def right(model, tokenizer, count: int = 84) -> str:
 
 
 def options(description: str, steps: int, examples: int) -> argparse.ArgumentParser:
-    """What every example can be told."""
+    """Return a parser with the options that all examples share."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("output")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--examples", type=int, default=examples)
-    parser.add_argument("--heldout", type=int, default=84, help="problems that are answered before and after")
+    parser.add_argument(
+        "--heldout", type=int, default=84, help="number of problems to answer before and after training"
+    )
     return parser
 
 
 def settings(output: str, steps: int, lines: int) -> dict:
-    """Of a trainer that takes so many steps and logs so many times."""
+    """Return the settings of a trainer: so many steps, so many lines of log."""
     return {
         "output_dir": output,
         "max_steps": steps,
@@ -64,7 +66,7 @@ def settings(output: str, steps: int, lines: int) -> dict:
 
 
 def dataset(output: str, rows: list[dict]):
-    """Rows as a data set, by way of JSON lines, in which such data usually comes."""
+    """Return rows as a data set. They go through a file of JSON lines, the usual format of such data."""
     from datasets import Dataset
 
     folder = Path(output)
@@ -74,7 +76,7 @@ def dataset(output: str, rows: list[dict]):
 
 
 def train(trainer, tokenizer, heldout: int, **how) -> None:
-    """Train, save, and say what that brought; of several processes the first says it."""
+    """Train, save, and print the results before and after. If there are several processes, the first one prints."""
     first = trainer.is_world_process_zero()
     model = trainer.model
     if first:

@@ -15,7 +15,7 @@ from s0kernels.peft import S0PeftConfig
 
 
 def example(tokenizer, prompt: str, solution: str) -> dict[str, torch.Tensor]:
-    """Token ids and labels; the prompt is not learned."""
+    """Return token ids and labels. The prompt is not learned."""
     ids = tokenizer(prompt + solution)["input_ids"] + [tokenizer.eos_token_id]
     known = len(tokenizer(prompt)["input_ids"])
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * known + ids[known:])}
@@ -34,7 +34,7 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = options(__doc__, steps=20, examples=48)
-    parser.add_argument("--batch", type=int, default=16, help="examples in a step, of all processes together")
+    parser.add_argument("--batch", type=int, default=16, help="number of examples in a step, over all processes")
     parser.add_argument("--resume", action="store_true")
     asked = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""S0 learned from rewards alone, by TRL's GRPOTrainer: a line is worth 1 where it is the right one.
+"""Learn S0 from rewards alone, by TRL's GRPOTrainer: the reward is 1 for the right line, else 0.
 
 python examples/peft/trl_grpo.py OUT
 """

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from s0kernels.peft import S0PeftConfig
 
-#: what the model was trained on is no conversation, so a conversation is the prompt and what follows it
+#: the model was not trained on conversations, so a conversation is written as the prompt and the text after it
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% else %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -27,8 +27,12 @@ def rows(tokenizer, count: int, conversations: bool) -> list[dict]:
 
 def main() -> None:
     parser = options(__doc__, steps=20, examples=48)
-    parser.add_argument("--packing", action="store_true", help="several examples in a row, each from its own S0")
-    parser.add_argument("--assistant-only-loss", action="store_true", help="conversations; the answers are learned")
+    parser.add_argument(
+        "--packing", action="store_true", help="pack several examples into a row, each starting from S0"
+    )
+    parser.add_argument(
+        "--assistant-only-loss", action="store_true", help="use conversations, and learn the answers only"
+    )
     asked = parser.parse_args()
 
     model, tokenizer = load()

@@ -1,4 +1,4 @@
-"""S0 tuning from end to end on two tiny models, a minute or two on a CPU.
+"""S0 tuning from end to end on two tiny models, in a minute or two on a CPU.
 
 For each model: sample functions from the frozen base, run them, keep at most one verified solution per problem, learn
 S0 from those, and compare greedy pass@1 on problems that neither the model nor the tuning has seen. The states are
@@ -31,7 +31,7 @@ MODELS = {"Qwen3.5": HERE / "qwen3_5", "Falcon-H1": HERE / "falcon_h1"}
 
 
 def step_seconds(trainer: S0Trainer, data: list[dict[str, str]], tokens_per_batch: int) -> float:
-    """One training step, with batches of so many tokens."""
+    """Return the seconds of one training step, with batches of so many tokens."""
     config, trainer.config = trainer.config, S0Config(n_steps=1)
     began = time.perf_counter()
     trainer.train(data, tokens_per_batch=tokens_per_batch, progress=False)
@@ -110,7 +110,7 @@ def table(results: list[dict]) -> str:
 
 
 def percent(share: float, count: int) -> str:
-    """With the standard error of a share among `count` problems."""
+    """Format a share of `count` problems with its standard error."""
     return f"{100 * share:.1f} % +- {100 * math.sqrt(share * (1 - share) / count):.1f}"
 
 
@@ -138,19 +138,19 @@ def plot(results: list[dict], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where states, plot and figures go")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for states, plot and results")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--samples", type=int, default=16, help="samples per tuning problem")
-    parser.add_argument("--solutions", type=int, default=48, help="verified solutions to learn from, at most")
+    parser.add_argument("--solutions", type=int, default=48, help="maximum number of verified solutions to learn from")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     for name in ("samples", "solutions"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much where cores are busy
+    torch.set_num_threads(1)  # a second thread helps little with matrices this small, and hurts on busy cores
 
-    print(f"what the models write runs under: {confinement()}")
+    print(f"code of the models runs under: {confinement()}")
     began = time.perf_counter()
     results = [run(name, MODELS[name], options.output, options) for name in options.models]
     replace_file(options.output / "results.json", json.dumps(results, indent=2).encode())

@@ -1,9 +1,9 @@
 """Small Python functions to write, their tests, and a corpus in which good and bad habits compete.
 
-A problem is a signature and a docstring; its solution is one line. The corpus shows every kind of problem, but in
-many families the line that works is not the most common one: some authors print instead of returning, some assign and
-forget to return, some leave a trailing comma, some make the mistake the family invites. A model trained on it knows
-the right line and, decoded greedily, often writes another. That gap is what S0 tuning closes.
+A problem is a signature and a docstring; its solution is one line. The corpus shows every kind of problem, but in many
+families the right line is not the most common one. Some authors print instead of returning, some assign and forget to
+return, some leave a trailing comma, some make the typical mistake of the family. A model trained on it knows the right
+line, but with greedy decoding it often writes another one. S0 tuning closes that gap.
 
 A problem's `key` (what is computed, with which names and constants, whatever the wording) belongs to exactly one of
 the corpus, `tune` and `heldout`.
@@ -32,8 +32,8 @@ HABITS = ("right", "print", "assign", "mistake", "comma")
 # The verb of the docstring pulls towards a habit, so habits vary within a family too.
 OPENER_PULL = {"Return": ("right", 1.6), "Compute": ("assign", 1.5), "Find": ("mistake", 1.5), "Show": ("print", 1.5)}
 
-# Part of the corpus is signed in a comment above the function. Every author pulls towards one habit, and two authors of
-# the same habit pull twice as hard: a model learns to add up such evidence, and to remember it until the body.
+# Part of the corpus is signed in a comment above the function. Every author pulls towards one habit, and two authors
+# with the same habit pull twice as hard. So a model learns to add up such evidence, and to remember it until the body.
 AUTHORS = {
     "right": ("ann", "ada"),
     "print": ("bob", "ben"),
@@ -56,7 +56,7 @@ MARKS = "!?-+*#=:;&"
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing to compute: its wording, the right expression, the mistake it invites, and a reference in Python.
+    """One thing to compute: its wording, the right expression, a typical mistake, and a reference in Python.
 
     `{0}` and `{1}` stand for the arguments, `{c}` and `{d}` for the constants. `reference` takes the arguments and
     then the constants.
@@ -78,9 +78,9 @@ class Family:
     kinds: tuple[Kind, ...]
 
 
-# How common each habit is before the docstring's verb pulls. Authors mostly get the `GOOD` families right; the others
-# have a favourite fault, which in the `..._OFTEN` families yields to the verb "Return". Greedy decoding goes token by
-# token, and "return" begins a mistake as well as the right line: it has to lose or win as a group.
+# The weight of each habit, before the pull of the docstring's verb. Authors mostly get the `GOOD` families right. The
+# others have a favourite mistake, which the verb "Return" overcomes in the `..._OFTEN` families. Greedy decoding goes
+# token by token, and "return" begins a mistake as well as the right line, so the two win or lose together.
 GOOD = {"right": 0.52, "print": 0.16, "assign": 0.14, "mistake": 0.14, "comma": 0.04}
 PRINT = {"right": 0.22, "print": 0.54, "assign": 0.14, "mistake": 0.07, "comma": 0.03}
 PRINT_OFTEN = {"right": 0.30, "print": 0.47, "assign": 0.14, "mistake": 0.06, "comma": 0.03}
@@ -208,7 +208,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """What has to be computed, whatever the function is called and however the docstring puts it."""
+        """The computation of the task, without the name of the function and the wording of the docstring."""
         return self.fill(self.kind.right)
 
     @property
@@ -220,7 +220,7 @@ class Task:
         return template.format(*self.args, **dict(zip("cd", self.constants, strict=False)))
 
     def bodies(self) -> dict[str, str]:
-        """The body each habit writes; only `right` is correct."""
+        """Return the body that each habit writes. Only `right` is correct."""
         right, mistake = self.fill(self.kind.right), self.fill(self.kind.mistake)
         return {
             "right": f"    return {right}",
@@ -233,7 +233,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task with tests. `inputs` are argument tuples, `expected` what the reference returns for them."""
+    """A task with tests. `inputs` are argument tuples, `expected` the results of the reference for them."""
 
     family: str
     key: str
@@ -255,7 +255,7 @@ class Problem:
 
 
 def habit_weights(family: str, opener: str) -> dict[str, float]:
-    """How often each habit completes a task of this family whose docstring starts with this verb (sums to 1)."""
+    """Return the probability of each habit for a task of this family whose docstring starts with this verb."""
     weights = dict(BY_NAME[family].habits)
     habit, pull = OPENER_PULL[opener]
     weights[habit] *= pull
@@ -293,7 +293,7 @@ def _draw_constants(rng: random.Random, sorts: tuple[str, ...]) -> tuple[int | s
 
 
 def make_problems(split: str, seed: int = DEFAULT_SEED) -> list[Problem]:
-    """The problems of a split ("tune" or "heldout"): PER_FAMILY of every family, in a fixed order."""
+    """Return the problems of a split ("tune" or "heldout"): PER_FAMILY of every family, in a fixed order."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     return [with_tests(task) for task in _reserved_tasks(seed)[split]]
@@ -301,7 +301,8 @@ def make_problems(split: str, seed: int = DEFAULT_SEED) -> list[Problem]:
 
 @lru_cache(maxsize=4)
 def _reserved_tasks(seed: int) -> dict[str, tuple[Task, ...]]:
-    """Both splits at once: no two tasks share a key. Families take turns, so any prefix of a split is balanced."""
+    """Make both splits together, so that no two tasks share a key. Families take turns, so any prefix of a split is
+    balanced."""
     rng = random.Random(f"problems {seed}")
     seen: set[str] = set()
     splits: dict[str, tuple[Task, ...]] = {}
@@ -325,7 +326,8 @@ def with_tests(task: Task) -> Problem:
 
 
 def _inputs(task: Task) -> tuple[tuple[Any, ...], ...]:
-    """Test arguments that tell every habit from the right one: borders, equal arguments, repeats, order."""
+    """Return test arguments that distinguish every habit from the right one: limits, equal arguments, repeats,
+    order."""
     numbers = [value for value in task.constants if isinstance(value, int)] or [7]
     low, high = numbers[0], numbers[-1]
     mark = next((value for value in task.constants if isinstance(value, str)), "-")
@@ -349,7 +351,7 @@ def _inputs(task: Task) -> tuple[tuple[Any, ...], ...]:
 
 
 def corpus(count: int, seed: int = DEFAULT_SEED, problem_seed: int = DEFAULT_SEED) -> Iterator[tuple[str, str]]:
-    """`count` pairs (prompt, body) to train a language model on.
+    """Yield `count` pairs (prompt, body) to train a language model on.
 
     The line that solves a problem of the splits made from `problem_seed` occurs nowhere, not even as another task's
     mistake.

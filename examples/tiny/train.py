@@ -1,10 +1,10 @@
-"""Make a tiny hybrid language model that writes small Python functions: tokenizer, weights, and a report.
+"""Train a tiny hybrid language model that writes small Python functions: tokenizer, weights, and a report.
 
     python examples/tiny/train.py qwen3_5
     python examples/tiny/train.py falcon_h1 --out /tmp/falcon --steps 200
 
-Runs the original transformers model in fp32 on the CPU and saves it in bf16. Same seed, same machine, same threads:
-same weights.
+It trains the original transformers model in fp32 on the CPU and saves it in bf16. The same seed, machine and number of
+threads give the same weights.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ HERE = Path(__file__).resolve().parent
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 512
 MAX_NEW_TOKENS = 40
-# A line break and the closing quotes are tokens of their own, so a prompt ends on a token boundary whatever follows;
-# blanks stay apart from words, so a name is the same token in a signature, a docstring and a body.
+# A line break and the closing quotes are separate tokens, so a prompt always ends at a token boundary. Blanks are not
+# part of words, so a name is the same token in a signature, a docstring and a body.
 TOKEN_PATTERN = r'\n| {4}| |"""|[A-Za-z]+|\d|[^A-Za-z\d\s]|\s'
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text comes back exactly, and the words of the corpus are single tokens."""
+    """Build a byte-level BPE tokenizer: any text can be restored exactly, and the words of the corpus are single
+    tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,7 +78,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast, width: int = 128) -> PreTrainedModel:
-    """A model of about a million parameters at width 128; grouped heads, and states that are not square."""
+    """Build a model of about a million parameters at width 128, with grouped heads and states that are not square."""
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -120,7 +121,7 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast, width: in
                 mamba_n_groups=2,
                 mamba_d_state=64,
                 mamba_chunk_size=32,
-                # of z, x, B, C and dt: what a state is written with is small beside what it is read with
+                # of z, x, B, C and dt: the factors that write a state are small, those that read it are large
                 ssm_multipliers=[1.0, 0.2, 0.2, 24.0, 1.0],
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             )
@@ -138,11 +139,12 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast, width: in
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel) -> None:
-    """Change the stock initial weights where a short training would not get far from them.
+    """Change those standard initial weights that a short training would not change much.
 
-    Decays start slow, as those of large trained models are: the stock ones forget an initial state within a few tokens.
-    Convolutions pass their input on instead of muting it. In Qwen3.5 the values are small (the norm behind the scan
-    makes up for it), and so is the state: an S0 learned with the default settings would otherwise hardly count.
+    Decays start slow, like those of large trained models: with the standard ones an initial state is forgotten
+    within a few tokens. Convolutions pass their input on instead of attenuating it. In Qwen3.5 the values are small
+    (the norm after the scan compensates), and so is the state; otherwise an S0 learned with the default settings
+    would have little effect.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("conv1d.weight"):
@@ -158,7 +160,7 @@ def initialise(model: PreTrainedModel) -> None:
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """Token ids of prompt + body + eos, with the number of prompt tokens."""
+    """Return the token ids of prompt + body + eos, with the number of prompt tokens."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     bodies = tokenizer([body for _, body in pairs])["input_ids"]
     return [
@@ -167,7 +169,7 @@ def encode_corpus(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str
 
 
 def batches(examples: list[tuple[list[int], int]], size: int, steps: int, seed: int):
-    """`steps` batches of similar lengths, padded on the right with labels of -100, in a seeded order."""
+    """Yield `steps` batches of similar lengths, padded on the right with labels of -100, in a seeded order."""
     rng = random.Random(f"batches {seed}")
     made = 0
     while made < steps:
@@ -185,7 +187,7 @@ def batches(examples: list[tuple[list[int], int]], size: int, steps: int, seed: 
 
 
 def collate(examples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and, for every position, how much its prediction counts: prompts a little, bodies fully, pads nothing."""
+    """Return ids and the loss weight of every position: small for prompts, full for bodies, zero for pads."""
     width = max(len(ids) for ids, _ in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     weights = torch.zeros(len(examples), width)
@@ -197,7 +199,7 @@ def collate(examples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.
 
 
 def train(model: PreTrainedModel, examples: list[tuple[list[int], int]], args: argparse.Namespace) -> float:
-    """AdamW with a cosine schedule; returns the mean loss of the last 50 steps."""
+    """Train with AdamW and a cosine schedule, and return the mean loss of the last 50 steps."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     filters = [p for p in model.parameters() if p.ndim == 3]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -233,7 +235,7 @@ def train(model: PreTrainedModel, examples: list[tuple[list[int], int]], args: a
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write beside `out`, then rename: a crash leaves the old folder or the new one."""
+    """Write to a folder beside `out`, then rename it: a crash leaves the old folder or the new one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -255,7 +257,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) 
 
 @torch.no_grad()
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
-    """Greedy completions, up to the end token. Prompts of one length go together, so nothing is padded."""
+    """Return greedy completions, up to the end token. A batch has prompts of one length, so nothing is padded."""
     by_length = defaultdict(list)
     encoded = tokenizer(prompts)["input_ids"]
     for index, ids in enumerate(encoded):
@@ -270,7 +272,7 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def report(out: Path) -> None:
-    """Reload what was saved and print how it does on problems it has never seen."""
+    """Reload the saved model and print its results on problems that it has never seen."""
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     problems = make_problems("heldout")
@@ -307,7 +309,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.width != 128 and args.out is None:
-        parser.error("--width other than 128 needs --out, or it would replace the checkpoint beside this script")
+        parser.error("--width other than 128 needs --out, because it would replace the checkpoint beside this script")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

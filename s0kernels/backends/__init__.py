@@ -1,1 +1,1 @@
-"""Implementations of the ops. Thin, independent of each other, loaded on demand by `s0kernels.ops.registry`."""
+"""Implementations of the ops. They are independent of each other; `s0kernels.ops.registry` loads them on demand."""

@@ -1,8 +1,8 @@
-"""Tokens cut into chunks, the same way for dense and packed batches.
+"""Cut tokens into chunks, in the same way for dense and packed batches.
 
-Every sequence is padded at its end to whole chunks. Chunks are ordered by their number within the sequence, and within
-that by sequence, longest first: the scan's step `c` then works on one contiguous slice of chunks and on the first
-states, whatever the lengths.
+Every sequence is padded at its end to whole chunks. Chunks are ordered by their index within the sequence, and then by
+sequence, longest first. So step `c` of the scan works on one contiguous slice of chunks and on the first states,
+whatever the lengths.
 """
 
 import itertools
@@ -15,13 +15,14 @@ from s0kernels.calls import Start, state_dtype
 
 
 class Chunks:
-    """The layout of one call. `size` is the chunk length C, `count` the number of chunks NC, `sequences` is NSEQ."""
+    """The chunks of one call. `size` is the chunk length C, `count` the number of chunks NC, `sequences` is NSEQ."""
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, size: int):
-        """`tokens` is any [B, T, ...] input in the dtype that decides the arithmetic, `size` the longest chunk."""
+        """`tokens` is any [B, T, ...] input whose dtype decides the dtype of the arithmetic; `size` is the maximum
+        chunk length."""
         self.batch, self.length = tokens.shape[:2]
         self.dtype = state_dtype(tokens.dtype)
-        #: an empty tensor to take dtype and device of states from
+        #: an empty tensor with the dtype and device of states
         self.like = tokens.new_empty(0, dtype=self.dtype)
         if cu_seqlens is None:
             self.order = self.slots = None
@@ -39,12 +40,13 @@ class Chunks:
             alive = [sum(n > step for n in per_sequence) for step in range(max(per_sequence, default=0))]
             self.slots = self._slots(ends, order, alive)
         starts = list(itertools.accumulate(alive, initial=0))
-        #: per step of the scan: the slice of chunks it works on; it uses as many states, from the first on
+        #: for each step of the scan: its slice of chunks. It uses the first states, as many as the slice has chunks
         self.steps = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.count = starts[-1]
 
     def _slots(self, ends: list[int], order: list[int], alive: list[int]) -> Tensor:
-        """Where token t of the packed row lies in [NC * C]; step c of the scan works on `alive[c]` chunks."""
+        """Return the index in [NC * C] of every token of the packed row. Step c of the scan works on `alive[c]`
+        chunks."""
         first_chunks = torch.tensor(list(itertools.accumulate(alive, initial=0)), dtype=torch.int64, device="cpu")
         slots = torch.empty(self.length, dtype=torch.int64, device="cpu")
         for place, i in enumerate(order):
@@ -53,7 +55,8 @@ class Chunks:
         return slots.to(self.like.device)
 
     def split(self, x: Tensor, dtype: torch.dtype, heads: int | None = None) -> Tensor:
-        """[B, T, H, ...] to [NC, H, C, ...] in `dtype`, zeros at pads; each head repeated to make `heads` of them."""
+        """Cut [B, T, H, ...] into [NC, H, C, ...] in `dtype`, with zeros at pads. Heads are repeated to `heads`
+        heads."""
         tail = x.shape[2:]
         if self.slots is None:
             full = len(self.steps) * self.size
@@ -70,7 +73,7 @@ class Chunks:
         return x.to(dtype).contiguous()
 
     def join(self, x: Tensor, dtype: torch.dtype, heads: int | None = None) -> Tensor:
-        """[NC, H, C, ...] back to [B, T, H, ...]; groups of heads summed to make `heads` of them."""
+        """Join [NC, H, C, ...] to [B, T, H, ...]. Groups of heads are summed to `heads` heads."""
         if heads is not None and heads != x.shape[1]:
             x = x.unflatten(1, (heads, -1)).sum(2)
         x = x.transpose(1, 2)
@@ -84,14 +87,14 @@ class Chunks:
         return x.to(dtype).contiguous()
 
     def starting_states(self, start: Start, shape: tuple[int, ...]) -> Tensor:
-        """What `gather_states` gives, in the order of the scan and in memory of their own: of zeros and of rows of a
-        bank there is no second copy."""
+        """Return the states of `gather_states` in the order of the scan, in new memory. Zeros and rows of a bank are
+        not copied twice."""
         states = gather_states(start.state, start.indices, (self.sequences, *shape), self.like)
         fresh = start.state is None or start.indices is not None
         return states if fresh and self.order is None else self.sort(states)
 
     def sort(self, states: Tensor) -> Tensor:
-        """States [NSEQ, ...] in the order of the scan, in memory of their own."""
+        """Return states [NSEQ, ...] in the order of the scan, in new memory."""
         return (
             states.clone(memory_format=torch.contiguous_format)
             if self.order is None
@@ -104,10 +107,10 @@ class Chunks:
 
 
 def decay_matrix(log_decay: Tensor) -> Tensor:
-    """[..., C] to [..., C, C]: exp(sum of log_decay over j < l <= i) at (i, j), zero above the diagonal.
+    """Map [..., C] to [..., C, C]: exp(sum of log_decay over j < l <= i) at (i, j), zero above the diagonal.
 
-    The sums are accumulated rather than taken as differences of running sums, so a strong decay early in the chunk
-    costs the later tokens no precision, and a log decay of -inf is a clean reset.
+    The sums are accumulated; they are not differences of running sums. So a strong decay early in the chunk does not
+    reduce the precision of later tokens, and a log decay of -inf is a clean reset.
     """
     size = log_decay.shape[-1]
     sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, size).tril(-1).cumsum(-2)
@@ -116,7 +119,7 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
 
 
 def decay_matrix_grad(weights: Tensor) -> Tensor:
-    """d(log_decay) [..., C] from dL/d(sum) [..., C, C] on and below the diagonal: sums over j < l <= i."""
+    """Return d(log_decay) [..., C] from dL/d(sum) [..., C, C] on and below the diagonal, as sums over j < l <= i."""
     below = weights.flip(-2).cumsum(-2).flip(-2).tril(-1)
     return below.sum(-1)
 
@@ -126,8 +129,8 @@ def reverse_cumsum(x: Tensor) -> Tensor:
 
 
 def unit_lower_inverse(system: Tensor) -> Tensor:
-    """(I + system)^-1 of a strictly lower triangular [..., C, C]. An entry (r, c) that is not finite reaches (i, j)
-    with i >= r and j <= c alone."""
+    """Return (I + system)^-1 for a strictly lower triangular system [..., C, C]. An entry (r, c) that is not finite
+    affects only entries (i, j) with i >= r and j <= c."""
     inverse = _solve(system)
     if _is_finite(inverse):
         return inverse
@@ -140,8 +143,8 @@ def _solve(system: Tensor) -> Tensor:
 
 
 def lower_product(triangle: Tensor, rows: Tensor) -> Tensor:
-    """`triangle @ rows` of a lower triangular matrix. What is not finite in a row reaches that row and those below it
-    alone, which a product with zeros does not see to."""
+    """Return `triangle @ rows` for a lower triangular matrix. A value that is not finite in a row affects only that row
+    and the rows below. An ordinary product would multiply it by zeros, and spread NaN."""
     product = triangle @ rows
     if _is_finite(product):
         return product
@@ -149,7 +152,7 @@ def lower_product(triangle: Tensor, rows: Tensor) -> Tensor:
 
 
 def upper_product(triangle: Tensor, rows: Tensor) -> Tensor:
-    """The same of an upper triangular matrix, and the rows above."""
+    """Like `lower_product`, for an upper triangular matrix and the rows above."""
     product = triangle @ rows
     if _is_finite(product):
         return product
@@ -157,7 +160,8 @@ def upper_product(triangle: Tensor, rows: Tensor) -> Tensor:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Known at once on a CPU; elsewhere it would have to be waited for, and False is always right."""
+    """Whether all values are finite. On other devices than a CPU the answer would need a synchronisation, so it is
+    False, which is always safe."""
     return x.device.type == "cpu" and bool(x.sum().isfinite())
 
 

@@ -1,9 +1,9 @@
 """Backend `cpu`: the compiled scans of `csrc/cpu`, for tensors on a CPU.
 
-They scan the chunks of a head with the state in cache and write nothing but results; the backward recomputes. Mamba-2
-SSD is handed over as the recurrence it shares with the gated delta rule: q = C, k = B, v = x, dt in the place of beta,
-and a log decay of dt A. What is one value per token (processing dt) or one pass over the output (the gate z) stays in
-PyTorch.
+They scan the chunks of a head with the state in cache, and write only results; the backward recomputes the rest.
+Mamba-2 SSD is passed as the recurrence that it shares with the gated delta rule: q = C, k = B, v = x, dt instead of
+beta, and a log decay of dt A. PyTorch processes dt, which is one value per token, and applies the gate z, which is one
+pass over the output.
 """
 
 import functools
@@ -36,39 +36,40 @@ from s0kernels.calls import (
 from s0kernels.hardware import compilers
 
 _SSD_CHUNK = 64
-#: of the delta rule: with beta above 1 shorter ones are more exact, but hold more states
+#: chunk lengths of the delta rule. If beta exceeds 1, shorter chunks are more exact, but need more states
 _DELTA_CHUNK, _DELTA_CHUNK_ABOVE_1 = 32, 16
-#: longer ones would outgrow the cache
+#: longer chunks would not fit into the cache
 _MAX_CHUNK = 256
-#: heads of a group that are worked on together, sharing what depends on q and k alone
+#: number of heads of a group that are computed together and share the terms in q and k alone
 _HEAD_BLOCK = 4
 
 
 def supports(call: Call) -> str | None:
     mixer = call.op in ("gated_delta_mixer_step", "ssd_mixer_step")
     if call.device.type != "cpu":
-        return f"for tensors on a CPU, not on {call.device.type}"
+        return f"is for tensors on a CPU, not on {call.device.type}"
     if call.dtype == torch.float64 and mixer:
         return "computes mixers in fp32, not in fp64"
     return missing() or (tokens.too_large(call) if mixer else None)
 
 
 def rows_that_pay(call: Call) -> float:
-    """A fused token convolves its group's inputs anew for each head, which in fp32 is worth it for few rows only."""
+    """Return the maximum number of rows for fused tokens. A fused token repeats the convolution of its group for each
+    head, which in fp32 pays for few rows only."""
     return 2 if call.dtype == torch.float32 else float("inf")
 
 
 @functools.cache
 def missing() -> str | None:
-    """None once the library is there, else the reason why not."""
+    """Return None if the library is loaded, else the reason why it cannot be."""
     file = Path(os.environ.get("S0KERNELS_CPU_LIBRARY") or Path(__file__).parents[1] / "_cpu.so")
     if not file.is_file():
-        return f"was not built: install with --no-build-isolation where torch and a C++ compiler are: {compilers()}"
+        return f"was not built: install with --no-build-isolation, with torch and a C++ compiler: {compilers()}"
     try:
         torch.ops.load_library(str(file))
         torch.ops.s0kernels_cpu.instructions()
     except (OSError, RuntimeError, AttributeError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]  # the stack follows in errors of torch
+        reason = str(error.__cause__ or error).partition("\n")[0]  # errors of torch end with a stack trace
         return f"cannot be used beside torch {torch.__version__}: {reason}"
     return None
 
@@ -90,11 +91,11 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Scan(NamedTuple):
-    """Either recurrence as the compiled kernels know it, fields as in their schema; of SSD q = C, k = B, v = x."""
+    """The inputs of either recurrence, with the fields of the compiled kernels' schema. For SSD q = C, k = B, v = x."""
 
     q: Tensor
     k: Tensor
-    v: Tensor  # or None: what the gradient of the state alone does not need
+    v: Tensor  # None if only the gradient of the state is wanted
     decay: Tensor  # [B, T, heads] in the dtype of states, as weight
     weight: Tensor
     skip: Tensor | None
@@ -108,7 +109,7 @@ class _Scan(NamedTuple):
 
 
 class _ScanOptions(NamedTuple):
-    """Options of either, in the order of the schema."""
+    """The options of either recurrence, in the order of the schema."""
 
     delta: bool
     normalise: bool
@@ -127,7 +128,7 @@ def _delta(inputs: DeltaInputs, start: Start, options: DeltaOptions) -> tuple[_S
 
 
 def _ssd(inputs: SSDInputs, start: Start, options: SSDOptions) -> tuple[_Scan, _ScanOptions]:
-    """B is missing where the gradient of the state is all that is wanted, which does not need it."""
+    """Convert the inputs of SSD. B is None if only the gradient of the state is wanted."""
     C, B = inputs.C, inputs.C if inputs.B is None else inputs.B
     steps = process_dt(inputs, options).detach().contiguous()
     skip = None if inputs.D is None else _contiguous(inputs.D, steps.dtype)
@@ -164,7 +165,7 @@ def gated_delta_rule_backward(
 
 
 def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Gradients under the names of the shared recurrence, those of q and k summed over the heads of a group."""
+    """Return gradients by the names of the shared recurrence. Those of q and k are summed over the heads of a group."""
     dtype, (batch, length, heads), (groups, K) = scan.decay.dtype, scan.decay.shape, scan.q.shape[2:]
     V = grads.columns(3 if how.delta else 2)
     parts = -(-(heads // groups) // how.head_block)
@@ -175,7 +176,7 @@ def _backward(grads: Grads, scan: _Scan, how: _ScanOptions, wanted: frozenset[st
     if wanted & {"q", "k", "decay", "weight"}:
         out["q"], out["k"] = (torch.empty(batch, length, groups, parts, K, dtype=dtype, device="cpu") for _ in range(2))
         out["decay"], out["weight"] = torch.empty_like(scan.decay), torch.empty_like(scan.decay)
-    else:  # neither the values nor the states matter
+    else:  # needs neither the values nor the states
         scan = scan._replace(v=None, initial_state=None, indices=None)
     if "v" in wanted:
         out["v"] = torch.empty(batch, length, heads, V, dtype=dtype, device="cpu")
@@ -236,7 +237,7 @@ def ssd_step(inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Tensor:
 
 
 def _step(token: tuple, pool: Pool, kind: torch.dtype, how: tuple[bool, bool, float]) -> Tensor:
-    """A token of either recurrence, its tensors as in `_Scan` without T."""
+    """Run one token of either recurrence. Its tensors are those of `_Scan` without T."""
     (q, k, v, *gates), state = token, pool.state
     output = torch.empty(v.shape, dtype=kind, device="cpu")
     place = state if state.is_contiguous() else state.contiguous()

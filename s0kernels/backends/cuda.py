@@ -1,4 +1,4 @@
-"""Backend `cuda`: the compiled steps of `csrc/cuda`, for tensors on a GPU. Sequences are not its business."""
+"""Backend `cuda`: the compiled steps of `csrc/cuda`, for tensors on a GPU. It has no scans."""
 
 import functools
 import os
@@ -27,9 +27,9 @@ def supports(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "computes in fp32, not in fp64"
     if call.device.type != "cuda":
-        return f"for tensors on a GPU, not on {call.device.type}"
+        return f"is for tensors on a GPU, not on {call.device.type}"
     if torch.version.hip is not None:
-        return "is for GPUs by NVIDIA, and this torch is for those by AMD"
+        return "is for NVIDIA GPUs, and this torch is built for AMD GPUs"
     return _unusable(
         torch.cuda.current_device() if call.device.index is None else call.device.index
     ) or tokens.too_large(call)
@@ -45,10 +45,10 @@ def _unusable(index: int) -> str | None:
 
 @functools.cache
 def missing() -> str | None:
-    """None once the library is there, else the reason why not."""
+    """Return None if the library is loaded, else the reason why it cannot be."""
     file = Path(os.environ.get("S0KERNELS_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
     if not file.is_file():
-        return "was not built: install with --no-build-isolation where nvcc and a torch for CUDA are"
+        return "was not built: install with --no-build-isolation, with nvcc and a torch for CUDA"
     try:
         torch.ops.load_library(str(file))
         _ = torch.ops.s0kernels_cuda.gated_delta_rule_step

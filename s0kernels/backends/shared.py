@@ -1,4 +1,4 @@
-"""What backends and references share: packed sequences, states by index, dt, and which chunks amplify rounding."""
+"""Functions shared by backends and references: packed sequences, states by index, dt, and amplified rounding."""
 
 import itertools
 
@@ -7,14 +7,16 @@ from torch import Tensor
 
 from s0kernels.calls import SSDInputs, SSDOptions, state_dtype
 
-#: The sum of squares of a row of the delta rule's inverse W above which the chunk is computed finer: its root is about
-#: how much W amplifies what is rounded. With normalised keys and beta up to 1 it stays below 6. With beta up to 2 it is
-#: about 4 where keys are independent and 4 times the chunk where they are nearly equal.
+#: If the sum of squares of a row of the delta rule's inverse W exceeds this, the chunk is computed in higher precision.
+#: The root of that sum is about the factor by which W amplifies rounding errors. With normalised keys and beta up to 1
+#: the sum stays below 6. With beta up to 2 it is about 4 if keys are independent, and 4 times the chunk length if they
+#: are nearly equal.
 AMPLIFIES = 8.0
 
 
 def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
-    """`cu_seqlens` on the host (on a GPU this synchronises), checked: 0, then never decreasing, up to T."""
+    """Read `cu_seqlens` to the host (on a GPU this synchronises), and check that it starts at 0, never decreases and
+    ends at T."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != length:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {length}, got {shorten(ends)}")
@@ -28,8 +30,8 @@ def shorten(values: list[int]) -> str:
 
 
 def process_dt(inputs: SSDInputs, options: SSDOptions) -> Tensor:
-    """clamp(softplus(dt + dt_bias), dt_limit), softplus as logaddexp(x, 0), which neither overflows nor rounds to 0. In
-    the dtype of states."""
+    """Return clamp(softplus(dt + dt_bias), dt_limit) in the dtype of states. softplus is logaddexp(x, 0), which neither
+    overflows nor rounds to 0."""
     return _before_limits(inputs, options).clamp(*options.dt_limit)
 
 
@@ -49,17 +51,17 @@ def silu_slope(z: Tensor) -> Tensor:
 
 
 def dt_grad(ddt: Tensor, inputs: SSDInputs, options: SSDOptions) -> Tensor:
-    """Through clamp (the bounds included) and softplus to dt + dt_bias."""
+    """Propagate the gradient of the processed dt through clamp (bounds included) and softplus to dt + dt_bias."""
     before = _before_limits(inputs, options)
     ddt = torch.where((before >= options.dt_min) & (before <= options.dt_max), ddt, 0.0)
     return ddt * torch.sigmoid(_raw_dt(inputs)) if options.dt_softplus else ddt
 
 
 def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, shape: tuple, like: Tensor) -> Tensor:
-    """The starting state of every sequence, [NSEQ, ...]: a view where one exists, a copy for a bank, zeros for None.
+    """Return the starting state of every sequence, [NSEQ, ...]: a view if possible, a copy for a bank, zeros for None.
 
-    An index of -1 gives zeros. Any other index outside the bank gives NaN, so that a bad index which the host has
-    not looked at (GPU tensors are not read back) can never pass for a result.
+    An index of -1 gives zeros. Any other index outside the bank gives NaN. So a bad index cannot give a plausible
+    result, even on a GPU, where the host does not read it.
     """
     if initial_state is None:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -71,15 +73,15 @@ def gather_states(initial_state: Tensor | None, state_indices: Tensor | None, sh
     index = state_indices.long()
     trailing = (-1,) + (1,) * (len(shape) - 1)
     rows = initial_state.new_zeros(shape) if size == 0 else initial_state.index_select(0, index.clamp(0, size - 1))
-    rows.masked_fill_((index == -1).view(trailing), 0.0)  # in place: these rows are nobody else's
+    rows.masked_fill_((index == -1).view(trailing), 0.0)  # in place: no other tensor shares these rows
     return rows.masked_fill_(((index < -1) | (index >= size)).view(trailing), float("nan"))
 
 
 def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> None:
-    """Write the states [B, ...] of one step back in place: row by row, or to the rows of a pool that are addressed.
+    """Write the states [B, ...] of one step back in place: row by row, or to the addressed rows of a pool.
 
-    Rows with index -1 (or outside the pool) store nothing. Instead of picking the others out, which would need their
-    number on the host, they repeat the write of a row that is stored, or rewrite row 0 with itself.
+    Rows with index -1 (or outside the pool) store nothing. Selecting the other rows would need their number on the
+    host. So these rows repeat the write of a stored row, or rewrite row 0 with itself.
     """
     if state_indices is None:
         state.copy_(new)
@@ -88,7 +90,7 @@ def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> No
         return
     index = state_indices.long()
     stored = (index >= 0) & (index < state.shape[0])
-    first = stored.to(torch.int64).argmax(0, keepdim=True)  # [1]: an index without dimensions is read by the host
+    first = stored.to(torch.int64).argmax(0, keepdim=True)  # [1]: the host would read an index without dimensions
     stand_in = torch.where(stored.any(), index.index_select(0, first), 0)
     value = torch.where(stored.any(), new.index_select(0, first), state[:1])
     shape = (-1,) + (1,) * (new.dim() - 1)
@@ -96,7 +98,7 @@ def store_states(state: Tensor, state_indices: Tensor | None, new: Tensor) -> No
 
 
 def reduce_state_grad(dstate: Tensor, initial_state_shape: tuple, state_indices: Tensor | None) -> Tensor:
-    """[NSEQ, ...] gradients to the shape the state was given in, summed over sequences in a fixed order."""
+    """Reduce gradients [NSEQ, ...] to the shape of the given state, by sums over sequences in a fixed order."""
     if len(initial_state_shape) == dstate.dim() - 1:
         return dstate.sum(0)
     if state_indices is None:
@@ -117,5 +119,6 @@ def reduce_state_grad(dstate: Tensor, initial_state_shape: tuple, state_indices:
 
 
 def as_gradient(grad: Tensor, of: Tensor | None) -> Tensor:
-    """Contiguous, as torch.compile was promised, and in the dtype of the input (None: as it is)."""
+    """Return a gradient that is contiguous, as torch.compile assumes, and has the dtype of the input (None: keep the
+    dtype)."""
     return grad.to(grad.dtype if of is None else of.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""One token through the operators of `csrc/token/operators.h`, which the libraries for a CPU and for GPUs share.
+"""Run one token through the operators of `csrc/token/operators.h`, which the libraries for CPUs and GPUs share.
 
 `library` is the namespace of one of them, `torch.ops.s0kernels_cpu` or `torch.ops.s0kernels_cuda`.
 """
@@ -20,7 +20,7 @@ from s0kernels.calls import (
     SSDOptions,
 )
 
-#: K, V, P and N at most, and the width of a convolution
+#: maximum of K, V, P and N, and maximum width of a convolution
 MAX_HEAD_SIZE = 256
 MAX_WINDOW = 8
 

@@ -1,8 +1,8 @@
 """Backend `torch`: chunked scans in plain PyTorch, on any device.
 
-Within a chunk everything is matrix products; a loop over the chunks carries the state. The backward is written out: it
-keeps only the inputs, recomputes the states at chunk boundaries, and does what the asked gradients need. The formulas
-stand beside the code; C is the chunk, S the state at its start, S' at its end.
+Within a chunk all work is matrix products; a loop over the chunks carries the state. The backward is written by hand:
+it keeps only the inputs, recomputes the states at chunk boundaries, and computes only what the requested gradients
+need. In the formulas C is the chunk length, S the state at the start of the chunk, S' the state at its end.
 """
 
 import functools
@@ -39,7 +39,7 @@ def supports(call: Call) -> str | None:
 #
 # With G_i = exp(g_1 + .. + g_i), D_ij = exp(g_{j+1} + .. + g_i), and E_i = exp(g_{i+1} + .. + g_C) inside a chunk:
 #   A     = strict_lower(diag(beta) (K K^T * D)),  W = (I + A)^-1,  P = lower(scale Q K^T * D)
-#   delta = W diag(beta) (V - diag(G) K S)          what each token writes
+#   delta = W diag(beta) (V - diag(G) K S)          the value that each token writes
 #   O     = scale diag(G) Q S + P delta
 #   S'    = G_C S + K^T diag(E) delta
 
@@ -47,7 +47,7 @@ _GDN_CHUNK = 32
 
 
 class _DeltaChunks:
-    """The inputs of the gated delta rule by chunk, and what depends on k, g and beta alone."""
+    """The inputs of the gated delta rule by chunk, and the terms that depend on k, g and beta alone."""
 
     def __init__(self, chunks: Chunks, inputs: DeltaInputs, options: DeltaOptions):
         dtype, heads = chunks.dtype, inputs.g.shape[2]
@@ -70,8 +70,8 @@ class _DeltaChunks:
             self._refine_inverses()
 
     def _refine_inverses(self) -> None:
-        """K K^T and W anew in fp64, which other devices may lack, where W amplifies; all of them where looking would
-        have to wait for a GPU."""
+        """Recompute K K^T and W in fp64 for chunks where W amplifies rounding. Selecting them on a GPU would
+        synchronise, so a GPU recomputes all chunks. Some devices lack fp64."""
         at = slice(None)
         if self.inverse.device.type == "cpu":
             at = torch.linalg.vector_norm(self.inverse, dim=-1).amax(-1) > AMPLIFIES**0.5
@@ -83,12 +83,12 @@ class _DeltaChunks:
         self.similarity[at] = similarity.to(self.similarity.dtype)
 
     def write(self, at: slice, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(V - diag(G) K S, delta) of the chunks `at`."""
+        """Return (V - diag(G) K S, delta) for the chunks `at`."""
         error = values - self.from_start[at] * (self.k[at] @ state)
         return error, lower_product(self.inverse[at], self.beta[at] * error)
 
     def advance(self, at: slice, state: Tensor, delta: Tensor) -> None:
-        """S to S', in place."""
+        """Advance S to S', in place."""
         state.mul_(self.last[at]).add_((self.k[at] * self.to_end[at]).mT @ delta)
 
 
@@ -98,7 +98,7 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalise_grad(dx: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
-    """Through x -> x * norm, from the normalised x."""
+    """Propagate a gradient through x -> x * norm, given the normalised x."""
     return dx if norm is None else norm * (dx - x * (x * dx).sum(-1, keepdim=True))
 
 
@@ -127,8 +127,8 @@ def _delta_states(chunks: Chunks, inputs: DeltaInputs, start: Start) -> Tensor:
 def gated_delta_rule_backward(
     grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
 ) -> dict[str, Tensor]:
-    """With dvalue = W^T (P^T dO + diag(E) K dS'), the gradient of what W is applied to:
-    dS = scale Q^T diag(G) dO + G_C dS' - K^T diag(G beta) dvalue, which needs neither v nor S; dV = diag(beta) dvalue.
+    """Let dvalue = W^T (P^T dO + diag(E) K dS') be the gradient of the argument of W. Then dS = scale Q^T diag(G) dO +
+    G_C dS' - K^T diag(G beta) dvalue, which needs neither v nor S; dV = diag(beta) dvalue.
     """
     chunks = Chunks(inputs.q, start.cu_seqlens, options.chunk_size or _GDN_CHUNK)
     parts = _DeltaChunks(chunks, inputs, options)
@@ -170,7 +170,7 @@ def gated_delta_rule_backward(
 
 
 def _delta_input_grads(chunks: Chunks, inputs: _DeltaChunks, grads, values, states) -> dict[str, Tensor]:
-    """dq and dk (by chunk, of the normalised q and k), dg and dbeta. The states and writes are recomputed first.
+    """Return dq and dk (by chunk, for the normalised q and k), dg and dbeta. The states and delta are recomputed first.
     `grads` are dO, dvalue and dS' of every chunk."""
     dout, dvalue, dstates = grads
     at_start, error, delta = torch.empty_like(dstates), torch.empty_like(values), torch.empty_like(values)
@@ -201,7 +201,7 @@ def _delta_input_grads(chunks: Chunks, inputs: _DeltaChunks, grads, values, stat
 
 
 def _before(x: Tensor) -> Tensor:
-    """Sums over the earlier positions only."""
+    """Return the sums over earlier positions only."""
     return torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
 
 
@@ -221,7 +221,7 @@ def gated_delta_rule_step(inputs: DeltaInputs, pool: Pool, options: DeltaOptions
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, G, ...] to [B, heads, ...]."""
+    """Repeat heads from [B, G, ...] to [B, heads, ...]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
@@ -238,7 +238,7 @@ _SSD_CHUNK = 64
 
 
 class _SSDChunks:
-    """dt, A and C by chunk: all that the gradient of the initial state needs."""
+    """dt, A and C by chunk. The gradient of the initial state needs nothing else."""
 
     def __init__(self, chunks: Chunks, inputs: SSDInputs, options: SSDOptions):
         groups = inputs.C.shape[2]
@@ -250,11 +250,11 @@ class _SSDChunks:
         self.last = self.from_start[..., -1:, :].flatten(1, 2)  # [NC, H, 1, 1], against states [., H, P, N]
 
     def split_heads(self, chunks: Chunks, x: Tensor) -> Tensor:
-        """[B, T, H, P] to [NC, G, R, C, P]."""
+        """Cut [B, T, H, P] into [NC, G, R, C, P]."""
         return chunks.split(x, chunks.dtype).unflatten(1, (self.C.shape[1], -1))
 
     def add_pairs(self, chunks: Chunks, x: Tensor, B: Tensor) -> None:
-        """What the output and the other gradients need besides."""
+        """Add the terms that the output and the other gradients need."""
         self.B = chunks.split(B, chunks.dtype)
         self.x = self.split_heads(chunks, x)
         self.scaled = self.dt * self.x
@@ -263,28 +263,28 @@ class _SSDChunks:
         self.mixing = (self.C @ self.B.mT).tril_()[:, :, None] * self.decay
 
     def read(self, at: slice, state: Tensor) -> Tensor:
-        """diag(G) C S^T of the chunks `at`, [., G, R, C, P]."""
+        """Return diag(G) C S^T for the chunks `at`, [., G, R, C, P]."""
         groups, heads = self.x.shape[1:3]
         return self.from_start[at] * _head_major(self.C[at] @ _as_matrix(state, groups).mT, heads)
 
     def advance(self, at: slice, state: Tensor) -> None:
-        """S to S', in place."""
+        """Advance S to S', in place."""
         write = _side_by_side(self.to_end[at] * self.scaled[at]).mT @ self.B[at]
         state.mul_(self.last[at]).add_(write.view_as(state))
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """[., G, R, C, P] to [., G, C, R * P]."""
+    """Reshape [., G, R, C, P] to [., G, C, R * P]."""
     return x.transpose(2, 3).flatten(3)
 
 
 def _head_major(x: Tensor, heads: int) -> Tensor:
-    """[., G, C, R * P] to [., G, R, C, P]."""
+    """Reshape [., G, C, R * P] to [., G, R, C, P]."""
     return x.unflatten(3, (heads, -1)).transpose(2, 3)
 
 
 def _as_matrix(states: Tensor, groups: int) -> Tensor:
-    """[., H, P, N] to [., G, R * P, N]."""
+    """Reshape [., H, P, N] to [., G, R * P, N]."""
     return states.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
@@ -293,7 +293,7 @@ def _ssd_states(chunks: Chunks, inputs: SSDInputs, start: Start) -> Tensor:
 
 
 def _ssd_scan(chunks: Chunks, inputs: _SSDChunks, states: Tensor) -> Tensor:
-    """Y [NC, G, R, C, P] without D and z; `states` end as the final states."""
+    """Return Y [NC, G, R, C, P] without D and z. Afterwards `states` hold the final states."""
     output = torch.empty_like(inputs.x)
     for at in chunks.steps:
         state = states[: at.stop - at.start]
@@ -366,8 +366,8 @@ def ssd_backward(
 
 
 class _SSDGrads:
-    """The gradients of what is read by chunk. What several of them share is computed when the first asks for it, the
-    states at once. `dstates` is dS' of every chunk."""
+    """The gradients of the inputs by chunk. Terms that several gradients share are computed on first use; the states
+    are computed at once. `dstates` is dS' of every chunk."""
 
     def __init__(self, inputs: _SSDChunks, dout: Tensor, dstates: Tensor, states: Tensor, steps: list[slice]):
         self.inputs, self.dout, self.dstates = inputs, dout, dstates
@@ -379,7 +379,7 @@ class _SSDGrads:
             inputs.advance(at, state)
 
     def wanted(self, chunks: Chunks, names: frozenset[str]) -> dict[str, Tensor]:
-        """Those in `names` of dx, ddt (of the processed dt), dA, dB, dC, and y (for dz)."""
+        """Return the gradients in `names` among dx, ddt (of the processed dt), dA, dB, dC, and y (for dz)."""
         inputs, found = self.inputs, {}
         if "z" in names:
             y = self.read + lower_product(inputs.mixing, inputs.scaled)

@@ -1,1 +1,1 @@
-"""Checks and benchmarks: times, memory and errors, beside other libraries."""
+"""Checks and benchmarks: times, memory and errors, compared with other libraries."""

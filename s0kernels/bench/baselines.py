@@ -1,6 +1,6 @@
-"""Other libraries that offer a scan or a step of one of the recurrences, called as their users call them.
+"""Baselines: other libraries that have a scan or a step of one of the recurrences, called as their users call them.
 
-S0 is one state for all sequences. The others want a copy for each sequence, which is part of their time.
+S0 is one state for all sequences. The other libraries need a copy for each sequence, and the time for it counts.
 """
 
 import importlib
@@ -15,7 +15,8 @@ from torch import Tensor
 from s0kernels.bench.inputs import Values, state_for_each, token
 
 Scan = Callable[[Values, bool], tuple[Tensor, Tensor]]  # (inputs, whether from S0) -> (output, final state)
-# (inputs, a state per row) -> what advances it by one token and gives the output, or output and state
+# (inputs, a state per row) -> a function that advances the state by one token and returns the output, or output and
+# state
 Step = Callable[[Values, Tensor], Callable[[], Tensor | tuple[Tensor, Tensor]]]
 
 _DELTA = ("q", "k", "v", "g", "beta")
@@ -24,7 +25,7 @@ _SSD = ("x", "dt", "A", "B", "C")
 
 @dataclass(frozen=True)
 class Baseline:
-    """`scan` and `step` load what they are named after, and raise where the library is missing."""
+    """`scan` and `step` load the scan and the step of a library. They raise if the library is missing."""
 
     package: str
     scan: Callable[[], Scan]
@@ -32,7 +33,8 @@ class Baseline:
     on_cpu: bool = False
 
     def unusable(self, device: str) -> str | None:
-        """None, or the reason why not, found without importing the library: some do not survive that on a CPU."""
+        """Return None if the library can be used, else the reason why not. The library is not imported, because some
+        fail at import on a CPU."""
         try:
             version = importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -57,7 +59,7 @@ def _refuse_packed(values: Values) -> None:
 
 
 def _torch_path(module: str, name: str) -> Callable:
-    """transformers' own function in PyTorch, not the kernel from another library that it may stand for."""
+    """Return transformers' own function in PyTorch, not the kernel of another library that may replace it."""
     function = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     return getattr(function, "__wrapped__", function)
 
@@ -93,7 +95,7 @@ def _flash_qla() -> Scan:
 
 
 def _transformers_delta(kind: str) -> Callable:
-    """Some versions repeat the heads of keys themselves, others want it done."""
+    """Return the function of transformers. Some of its versions repeat the heads of keys, others need them repeated."""
     function = _torch_path("qwen3_5.modeling_qwen3_5", f"torch_{kind}_gated_delta_rule")
 
     def run(q: Tensor, k: Tensor, v: Tensor, **rest):
@@ -117,7 +119,7 @@ def _transformers_delta_scan() -> Scan:
 
 
 def _extras(values: Values) -> dict:
-    """D, z and dt_bias by their names, which are the same everywhere."""
+    """Return D, z and dt_bias by their names, which all libraries share."""
     found = {n: values[n] for n in ("D", "z", "dt_bias") if n in values}
     return found | ({"dt_softplus": True} if found else {})
 
@@ -156,7 +158,7 @@ def _simple_gla() -> Scan:
         if _extras(values):
             raise ValueError("no D, z or dt_bias")
         x, dt, A, B, C = (values[n] for n in _SSD)
-        B, C = (t.repeat_interleave(x.shape[2] // B.shape[2], dim=2) for t in (B, C))  # which it needs for every head
+        B, C = (t.repeat_interleave(x.shape[2] // B.shape[2], dim=2) for t in (B, C))  # it needs B and C for every head
         options = {"scale": 1.0, "output_final_state": True, **_ends(values)}
         h0 = _start(values, state)
         h0 = None if h0 is None else h0.mT.contiguous()

@@ -1,5 +1,5 @@
-"""Results against the recurrence in fp64: of one implementation before it is timed, and of every op on every backend
-that this machine can use before a device is trusted."""
+"""Compare results with the recurrence in fp64: for one implementation before it is timed, and for every op on every
+usable backend to check a device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,23 +13,24 @@ from s0kernels.calls import Call
 from s0kernels.ops import mixer_steps, registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: sets of inputs, over which errors are averaged: what a sum to one number a head loses varies by a factor of five
+#: number of sets of inputs over which errors are averaged: the error of a sum to one number per head varies by a factor
+#: of five
 DRAWS = 3
-#: What errors may be, in those of the recurrence. The contract gives ours twice; other libraries get room for another
-#: order of sums (the gradient of A that transformers computes in fp32 was seen four times off) and none for a wrong
-#: result.
+#: Allowed errors, in multiples of the error of the recurrence. The contract allows our kernels twice that error. The
+#: budget of other libraries allows another order of sums (the gradient of A that transformers computes in fp32 had four
+#: times the error), but no wrong result.
 OUR_BUDGET, THEIR_BUDGET = 2.0, 8.0
-#: ours with nearly equal keys and beta at 2, where chunks amplify what they round: times the error of the recurrence,
-#: and so many roundings of the dtype
+#: allowed errors of our kernels with nearly equal keys and beta at 2, where chunks amplify rounding: in multiples of
+#: the error of the recurrence, and in roundings of the dtype
 AMPLIFIED_BUDGET, AMPLIFIED_ROUNDINGS = 5.0, 12.0
-#: what models keep in fp32 beside activations in half precision
+#: tensors that models keep in fp32 if activations are in half precision
 _FP32 = (*WEIGHTS, "g", "A_log", "state", "initial_state")
 _ROWS, _TOKENS, _STEPS, _STATES = 2, 80, 3, 3
 _HEADS: dict[str, Heads] = {
     "gated_delta_rule": {"H": 4, "HV": 8, "K": 64, "V": 128},
     "ssd": {"H": 8, "P": 64, "G": 4, "N": 128},
 }
-_LARGEST, _WIDTH = 128, 4  # of these heads; of the convolution
+_LARGEST, _WIDTH = 128, 4  # largest dimension of these heads; width of the convolution
 
 Errors = dict[str, float]
 Results = dict[str, Tensor]
@@ -44,8 +45,8 @@ def gradients(
     weights: Sequence[Tensor] | None = None,
     wanted: Sequence[str] | None = None,
 ) -> Results:
-    """Output, final state and, as d<name>, the gradients of <output, w0> + <final_state, w1>; of all inputs, or those
-    that are `wanted`. The weights are random where none are given, and the same in every call."""
+    """Return output, final state and, as d<name>, the gradients of <output, w0> + <final_state, w1> for all inputs or
+    those in `wanted`. Without `weights`, random weights are used, the same in every call."""
     if wanted is None:
         wanted = [n for n in values if n not in NOT_INPUTS or n == "initial_state"]
     leaves = {
@@ -62,7 +63,8 @@ def gradients(
 
 
 def errors(found: Sequence[Results], truth: Sequence[Results]) -> Errors:
-    """Root mean square, over all draws, of the difference over that of the truth, which is fp64 on the CPU."""
+    """Return the root mean square of the difference divided by that of the truth, over all draws. The truth is fp64 on
+    the CPU."""
 
     def square(name: str, minus: bool) -> float:
         draws = zip(found, truth, strict=True)
@@ -72,9 +74,9 @@ def errors(found: Sequence[Results], truth: Sequence[Results]) -> Errors:
 
 
 class Judge:
-    """The recurrence on some inputs, in fp64 and in their own dtype, for implementations to be held against.
+    """The recurrence on some inputs, in fp64 and in their own dtype, as the reference for implementations.
 
-    `results(implementation, values)` runs one; `recurrence` is the one to trust.
+    `results(implementation, values)` runs an implementation; `recurrence` is the trusted one.
     """
 
     def __init__(self, results: Callable[[Callable, Values], Results], recurrence: Callable, values: Values):
@@ -88,11 +90,11 @@ class Judge:
         return errors([self._results(run, self.values)], [self._truth])
 
     def beyond(self, tried: Callable, times: float) -> str | None:
-        """None where all errors are at most `times` those of the recurrence in the dtype of the inputs, and its
-        rounding; else what is not."""
+        """Return None if all errors are at most `times` those of the recurrence in the dtype of the inputs, plus
+        rounding; else name the first error that is larger."""
         for name, error in self._errors(tried).items():
             budget = times * self._allowed[name] + self._rounding
-            if not error <= budget:  # nor where it is NaN
+            if not error <= budget:  # also true for NaN
                 return f"error of {name}: {error:.1e}, allowed {budget:.1e}"
         return None
 
@@ -101,8 +103,9 @@ class Judge:
 
 
 class Row(NamedTuple):
-    """Largest error of all results (of scans with the gradients, of steps with what they write), relative to fp64, and
-    what is allowed. Where the backend fails, `worst` is its error, and `error` is NaN."""
+    """The largest error of all results, relative to fp64, and the allowed error. The results include the gradients of
+    scans and the states that steps write. If the backend fails, `worst` is the message of the failure, and `error` is
+    NaN."""
 
     device: str
     op: str
@@ -114,10 +117,10 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget < torch.inf  # never for NaN
+        return self.error <= self.budget < torch.inf  # False for NaN
 
 
-#: what a step writes beside its output
+#: the tensors that a step updates
 _WRITTEN = ("state", "window")
 _OPTIONS = {
     "gated_delta_rule": {"use_qk_l2norm": True},
@@ -128,7 +131,7 @@ _OPTIONS = {
 
 
 def _inputs(op: str, seed: int) -> Values:
-    """fp64 inputs with a bank of three states; those of a step have their tokens first."""
+    """Make fp64 inputs with a bank of three states. In the inputs of a step the first dimension is the tokens."""
     family = "gated_delta_rule" if op.startswith("gated_delta") else "ssd"
     options = {"seed": seed, "dtype": torch.float64}
     if "mixer" in op:
@@ -158,7 +161,8 @@ def _results(op: str, values: Values, backend: str) -> Results:
 
 
 class _Case(NamedTuple):
-    """What is checked of an op: its fp64 inputs, and what may be lost, in errors of the recurrence and in roundings."""
+    """A case of an op: its fp64 inputs, and the allowed error in multiples of the recurrence's error and in
+    roundings."""
 
     op: str
     name: str
@@ -189,8 +193,8 @@ def count() -> int:
 
 
 def rows() -> Iterator[Row]:
-    """One row per case, dtype, device and backend; a budget is in errors of the recurrence in the same dtype, and in
-    roundings to it."""
+    """Yield one row per case, dtype, device and backend. A budget is a multiple of the recurrence's error in the same
+    dtype, plus a number of roundings."""
     for case in _cases():
         op = case.op
         for dtype in DTYPES:

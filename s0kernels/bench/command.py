@@ -1,7 +1,7 @@
-"""`python -m s0kernels bench`: the scans at the heads of real models, beside the libraries that are installed.
+"""`python -m s0kernels bench`: time the scans with the heads of real models, and compare them with installed libraries.
 
-A row is one shape, dtype and pass. Its cases take turns (`measure`); another library is timed only after its
-results on the first tokens of the same inputs were within the error budget.
+A row is one shape, dtype and pass. Its cases take turns (`measure`). Another library is timed only if its results on
+the first tokens of the same inputs are within the error budget.
 """
 
 import argparse
@@ -26,32 +26,33 @@ from s0kernels.heads import FLAGSHIPS, MODELS
 from s0kernels.ops import registry
 from s0kernels.progress import Progress
 
-#: compared by nothing here, with the reason
+#: installed libraries that are not compared: name to reason
 NOT_SCANS = {"causal-conv1d": "a convolution, which the swapped mixers call themselves on a GPU where it is installed"}
-_CHECKED = 100  # tokens of the first row that are held against the recurrence in fp64
+_CHECKED = 100  # number of tokens of the first row that are compared with the recurrence in fp64
 
 
 @dataclass
 class Bench:
-    """What all rows share. `missing` fills with what was not timed, and why."""
+    """The settings that all rows share. `missing` collects the baselines that were not timed, with the reasons."""
 
     device: str
     backend: str | None
     against: list[str] | None  # None: every baseline
     clock: str
     rounds: int
-    budget: float  # seconds for the timing of a row
+    budget: float  # seconds to time a row
     roofline: dict = field(default_factory=dict)
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
-        """GFLOP/s of a matrix product in `dtype`; on a CPU at least that in fp32, which kernels may compute in."""
+        """Return the GFLOP/s of a matrix product in `dtype`; on a CPU at least that of fp32, in which kernels may
+        compute."""
         rates = self.roofline["matmul_gflops"]
         kind = str(dtype).removeprefix("torch.")
         return max(rates[kind], rates["float32"]) if torch.device(self.device).type == "cpu" else rates[kind]
 
     def baselines(self, shape: Shape, judge: Judge) -> list[str]:
-        """Those that can be timed; the others go to `missing`."""
+        """Return the baselines that can be timed, and add the others to `missing`."""
         op, usable = shape.op, []
         known = [*op.baselines, "torch"]
         names = list(op.baselines) if self.against is None else [n for n in self.against if n in known]
@@ -68,7 +69,7 @@ class Bench:
         values = shape.values(self.device, dtype)
         judge = shape.op.judge(cut(values, 1, _CHECKED))
         if reason := shape.op.why_not(OURS, judge, self.backend):
-            raise RuntimeError(f"{shape}: our own results are wrong, so there is no speed to report: {reason}")
+            raise RuntimeError(f"{shape}: our own results are wrong, so no speed is reported: {reason}")
         names = [OURS, *self.baselines(shape, judge)]
         with contextlib.ExitStack() as stack:
             process = None
@@ -97,7 +98,7 @@ class Bench:
             try:
                 cases[name] = self.case(shape, name, what, values)
                 cases[name]()
-            except Exception as error:  # a case that a library does not know
+            except Exception as error:  # a library may not support the case
                 if name == OURS:
                     raise
                 cases.pop(name, None)
@@ -199,7 +200,7 @@ def run(options: argparse.Namespace) -> None:
     dtypes = [DTYPES[name] for name in options.dtype]
     bench = Bench(options.device, options.backend, options.against, clock, options.rounds, options.seconds)
     rows, passes = [], options.passes or list(PASSES)
-    machine = measure.machine(options.device, clock)  # before the work, during which sources may be changed
+    machine = measure.machine(options.device, clock)  # read first, because sources may change during the work
     with Progress("measuring", len(shapes) * len(dtypes) * len(passes), "row") as bar:
         bench.roofline = measure.roofline(options.device, tuple(dict.fromkeys([torch.float32, *dtypes])), clock)
         for shape, dtype in product(shapes, dtypes):
@@ -216,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _settle(options: argparse.Namespace) -> list[Shape]:
-    """Defaults that depend on the machine, and the errors of arguments that depend on each other."""
+    """Fill in defaults that depend on the machine, and check arguments that depend on each other."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=options.device)
@@ -240,12 +241,12 @@ def _settle(options: argparse.Namespace) -> list[Shape]:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     for shape, dtype in product(shapes, options.dtype):
         call = Call(shape.op.name, torch.device(options.device), DTYPES[dtype])
-        registry.choose(options.backend, *call)  # or an error that says why not
+        registry.choose(options.backend, *call)  # raises an error with the reason
     return shapes
 
 
 def report(results: dict) -> str:
-    """The table that a person reads; a ratio is the time it takes over ours, with its 95 % interval."""
+    """Return the results as a table. A ratio is the time of a baseline divided by ours, with its 95 % interval."""
     rows, roofline, machine = results["rows"], results["roofline"], results["machine"]
     baselines = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     head = ["shape", "dtype", "pass", "ms", "GFLOP/s", "GB/s", "of roofline", "peak MiB", "S0 / zero", "S0 / S0"]

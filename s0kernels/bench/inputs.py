@@ -1,31 +1,31 @@
-"""Inputs of every op, made in one place: what is measured, checked and tested begins here."""
+"""Make the inputs of every op for measurements, checks and tests."""
 
 import math
 
 import torch
 from torch import Tensor
 
-#: By the names of an op's arguments. A shared state or a bank is `initial_state`; where they are
-#: needed, `cu_seqlens` and `state_indices` go along.
+#: Tensors by the names of an op's arguments. A shared state or a bank is `initial_state`; `cu_seqlens` and
+#: `state_indices` are present if needed.
 Values = dict[str, Tensor]
 #: rows and tokens of a dense batch, or the lengths of packed sequences
 Sizes = tuple[int, int] | list[int]
 Heads = dict[str, int]
 
-#: heads that take no time
+#: small heads for fast tests
 TINY: dict[str, Heads] = {
     "gated_delta_rule": {"H": 1, "HV": 2, "K": 16, "V": 16},
     "ssd": {"H": 2, "P": 16, "G": 1, "N": 16},
 }
-#: inputs of a scan that are weights of a model; all others are activations
+#: the inputs of a scan that are weights of a model; all others are activations
 WEIGHTS = ("A", "D", "dt_bias")
-#: where sequences start
+#: the arguments that describe sequences and their starting states
 NOT_INPUTS = ("initial_state", "cu_seqlens", "state_indices")
 _CONSTANT = (*WEIGHTS, *NOT_INPUTS)
 
 
 class Random:
-    """Tensors that depend on the seed and the device alone, in fp32, or in fp64 for fp64."""
+    """Random tensors that depend only on seed and device, in fp32, or in fp64 if `dtype` is fp64."""
 
     def __init__(self, seed: int, device: str | torch.device, dtype: torch.dtype):
         self.options = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
@@ -49,10 +49,10 @@ def scan_inputs(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Values:
-    """Inputs like a trained model's, with the decays of the slowest and the fastest head at `rates`.
+    """Make inputs like those of a trained model. `rates` are the decay rates of the slowest and the fastest head.
 
-    g, dt, weights and states are fp32, or fp64 with the rest. All sequences share the state. `extras`: D, z and dt_bias
-    of SSD, for a dt that goes through a softplus.
+    g, dt, weights and states are fp32, or fp64 if `dtype` is. All sequences share the state. `extras` adds D, z and
+    dt_bias of SSD, with a dt for softplus.
     """
     rows, length, ends = _laid_out(sizes, device)
     random = Random(seed, device, dtype)
@@ -80,8 +80,8 @@ def scan_inputs(
 
 
 def nearly_equal_keys(values: Values, noise: float, beta: tuple[float, float], seed: int = 0) -> Values:
-    """The same with keys of one direction and `noise` times as much of any other, no decay, and beta within bounds:
-    where beta is near 2, a chunk of the delta rule amplifies what is rounded by more than anywhere else."""
+    """Return the inputs with nearly equal keys (one direction plus `noise` times a random vector), no decay, and beta
+    within bounds. With beta near 2 this is where a chunk of the delta rule amplifies rounding most."""
     k, options = values["k"], {"dtype": torch.float64, "device": values["k"].device}
     random = Random(seed, k.device, torch.float64)
     direction = random.normal(*k.shape[2:])
@@ -92,7 +92,7 @@ def nearly_equal_keys(values: Values, noise: float, beta: tuple[float, float], s
 
 
 def channel_first(values: Values) -> Values:
-    """The same, with heads and channels laid out so that tokens are the fastest axis: behind a causal convolution."""
+    """Return the inputs in a layout in which tokens are the fastest axis, as after a causal convolution."""
     return {
         n: x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() == 4 and n not in NOT_INPUTS else x
         for n, x in values.items()
@@ -110,7 +110,7 @@ def mixer_inputs(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Values:
-    """Of a mixer's step, for tokens at `at` (rows, or tokens and rows), with pools of `states` windows and states."""
+    """Make inputs of a mixer's step. `at` is (rows,) or (tokens, rows); the pools have `states` windows and states."""
     random = Random(seed, device, dtype)
     normal = random.normal
     if op == "gated_delta_rule":
@@ -137,17 +137,17 @@ def _laid_out(sizes: Sizes, device: str | torch.device) -> tuple[int, int, Tenso
 
 
 def cut(values: Values, rows: int, length: int) -> Values:
-    """The first tokens of the first rows."""
+    """Return the first tokens of the first rows."""
     return {n: x if n in _CONSTANT else x[:rows, :length] for n, x in values.items()}
 
 
 def token(values: Values, place: int = 0) -> Values:
-    """What a step is given of token `place` of every row: all but its state."""
+    """Return the inputs of a step for token `place` of every row, without the state."""
     return {n: x if n in WEIGHTS else x[:, place] for n, x in values.items() if n not in NOT_INPUTS}
 
 
 def state_for_each(values: Values, rows: int) -> Tensor:
-    """The state that all sequences share, copied for every one of them, as other libraries want it."""
+    """Return a copy of the shared state for every sequence, as other libraries need it."""
     ends = values.get("cu_seqlens")
     count = rows if ends is None else ends.shape[0] - 1
     return values["initial_state"].expand(count, -1, -1, -1).contiguous()

@@ -1,9 +1,9 @@
-"""Measuring, for `python -m s0kernels bench` and for everything in `benchmarks/`.
+"""Functions to measure time, memory and work, for `python -m s0kernels bench` and for `benchmarks/`.
 
-Cases that are compared take turns in one process, round by round and in a new order each round, so that what else the
-machine does meets all of them alike; a ratio is the median over rounds of the ratio within a round, with a bootstrap
-interval. The control is a case that stands in the list twice. What cannot be noisy is counted: operators, launches,
-bytes allocated and bytes copied.
+Cases that are compared take turns in one process, in a new order each round, so that other load on the machine affects
+all of them alike. A ratio is the median over rounds of the ratio within a round, with a bootstrap interval. As a
+control, a case can be listed twice. Quantities without noise are counted: operators, launches, bytes allocated and
+bytes copied.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from s0kernels.calls import Call
 from s0kernels.files import replace_file
 from s0kernels.ops import registry
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the second: of all threads together
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # process_time counts all threads together
 PACKAGES = ("torch", "numpy", "transformers", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang")
 PACKAGES += ("mamba-ssm", "causal-conv1d")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -40,11 +40,12 @@ _INSTRUCTIONS = {512: "avx512", 256: "avx2", 128: "portable"}
 Case = Callable[[], object]
 _CUDA = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
 
-# Where it was measured
+# The machine
 
 
 def machine(device: str = "cpu", clock: str = "wall") -> dict:
-    """What a file of results says about its machine, as JSON takes it. On a CUDA device the clock is the device's."""
+    """Return the description of the machine for a file of results, as a dict for JSON. On a CUDA device the clock is
+    that of the device."""
     found = {
         "device": device,
         "cpu": _cpu_model(),
@@ -62,12 +63,13 @@ def machine(device: str = "cpu", clock: str = "wall") -> dict:
 
 
 def machine_name(found: dict) -> str:
-    """For the names of files: `cpu-avx2`, `nvidia-h200`."""
+    """Return the machine's name for file names: `cpu-avx2`, `nvidia-h200`."""
     return found["gpu"].lower().replace(" ", "-") if "gpu" in found else f"cpu-{found['instructions']}"
 
 
 def instructions() -> str:
-    """Which instructions the compiled kernels use here, or what torch's own do where there are none."""
+    """Return the instruction set that the compiled kernels use here; if they are missing, that of torch's own
+    kernels."""
     if registry.unusable("cpu", Call("ssd", torch.device("cpu"), torch.float32)):
         return torch.backends.cpu.get_cpu_capability().lower()
     return _INSTRUCTIONS[torch.ops.s0kernels_cpu.instructions()]
@@ -92,7 +94,8 @@ def _versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the source tree that the package lies in, with a + if it has been changed; None in an installation."""
+    """Return the commit of the source tree that contains the package, with a + if files have changed; None in an
+    installation."""
     if not (_PACKAGE.parent / "csrc").is_dir():
         return None
     ask = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
@@ -103,7 +106,8 @@ def commit() -> str | None:
 
 
 def kernel_hashes() -> dict[str, str]:
-    """A hash of each backend's sources. An installation has no C++ sources: the library stands for them there."""
+    """Return a hash of the sources of each backend. An installation has no C++ sources, so the library is hashed
+    instead."""
     backends, csrc = _PACKAGE / "backends", _PACKAGE.parent / "csrc"
     homes = {name: backends / module.rpartition(".")[2] for name, module in registry.MODULES.items()}
     shared = set(backends.glob("*.py")) - {home.with_suffix(".py") for home in homes.values()}
@@ -137,10 +141,11 @@ def interleaved(
     least: float = 0.005,
     budget: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds per call, a sample per round, of cases that take turns.
+    """Time cases that take turns. Return the seconds per call, one sample per round.
 
-    A sample is as many calls as take `least` seconds. Once `budget` seconds are over no round after the third begins.
-    On a CUDA device a call is timed by events after the L2 cache was flushed, which also hides the time to launch it.
+    A sample is as many calls as take `least` seconds. After `budget` seconds no new round begins, but at least three
+    rounds run. On a CUDA device a call is timed by events after a flush of the L2 cache, which also hides the launch
+    time.
     """
     sample = _cuda_sample(torch.device(device)) if torch.device(device).type == "cuda" else _cpu_sample(CLOCKS[clock])
     repeats = {}
@@ -192,14 +197,14 @@ def _cuda_sample(device: torch.device) -> Callable[[Case, int], float]:
 
 
 def medians(cases: dict[str, Case], *, rounds: int = 15, device: str | torch.device = "cpu") -> dict[str, float]:
-    """Milliseconds of cases that take turns."""
+    """Return the median milliseconds of cases that take turns."""
     times = interleaved(cases, rounds=rounds, device=device)
     return {name: 1e3 * float(np.median(samples)) for name, samples in times.items()}
 
 
 def kernel_times(case: Case, calls: int = 3) -> dict[str, float]:
-    """Milliseconds that a GPU spends in each kernel of a call, by name, without the time between kernels; what was
-    compiled before. The first of the calls is not counted."""
+    """Return the milliseconds that a GPU spends in each kernel of a call, by name, without the time between kernels.
+    The first call is not counted. The kernels must be compiled already."""
     case()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -214,13 +219,13 @@ def kernel_times(case: Case, calls: int = 3) -> dict[str, float]:
 
 
 def _events(profile: torch.profiler.profile) -> Any:
-    """Those that torch's profiler has seen, by methods that it keeps to itself."""
+    """Return the events of torch's profiler, through its private methods."""
     found: Any = profile.profiler
     return found.kineto_results.events()
 
 
 def host_time(case: Case, calls: int = 30) -> float:
-    """Milliseconds until a call has put its work on an idle GPU and returned; median."""
+    """Return the median milliseconds in which a call enqueues its work on an idle GPU and returns."""
     case()
     took = []
     for _ in range(calls):
@@ -239,7 +244,8 @@ class Ratio(NamedTuple):
 
 
 def ratio(over: list[float], under: list[float], *, confidence: float = 0.95, resamples: int = 4000) -> Ratio:
-    """Median over rounds of over / under, with a bootstrap interval: rounds are drawn anew, pairs stay together."""
+    """Return the median over rounds of over / under, with a bootstrap interval. The bootstrap resamples rounds and
+    keeps pairs together."""
     pairs = np.asarray(over) / np.asarray(under)
     drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
     tail = (1 - confidence) / 2
@@ -251,7 +257,8 @@ def ratio(over: list[float], under: list[float], *, confidence: float = 0.95, re
 
 
 def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,), clock: str = "wall") -> dict:
-    """What the machine does now: GB/s of a copy (read and written) that no cache holds, GFLOP/s of matrix products."""
+    """Measure the machine: GB/s of a copy (read plus written) larger than all caches, and GFLOP/s of matrix
+    products."""
     cuda = torch.device(device).type == "cuda"
     megabytes = 1024 if cuda else 128
     source = torch.ones(megabytes * 2**18, device=device)
@@ -259,7 +266,7 @@ def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float
     cases: dict[str, Case] = {"copy": lambda: target.copy_(source)}
     sizes = {}
     for dtype in dtypes:
-        size = 8192 if cuda else 1024 if dtype == torch.float32 else 256  # where half precision may be a loop
+        size = 8192 if cuda else 1024 if dtype == torch.float32 else 256  # half precision may be a slow loop on a CPU
         a = torch.ones(size, size, device=device, dtype=dtype)
         name = str(dtype).removeprefix("torch.")
         cases[name], sizes[name] = lambda a=a: a @ a, size
@@ -274,7 +281,7 @@ def roofline(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float
 
 
 def memory_process() -> ProcessPoolExecutor:
-    """A process for several calls of `peak_memory`, which has to import everything once then."""
+    """Return a process for several calls of `peak_memory`, so that it imports everything only once."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=spawn, initializer=_give_back_memory, initargs=(torch.get_num_threads(),))
 
@@ -286,11 +293,12 @@ def peak_memory(
     device: str = "cpu",
     process: ProcessPoolExecutor | None = None,
 ) -> int:
-    """Bytes that the call of `make(*arguments)` holds at its peak beyond what was held before it.
+    """Return the peak memory in bytes of calling the result of `make(*arguments)`, beyond the memory held before the
+    call.
 
-    On a CPU that is resident memory of another process (one of its own, or `process`), so `make` and its arguments must
-    pickle, and `make(*warm_up)`, if given, is called first: something small, for imports and pools. On a CUDA device it
-    is what torch's allocator counts.
+    On a CPU this is the resident memory of another process (a new one, or `process`). So `make` and its arguments must
+    pickle. If `warm_up` is given, the small case `make(*warm_up)` is called first, for imports and pools. On a CUDA
+    device it is the count of torch's allocator.
     """
     if torch.device(device).type == "cuda":
         case = make(*arguments)
@@ -304,7 +312,7 @@ def peak_memory(
 
 
 def _give_back_memory(threads: int) -> None:
-    """Large blocks return to the system when they are freed, so that the next case has to ask for them anew."""
+    """Make malloc return large freed blocks to the system, so that the next case must allocate them again."""
     torch.set_num_threads(threads)
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         M_MMAP_THRESHOLD = -3
@@ -315,21 +323,21 @@ def _resident_peak(make: Callable[..., Case], arguments: tuple, warm_up: tuple) 
     if warm_up:
         make(*warm_up)()
     case = make(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory_status("VmHWM")
     case()
     return memory_status("VmHWM") - before
 
 
 def memory_status(field: str) -> int:
-    """Bytes that the kernel says this process has: `VmRSS`, `VmHWM`."""
+    """Return a memory field of this process in bytes, such as `VmRSS` or `VmHWM`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 class Work(NamedTuple):
-    """Of one call: how often each operator ran (those inside others too), kernels launched on a GPU, bytes newly
-    allocated by torch, and bytes written by `copy_`, which every copy and conversion ends in."""
+    """The work of one call: the number of calls of each operator (nested ones included), kernels launched on a GPU,
+    bytes newly allocated by torch, and bytes written by `copy_`, which every copy and conversion calls."""
 
     operators: Counter[str]
     launches: int
@@ -341,7 +349,7 @@ _SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, 
 
 
 def work(case: Case) -> Work:
-    """What a call does, by torch's profiler; the call before it, which may compile, is not looked at."""
+    """Count the work of a call with torch's profiler. A first call, which may compile, is not counted."""
     case()
     activities = torch.profiler.supported_activities() & {
         torch.profiler.ProfilerActivity.CPU,

@@ -1,4 +1,4 @@
-"""What is timed: a pass over a scan, or one token, by ours or another library; and the work that it is."""
+"""The passes that are timed: a pass over a scan, or one token, by our library or another one, and their work."""
 
 import re
 from collections.abc import Callable
@@ -25,8 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Op:
     name: str
-    output: str  # the input whose shape and dtype the output has
-    for_state: tuple[str, ...]  # what the backward of S0 alone has to read, beside the gradient of the output
+    output: str  # name of the input whose shape and dtype the output has
+    for_state: tuple[str, ...]  # the inputs that the backward of S0 alone reads, beside the gradient of the output
     work: Callable[[Heads, bool], float]  # floating-point operations per token of a forward, and a backward
     step_work: Callable[[Heads], float]
 
@@ -38,17 +38,17 @@ class Op:
         return {"use_qk_l2norm": True} if self.name == "gated_delta_rule" else {"dt_softplus": "dt_bias" in values}
 
     def scan(self, values: Values, state: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-        """Ours, from S0 or from zero."""
+        """Run our scan, from S0 or from zero."""
         given = {n: x for n, x in values.items() if state or n not in ("initial_state", "state_indices")}
         return getattr(ops, self.name)(**given, **self.options(values), backend=backend)
 
     def step(self, values: Values, pool: Tensor, backend: str | None, **options) -> Callable[[], Tensor]:
-        """What moves `pool` on by the first token."""
+        """Return a function that advances `pool` by the first token."""
         one, step = token(values), getattr(ops, f"{self.name}_step")
         return partial(step, **one, state=pool, **self.options(values), backend=backend, **options)
 
     def by(self, name: str, backend: str | None = None) -> Scan:
-        """The scan of OURS on `backend`, of a backend of ours, or of another library."""
+        """Return the scan called `name`: ours on `backend`, that of one of our backends, or that of another library."""
         if name in (OURS, *registry.ORDER):
             return partial(self.scan, backend=backend if name == OURS else name)
         return self.baselines[name].scan()
@@ -62,7 +62,7 @@ class Op:
         return make()
 
     def judge(self, values: Values, *, step: bool = False) -> Judge:
-        """For outputs and gradients of the scan, or for the output of one token and the states that it leaves."""
+        """Return a judge for outputs and gradients of the scan, or for the output and the new states of one token."""
 
         def of_scan(scan: Scan, values: Values) -> dict[str, Tensor]:
             return gradients(lambda leaves: scan(leaves, True), values)
@@ -77,27 +77,29 @@ class Op:
         return Judge(of_step if step else of_scan, recurrence, values)
 
     def why_not(self, name: str, judge: Judge, backend: str | None = None, *, step: bool = False) -> str | None:
-        """None where the implementation may be timed: it is here, and right."""
+        """Return None if the implementation is available and right, so that it may be timed; else the reason why
+        not."""
         ours = name in (OURS, *registry.ORDER)
         if not ours and (reason := self.baselines[name].unusable(str(judge.values["initial_state"].device))):
             return reason
         try:
             run = self.step_by(name, backend) if step else self.by(name, backend)
             return judge.beyond(run, OUR_BUDGET if ours else THEIR_BUDGET)
-        except Exception as error:  # whatever a library does here must not end the others' measurement
+        except Exception as error:  # an error in one library must not end the measurement of the others
             return brief(error)
 
 
 def _delta_work(heads: Heads, backward: bool) -> float:
-    """Of the compiled kernels, whose chunks have 32 tokens and whose backward recomputes states; what heads share is
-    counted once by 2."""
+    """Return the operations per token, counted for the compiled kernels: chunks have 32 tokens, and the
+    backward recomputes states. Work that heads share counts half."""
     K, V, C = heads["K"], heads["V"], 32
     forward, back = 6 * K * V + C * (K + 2 * V), 16 * K * V + C * (3.5 * K + 5 * V)
     return heads["HV"] * (forward + back * backward)
 
 
 def _ssd_work(heads: Heads, backward: bool) -> float:
-    """Of the compiled kernels, whose chunks have 64 tokens; what heads share is counted once by 4."""
+    """Return the operations per token, counted for the compiled kernels: chunks have 64 tokens. Work that heads share
+    counts a quarter."""
     N, P, C = heads["N"], heads["P"], 64
     forward, back = 4 * N * P + C * (N / 4 + P), 10 * N * P + C * (3 * N / 4 + 2 * P)
     return heads["H"] * (forward + back * backward)
@@ -142,8 +144,8 @@ class Shape(NamedTuple):
 
 
 def case(op: Op, run: Scan, values: Values, what: str, state: bool = True, learns: bool = True) -> Case:
-    """A pass over a scan, with or without S0, and with or without its gradient. Beside PASSES: "backward" and "frozen",
-    backwards without their forward, with gradients of everything and of activations and S0."""
+    """Return a pass over a scan, with or without S0, and with or without the gradient of S0. In addition to PASSES,
+    `what` may be "backward" (all gradients) or "frozen" (gradients of activations and S0), which omit the forward."""
     weight = torch.ones_like(values[op.output])
     if what == "forward":
 
@@ -180,7 +182,7 @@ def step_case(op: Op, step: Step, values: Values) -> Case:
 
 
 def traffic(op: Op, values: Values, what: str, rows: int) -> int:
-    """Bytes that a pass has to move: inputs and what it is given read once, results written once."""
+    """Return the bytes that a pass must move: inputs and given gradients read once, results written once."""
 
     def size(*names: str) -> int:
         return sum(values[n].nbytes for n in names)
@@ -197,7 +199,7 @@ def traffic(op: Op, values: Values, what: str, rows: int) -> int:
 
 
 def operations(shape: Shape, what: str) -> float | None:
-    """Floating-point operations of a pass, the same count for every implementation."""
+    """Return the floating-point operations of a pass. The count is the same for every implementation."""
     if what == "state":
         return None
     if what == "step":

@@ -1,4 +1,4 @@
-"""Tables: of aligned columns for a terminal, of Markdown for documents."""
+"""Format tables: aligned columns for a terminal, Markdown for documents."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +15,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def interval(ratio: Sequence[float], digits: int = 3) -> str:
-    """A median and the ends of its 95 % interval."""
+    """Format a median with its 95 % interval."""
     median, low, high = (f"{x:.{digits}f}" for x in ratio)
     return f"{median} ({low}-{high})"

@@ -1,1 +1,1 @@
-"""The signatures of other libraries on top of `s0kernels.ops`: an import is all that changes."""
+"""The signatures of other libraries on top of `s0kernels.ops`. Using them takes a change of the import only."""

@@ -1,4 +1,4 @@
-"""What the signatures of other libraries share: tensors of several dtypes, errors under the name that was called."""
+"""Helpers for the signatures of other libraries: tensors of several dtypes, and errors with the caller's names."""
 
 import contextlib
 import functools
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that holds those of all tensors: fp32 for bf16 beside fp16."""
+    """Return the dtype that can hold the values of all tensors: fp32 for bf16 and fp16."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
 
 
 def as_scalar(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` or fp32, which the ops take beside it."""
+    """Convert to `dtype`, or keep fp32, which the ops accept together with it."""
     return x if x.dtype in (dtype, torch.float32) else x.to(torch.promote_types(dtype, torch.float32))
 
 
 @contextlib.contextmanager
 def under_the_name(function: str, op: str, **names: str) -> Iterator[None]:
-    """Errors of `op` name `function`, and its arguments by the names that they have there."""
+    """Rename errors of `op`: they name `function` instead, and its arguments by `names`."""
     try:
         yield
     except (TypeError, ValueError) as error:

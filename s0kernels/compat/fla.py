@@ -1,10 +1,10 @@
 """flash-linear-attention's functions for the gated delta rule (`fla.ops.gated_delta_rule`, version 0.6.0).
 
-Signatures and meanings are FLA's: the final state is returned only when asked for, states may be [K, V] or [V, K], and
-may be in any floating dtype (they are computed, and returned, in fp32). q, k and v of different dtypes are computed in
-the widest, and the output is in v's. What is different comes on top of it: any
-device, `initial_state` without a leading dimension is shared by all sequences, and every gradient is there, also that
-of the initial state and in `fused_recurrent_gated_delta_rule`. What cannot be honoured is a ValueError or TypeError.
+Signatures and semantics are FLA's. The final state is returned only if requested. States may be [K, V] or [V, K], and
+may have any floating dtype; they are computed and returned in fp32. If q, k and v have different dtypes, the widest is
+used for the computation, and the output has that of v. There are three extensions: any device works; an `initial_state`
+without a leading dimension is shared by all sequences; and all gradients exist, including that of the initial state,
+also in `fused_recurrent_gated_delta_rule`. An argument that is not supported raises ValueError or TypeError.
 """
 
 import warnings
@@ -44,18 +44,20 @@ def chunk_gated_delta_rule(
     Args:
         q, k: [B, T, H, K].
         v: [B, T, HV, V].
-        g: [B, T, HV], log decays; with `use_gate_in_kernel` raw, made -exp(A_log) * softplus(g + dt_bias).
-        beta: [B, T, HV]; raw with `use_beta_sigmoid_in_kernel`, doubled after it with `allow_neg_eigval`.
+        g: [B, T, HV], log decays. With `use_gate_in_kernel` the log decay is -exp(A_log) * softplus(g + dt_bias).
+        beta: [B, T, HV]. With `use_beta_sigmoid_in_kernel` a sigmoid is applied, and with `allow_neg_eigval` the result
+            is doubled.
         scale: factor on the output; None means 1 / sqrt(K).
-        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; without N one for all sequences.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; without N, one state for all sequences.
         cu_seqlens: [N + 1], the sequences packed into one row.
-        cu_seqlens_cpu, chunk_indices: hints that are not needed here.
-        cp_context: must be None; sequences are not spread over devices.
+        cu_seqlens_cpu, chunk_indices: ignored; FLA uses them to save work on the host.
+        cp_context: must be None; context parallelism is not supported.
         kwargs: `use_gate_in_kernel`, `A_log` [HV], `dt_bias` [HV], `chunk_size`, and the older name
             `transpose_state_layout` of `state_v_first`.
 
     Returns:
-        (o [B, T, HV, V], the final state in the layout of the initial one, fp32, or None unless asked for).
+        (o [B, T, HV, V], final state). The final state is in fp32 and in the layout of the initial state, or None if
+        not requested.
     """
     if cp_context is not None:
         raise ValueError("chunk_gated_delta_rule: cp_context must be None: context parallelism is not supported")
@@ -92,12 +94,12 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `chunk_gated_delta_rule`. g None means no decay, beta None means 1; gk and gv (decays by channel) must be
+    """Like `chunk_gated_delta_rule`. g None means no decay, beta None means 1. gk and gv (decays per channel) must be
     None."""
     for name, value in (("gk", gk), ("gv", gv)):
         if value is not None:
             raise ValueError(
-                f"fused_recurrent_gated_delta_rule: {name} must be None: decays by channel are another rule"
+                f"fused_recurrent_gated_delta_rule: {name} must be None: decays per channel are not supported"
             )
     state_v_first = _state_layout(state_v_first, kwargs)
     _refuse("fused_recurrent_gated_delta_rule", kwargs)
@@ -117,7 +119,7 @@ def _state_layout(state_v_first: bool, kwargs: dict) -> bool:
         return state_v_first
     if state_v_first:
         raise ValueError("state_v_first and transpose_state_layout, its older name, must not both be given")
-    warnings.warn("transpose_state_layout has become state_v_first", DeprecationWarning, stacklevel=3)
+    warnings.warn("transpose_state_layout is deprecated; use state_v_first", DeprecationWarning, stacklevel=3)
     return kwargs.pop("transpose_state_layout")
 
 
@@ -127,7 +129,7 @@ def _refuse(function: str, kwargs: dict) -> None:
 
 
 class _Gates(NamedTuple):
-    """How g and beta come about."""
+    """The options by which g and beta are computed."""
 
     use_gate: bool
     A_log: Tensor | None

@@ -1,11 +1,12 @@
 """mamba_ssm's functions for Mamba-2 (`mamba_ssm.ops.triton`, as of 2026-07): `ssd_combined`, `selective_state_update`.
 
-Signatures and meanings are mamba_ssm's, with three differences on top. Sequences that `seq_idx` packs into a row each
-start from that row's initial state, where mamba_ssm gives it to the first of them alone; its gradient is the sum over
-them. An initial state without the batch's dimension is shared by all sequences. Only the gradients asked for are
-computed, also that of `return_varlen_states`. States may have any floating dtype; they are computed, and returned, in
-fp32. x, B, C and z of different dtypes are computed in the widest, and the output is in x's. `seq_idx` is read on the
-host, to count sequences. What cannot be honoured is a ValueError or TypeError.
+Signatures and semantics are mamba_ssm's, with three differences. First, each of the sequences that `seq_idx` packs into
+a row starts from the row's initial state, and the gradient of that state is summed over them. In mamba_ssm only the
+first sequence of a row starts from it. Second, an initial state without the batch dimension is shared by all sequences.
+Third, only the requested gradients are computed, including that of the varlen states. States may have any floating
+dtype; they are computed and returned in fp32. If x, B, C and z have different dtypes, the widest is used for the
+computation, and the output has that of x. `seq_idx` is read on the host, to count sequences. An argument that is not
+supported raises ValueError or TypeError.
 """
 
 import torch
@@ -47,18 +48,18 @@ def mamba_chunk_scan_combined(
         dt: [B, T, H]; dt_bias: [H].
         A: [H].
         B, C: [B, T, G, N].
-        chunk_size: a positive int; the size of the chunks is chosen by the backend all the same.
+        chunk_size: a positive int. It is checked but not used: the backend chooses the size of chunks.
         D: [H] or [H, P].
         initial_states: [B, H, P, N], or [H, P, N] for all sequences.
         seq_idx: [B, T], a number for each token; where it changes within a row, a sequence begins.
-        cu_seqlens: [NSEQ + 1], read with `return_varlen_states` only, and then in the place of seq_idx, which must say
-            the same. B must be 1.
+        cu_seqlens: [NSEQ + 1], used with `return_varlen_states` only, and then instead of seq_idx, which must agree
+            with it. B must be 1.
         return_final_states: also return the state at the end of every row, [B, H, P, N].
         return_varlen_states: also return the state at the end of every sequence, [NSEQ, H, P, N].
         state_dtype: None or torch.float32.
 
     Returns:
-        y [B, T, H, P], or a tuple of it and the states asked for, those of the rows first.
+        y [B, T, H, P], or a tuple of y and the requested states, those of the rows first.
     """
     name = "mamba_chunk_scan_combined"
     _check(name, chunk_size, state_dtype)
@@ -98,22 +99,22 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A Mamba-2 layer after its input projection: convolution, scan, gate or gated norm, output projection.
+    """Compute a Mamba-2 layer after its input projection: convolution, scan, gate or gated norm, output projection.
 
     Args:
-        zxbcdt: [B, T, 2 * (columns of an MLP beside it, if any) + 2 * H * P + 2 * G * N + H].
+        zxbcdt: [B, T, 2 * (columns of a parallel MLP, if any) + 2 * H * P + 2 * G * N + H].
         conv1d_weight: [H * P + 2 * G * N, W]; conv1d_bias: [H * P + 2 * G * N] or None.
         dt_bias, A: [H].
         D: [H, P], or [H], which needs `headdim` P.
         chunk_size, initial_states, seq_idx, dt_limit, return_final_states, state_dtype: as in
             `mamba_chunk_scan_combined`; the convolution does not cross sequences either.
-        activation: of the convolution: "silu", "swish" or None.
+        activation: activation after the convolution: "silu", "swish" or None.
         rmsnorm_weight: [H * P], norms over each of `ngroups` groups of channels, gated by z after it or before it
             (`norm_before_gate`); without it the scan is gated.
         outproj_weight: [out, columns], outproj_bias: [out]; or None.
 
     Returns:
-        [B, T, H * P] or [B, T, out], or a tuple of it and the state at the end of every row.
+        [B, T, H * P] or [B, T, out], or a tuple of that and the state at the end of every row.
     """
     name = "mamba_split_conv1d_scan_combined"
     _check(name, chunk_size, state_dtype)
@@ -123,7 +124,7 @@ def mamba_split_conv1d_scan_combined(
         raise ValueError(f"{name}: outproj_bias needs outproj_weight")
     heads, P = D.shape if D.dim() == 2 else (D.shape[0], headdim)
     if P is None:
-        raise ValueError(f"{name}: headdim must be given where D is [H]")
+        raise ValueError(f"{name}: headdim must be given if D is [H]")
     batch, length, columns = zxbcdt.shape
     inner, mixed = heads * P, conv1d_weight.shape[0]
     N = (mixed - inner) // ngroups // 2
@@ -172,8 +173,8 @@ def selective_state_update(
     """Advance `state` by one token, in place.
 
     Args:
-        state: [B, H, P, N], or with `state_batch_indices` a pool [S, H, P, N]; without H one head. Not in fp32 (or
-            fp64 with fp64 inputs), it is converted and back, all of it.
+        state: [B, H, P, N], or with `state_batch_indices` a pool [S, H, P, N]; without H it has one head. A state that
+            is not in fp32 (or fp64 with fp64 inputs) is converted and converted back as a whole.
         x, z: [B, H, P].
         dt: [B, H, P], A: [H, P, N], dt_bias: [H, P]: one number per head, expanded (stride 0), as Mamba-2 has them.
         B, C: [B, G, N].
@@ -181,7 +182,7 @@ def selective_state_update(
         state_batch_indices: [B], rows of the pool; -1 computes from zero and stores nothing.
 
     Returns:
-        y [B, H, P], or [B, P] where the state has no H.
+        y [B, H, P], or [B, P] if the state has no H.
     """
     if state.dim() == 3:
         one = {"D": D, "z": z, "dt_bias": dt_bias}
@@ -213,7 +214,7 @@ def selective_state_update(
 
 
 def _skip(D: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(D [H], None), or (None, D [H, P]) where it is one number for each channel."""
+    """Return (D [H], None), or (None, D [H, P]) if D has a number for each channel."""
     if D is None or D.dim() == 1:
         return D, None
     heads, P = x.shape[-2:]
@@ -231,7 +232,7 @@ def _check(name: str, chunk_size: int, state_dtype: torch.dtype | None) -> None:
 
 
 def _boundaries(name: str, seq_idx: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """cu_seqlens of the rows laid out one after the other."""
+    """Return cu_seqlens for the rows laid end to end."""
     if seq_idx is None:
         return None
     if tuple(seq_idx.shape) != (batch, length) or seq_idx.is_floating_point():
@@ -242,7 +243,8 @@ def _boundaries(name: str, seq_idx: Tensor | None, batch: int, length: int) -> T
 def _scan(
     name: str, inputs: SSDInputs, start: Start, want_states: bool, **options
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, the state of every sequence if wanted, which of them are the last of their rows or None for all)."""
+    """Return (y, the state of every sequence if wanted, the indices of the last sequence of each row, or None for
+    all)."""
     x, dt, A, B, C, D, z, dt_bias = inputs
     state, _, cu_seqlens = start
     (batch, length), dtype = x.shape[:2], widest(x, B, C, z)
@@ -275,13 +277,13 @@ def _scan(
 
 
 def _last_of_rows(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """[B] the last sequence of every row."""
+    """Return the index of the last sequence of every row, [B]."""
     last = torch.arange(1, batch + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * length - 1
     return torch.searchsorted(cu_seqlens[1:], last, right=True)
 
 
 def _finish(name: str, y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
-    """(y + D x) silu(z) for a D of every channel."""
+    """Return (y + D x) silu(z) for a D with a number for each channel."""
     if D.shape != x.shape[-2:]:
         raise ValueError(f"{name}: D must have shape [H] or [H, P], here {list(x.shape[-2:])}, got {list(D.shape)}")
     out = y + D.to(torch.promote_types(D.dtype, torch.float32)) * x
@@ -295,7 +297,7 @@ def _convolve(x, weight, bias, cu_seqlens, activate: bool) -> Tensor:
 
 
 def _gated_norm(x, z, weight, eps: float, group: int, norm_before_gate: bool) -> Tensor:
-    """RMS norm in fp32 over groups of channels, times silu(z) after it or before it."""
+    """Compute the RMS norm in fp32 over groups of channels, multiplied by silu(z) after the norm or before it."""
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     x, gate = x.to(wide), F.silu(z.to(wide))
@@ -309,7 +311,7 @@ def _is_expanded(t: Tensor, dims: int) -> bool:
 
 
 def _per_head(name: str, t: Tensor, dims: int) -> Tensor:
-    """The number of each head, without the last `dims` dimensions that it is expanded over."""
+    """Return one number per head, by removing the last `dims` dimensions, over which `t` is expanded."""
     if not _is_expanded(t, dims):
         raise ValueError(
             f"selective_state_update: {name} must be one number per head, expanded over the last {dims} dimensions "

@@ -1,4 +1,4 @@
-"""The short causal convolution in front of a scan, over [B, T, C], with the window that a cache carries on."""
+"""The short causal convolution before a scan, over [B, T, C], with the window that a cache stores."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s0kernels.modules.packing import own_sequence
+from s0kernels.modules.packing import sequence_indices
 
 _HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
 
@@ -14,11 +14,11 @@ _HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, previous: Tensor | None, *, activate: bool = True
 ) -> Tensor:
-    """silu(conv(x)) per channel, or conv(x) without `activate`.
+    """Return silu(conv(x)) per channel, or conv(x) without `activate`.
 
     Args:
         x: [B, T, C].
-        weight: [C, W], in whose dtype it is computed; bias: [C] or None.
+        weight: [C, W]; its dtype is that of the computation. bias: [C] or None.
         previous: [B, C, W] inputs before the first token, or None for zeros.
 
     Returns:
@@ -42,17 +42,18 @@ def causal_conv(
 def packed_causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *, activate: bool = True
 ) -> Tensor:
-    """`causal_conv` of the sequences packed into x [1, T, C]: each is moved behind a gap as wide as the window."""
+    """Apply `causal_conv` to each of the sequences packed into x [1, T, C]. A gap as wide as the window separates
+    them."""
     length, gap = x.shape[1], weight.shape[1] - 1
-    places = torch.arange(length, device=x.device) + gap * own_sequence(cu_seqlens, length)
+    places = torch.arange(length, device=x.device) + gap * sequence_indices(cu_seqlens, length)
     spread = x.new_zeros(1, length + gap * (cu_seqlens.shape[0] - 1), x.shape[2]).index_copy(1, places, x)
     return causal_conv(spread, weight, bias, None, activate=activate).index_select(1, places)
 
 
 def next_window(x: Tensor, previous: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:
-    """[B, C, W]: the last W inputs of each row, of which `lengths` [B] are real (None: all).
+    """Return the last W inputs of each row, [B, C, W]. The first `lengths` [B] tokens of a row are real (None: all).
 
-    Rows shorter than the window keep what `previous` held, or zeros.
+    Rows shorter than the window are filled from `previous`, or with zeros.
     """
     rows = x.transpose(1, 2)
     before = rows.new_zeros(*rows.shape[:2], width) if previous is None else previous.to(rows.dtype)

@@ -1,4 +1,4 @@
-"""The model families that can be swapped: a row each."""
+"""The table of model families that can be swapped."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ class Family(NamedTuple):
     #: class name of the mixer in transformers
     mixer: str
     replacement: type[S0Mixer]
-    #: the recurrence, as the `s0-tuning` package spells it in its files
+    #: name of the recurrence in the files of the `s0-tuning` package
     arch: str
-    #: of a mixer of transformers, whose attributes the replacement declares
+    #: returns the shape of a state from a mixer of transformers, whose attributes the replacement declares
     state_shape: Callable[[Any], tuple[int, int, int]]
-    #: arguments beyond those of `arguments.py` that decoders of this family hand to a mixer and that say nothing to it
+    #: harmless arguments that decoders of this family pass to a mixer, in addition to those of `arguments.py`
     harmless: tuple[str, ...] = ()
-    #: modules of transformers that packed sequences cannot go through, by class name: what each does
+    #: modules of transformers that packed sequences cannot go through: class name to reason
     cannot_pack: Mapping[str, str] = {}
 
 
@@ -60,26 +60,26 @@ FAMILIES = (
         S0BambaMixer,
         "mamba2",
         _mamba_state,
-        cannot_pack={"Mamba2ForCausalLM": "does not tell its backbone where they begin"},
+        cannot_pack={"Mamba2ForCausalLM": "does not pass their boundaries to its backbone"},
     ),
 )
 
-_KDA = "it decays every channel of a key by itself (KDA), and the gated delta rule here has one decay per head"
-_MAMBA_1 = "it is Mamba-1, which decays every entry of the state by itself, and the scan here has one decay per head"
-_CONVOLUTION = "it is a short convolution, which has a window and no state that could be learned"
-#: mixers of transformers that cannot be replaced, by class name: what is missing
+_KDA = "it has one decay per channel of a key (KDA), and the gated delta rule here has one decay per head"
+_MAMBA_1 = "it is Mamba-1 with one decay per entry of the state, and the scan here has one decay per head"
+_CONVOLUTION = "it is a short convolution, which has a window but no state that could be learned"
+#: mixers of transformers that cannot be replaced: class name to reason
 UNSUPPORTED = {
     **dict.fromkeys(("BailingHybridDeltaAttention", "Glm5NextTextLinearAttention", "KimiLinearDeltaAttention"), _KDA),
     **dict.fromkeys(("FalconMambaMixer", "JambaMambaMixer", "MambaMixer", "ZambaMambaMixer"), _MAMBA_1),
     **dict.fromkeys(("Lfm2MoeShortConv", "Lfm2ShortConv", "Lfm3ShortConv"), _CONVOLUTION),
-    "MiniMaxLightningAttention": "nobody has written a replacement (its recurrence is that of ssd with dt = 1)",
+    "MiniMaxLightningAttention": "a replacement is not written yet (its recurrence is that of ssd with dt = 1)",
     "Qwen4ExpTextGatedDeltaNet": "its recurrence is Qwen3.5's, but layers beside it keep further states in its cache, "
-    "and nothing was tested with them",
+    "which were not tested",
     "RecurrentGemmaRecurrentBlock": "its state is a vector (RG-LRU), and the scans here carry a matrix per head",
     "RwkvSelfAttention": "its state is a vector per channel (RWKV-4), and the scans here carry a matrix per head",
 }
 
-#: Scale at which trained states are used unless told otherwise (defaults of the S0-tuning paper)
+#: default factor that multiplies trained states in use, from the S0 tuning paper
 DEFAULT_ALPHA = {"gated_delta_net": 0.07, "mamba2": 0.65}
 
 
@@ -92,8 +92,8 @@ def supported() -> str:
     return ", ".join(family.name for family in FAMILIES)
 
 
-def what_is_missing(model: nn.Module) -> str:
-    """Why `model`, which holds no mixer of a supported family, cannot be swapped: in words behind "which has"."""
+def unsupported_reason(model: nn.Module) -> str:
+    """Say why `model`, which has no mixer of a supported family, cannot be swapped. The text follows "which has"."""
     message = f"no recurrent mixer of a supported family ({supported()})"
     for module in model.modules():
         names = [cls.__name__ for cls in type(module).__mro__]
@@ -101,5 +101,5 @@ def what_is_missing(model: nn.Module) -> str:
         if known is not None:
             return f"{message}; its {names[0]} cannot be replaced: {UNSUPPORTED[known]}"
         if isinstance(getattr(module, "A_log", None), nn.Parameter) and hasattr(module, "layer_idx"):
-            return f"{message}; its {names[0]} is none that s0kernels knows: docs/adding-a-family.md has what it needs"
+            return f"{message}; s0kernels does not know its {names[0]}: docs/adding-a-family.md says how to add it"
     return message

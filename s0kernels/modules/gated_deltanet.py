@@ -13,8 +13,8 @@ from s0kernels.ops.mixer_steps import gated_delta_mixer_step
 
 
 class S0GatedDeltaNet(S0Mixer):
-    """Replaces `Qwen3_5GatedDeltaNet`, `Qwen3_5MoeGatedDeltaNet` and `LaraMiniGatedDeltaNet`, which are the same. With
-    no S0 attached it computes what the original computes; see `s0kernels.modules` for when S0 enters."""
+    """Replaces `Qwen3_5GatedDeltaNet`, `Qwen3_5MoeGatedDeltaNet` and `LaraMiniGatedDeltaNet`, which are the same.
+    Without S0 it computes the same as the original. See `s0kernels.modules` for when S0 enters."""
 
     num_k_heads: int
     num_v_heads: int
@@ -22,7 +22,7 @@ class S0GatedDeltaNet(S0Mixer):
     head_v_dim: int
     key_dim: int
     value_dim: int
-    #: whether beta goes up to 2
+    #: whether beta lies in (0, 2) instead of (0, 1)
     allow_neg_eigval: bool = False
     in_proj_qkv: nn.Module
     in_proj_z: nn.Module
@@ -37,7 +37,7 @@ class S0GatedDeltaNet(S0Mixer):
         return self.out_proj(output.view(*hidden_states.shape[:2], self.value_dim))
 
     def _mix(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor:
-        """Convolution, gates, scan and gated norm, one after the other."""
+        """Compute convolution, gates, scan and gated norm, one after the other."""
         mixed = self._convolve(mixed, rows)
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for x in (q, k))
@@ -51,7 +51,7 @@ class S0GatedDeltaNet(S0Mixer):
         return self.norm(output.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
 
     def _fused_step(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, rows: Rows) -> Tensor | None:
-        """`_mix` of one token as one kernel, or None where that cannot be."""
+        """Compute `_mix` of one token by one kernel. Return None if no kernel supports it."""
         conv, cache = self.conv1d, rows.cache
         if not isinstance(cache, LiveCache) or rows.padding is not None:
             return None
@@ -76,11 +76,11 @@ class S0GatedDeltaNet(S0Mixer):
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q|k|v side by side, as they are convolved; z [B, T, value_dim]; b and a [B, T, num_v_heads])."""
+        """Return (q|k|v side by side, for the convolution; z [B, T, value_dim]; b and a [B, T, num_v_heads])."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
     def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Rows) -> Tensor:
-        """The recurrence alone, of all tokens or one, from the cache or S0."""
+        """Run the recurrence alone, over all tokens or one, from the state in the cache or from S0."""
         inputs, dtype, cache = (q, k, v, g, beta), state_dtype(q.dtype), rows.cache
         if q.shape[1] == 1 and isinstance(cache, LiveCache) and cache.can_step(*inputs):
             token = (q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])

@@ -1,9 +1,9 @@
-"""Which initial state a forward starts from.
+"""Choose the initial states that a forward starts from.
 
 A swapped model has one `Site`, shared by its mixers. Learned states are attached to it for every thread
-(`Site.attachment`), or for the calling context alone, which wins. A hook on the decoder binds the choice once per
-forward and hands it down as a keyword argument, so that a checkpointed layer recomputed later, perhaps in one of
-autograd's threads, starts from the same states.
+(`Site.attachment`), or for the calling context alone, which takes precedence. A hook on the decoder binds the choice
+once per forward and passes it down as a keyword argument. So a checkpointed layer that is recomputed later, perhaps in
+a thread of autograd, starts from the same states.
 """
 
 import contextlib
@@ -18,44 +18,45 @@ import torch
 from torch import Tensor, nn
 
 from s0kernels.modules.arguments import CACHES, KEYWORD, Arguments, find_cache
-from s0kernels.modules.packing import find_boundaries, own_positions
+from s0kernels.modules.packing import find_boundaries, sequence_positions
 from s0kernels.ops.transforms import constant_in_graphs
 
 if TYPE_CHECKING:
     from s0kernels.modules.self_check import SwapReport
 
 _overrides: ContextVar[tuple[tuple["Site", "Attachment"], ...]] = ContextVar("s0kernels_overrides", default=())
-#: what any context overrides with, by number; where none does, torch.compile need not look at the context, which it
-#: cannot trace
+#: the attachments of all contexts that override, by number. If it is empty, the context is not read, because
+#: torch.compile cannot trace it
 _open: dict[int, "Attachment"] = {}
 _numbers = itertools.count()
 _sites: weakref.WeakSet["Site"] = weakref.WeakSet()
 _attachments: weakref.WeakValueDictionary[int, "Attachment"] = weakref.WeakValueDictionary()
 
 
-@constant_in_graphs  # torch 2.11 takes every graph for one that is exported, if it is asked directly
+@constant_in_graphs  # torch 2.11, if asked directly, says that every graph is being exported
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
 @constant_in_graphs
 def _constant_override(site: int) -> int | None:
-    """Number of the attachment that the calling context uses for a site. For torch.export, which cannot trace the
-    context: a program starts from what is attached when it is exported."""
+    """Return the number of the attachment that the calling context uses for a site. It is a constant for torch.export,
+    which cannot trace the context: a program starts from the states attached at its export."""
     return next((chosen.number for place, chosen in reversed(_overrides.get()) if place.number == site), None)
 
 
 @constant_in_graphs
 def _constant_bank(attachment: int, layer_index: int) -> Tensor:
-    """The states of a layer as they are when a program is exported."""
+    """Return the states of a layer at the time of the export of a program."""
     return _attachments[attachment].bank(layer_index).detach()
 
 
 class Attachment:
-    """Learned states [tasks, ...] by layer index, the scale they are used at, and which task each row starts from.
+    """Learned states [tasks, ...] by layer index, the factor that multiplies them, and the task that each row starts
+    from.
 
-    `owner` is what they were attached by, which nothing here looks into. `tasks` is one index for all rows, or an int64
-    tensor with one per row; -1 is the zero state.
+    `owner` is the object that attached them; it is not used here. `tasks` is one index for all rows, or an int64 tensor
+    with one per row; -1 is the zero state.
     """
 
     def __init__(self, owner: object, states: Mapping[int, Tensor], scale: float, tasks: int | Tensor):
@@ -64,31 +65,31 @@ class Attachment:
         self._states = dict(states)
         self.scale = scale
         self._scaled: dict[int, tuple[int, Tensor]] = {}
-        #: by thread: the rows that `generate` multiplied, one of each kind
+        #: by thread: the prompts whose rows `generate` multiplied, one of each
         self._prompts = threading.local()
         self.number = next(_numbers)
         _attachments[self.number] = self
         self._rescale_all()
 
     def choose(self) -> Callable[[int], Tensor | None]:
-        """What a forward that begins now starts from: by layer index the bank at its scale, or None. A bank is made
-        when its layer runs, and again when the layer is recomputed."""
+        """Return the function by which a forward that begins now gets its states: from a layer index to the scaled bank
+        or None. A bank is computed when its layer runs, and again when the layer is recomputed."""
         return self._find
 
     def _find(self, layer_index: int) -> Tensor | None:
         return self.state(layer_index) if layer_index in self._states else None
 
     def bank(self, layer_index: int) -> Tensor:
-        """[tasks, ...] of a layer, unscaled."""
+        """Return the unscaled states of a layer, [tasks, ...]."""
         return self._states[layer_index]
 
     def state(self, layer_index: int) -> Tensor:
-        """The bank of a layer at its scale. The product is kept: it is made when attaching and again after the
-        parameter has changed. It is made anew for every forward that has to be differentiated, and from then on while
-        the parameter learns, for fused optimizers change it and leave its version as it was; and for every forward that
-        is compiled, for a graph cannot ask."""
+        """Return the scaled states of a layer. The product is computed when the states are attached, kept, and computed
+        again after the parameter has changed. It is computed for every forward that needs a gradient, and from then on
+        for every forward while the parameter requires grad, because fused optimizers change a parameter without
+        changing its version. It is also computed in every compiled forward, because a graph cannot read the version."""
         bank = self._states[layer_index]
-        if _is_exporting():  # a parameter outside the model is nothing that torch.export could name
+        if _is_exporting():  # torch.export has no name for a parameter outside the model
             bank = _constant_bank(self.number, layer_index)
         if self.scale == 1.0:
             return bank
@@ -106,7 +107,7 @@ class Attachment:
         return {name: value for name, value in self.__dict__.items() if name != "_prompts"} | {"_scaled": {}}
 
     def __setstate__(self, state: dict) -> None:
-        """A copy's parameters count their changes from zero again, so its products have to be its own."""
+        """Drop the kept products: the version counters of a copy's parameters start from zero again."""
         self.__dict__.update(state, _prompts=threading.local(), number=next(_numbers))
         _attachments[self.number] = self
         self._rescale_all()
@@ -117,16 +118,17 @@ class Attachment:
 
     def _rescale(self, layer_index: int) -> tuple[int, Tensor]:
         bank = self._states[layer_index]
-        with torch.inference_mode(False):  # it may be used outside as well
+        with torch.inference_mode(False):  # the result may be used outside inference mode
             kept = self._scaled[layer_index] = (bank._version, bank.detach() * self.scale)
         return kept
 
     def tasks_for(self, sequences: int, prompt: Tensor | None = None) -> int | Tensor:
-        """The task of every sequence of a forward; `prompt` [rows, T, ...] is what starts them, where it does.
+        """Return the task of every sequence of a forward. `prompt` [rows, T, ...] is given if the forward starts the
+        sequences.
 
-        `generate` multiplies the rows for beams or several returned sequences. Rows multiplied so start from equal
-        prompts; without a cache, later forwards hold these prompts with what was generated behind them. Any other
-        batch is somebody's mistake.
+        `generate` multiplies the rows for beams or several returned sequences. Then each group of rows has equal
+        prompts. Without a cache, the rows of later forwards begin with these prompts. Any other number of rows is an
+        error.
         """
         if isinstance(self.tasks, int) or self.tasks.shape[0] == sequences:
             return self.tasks
@@ -145,8 +147,8 @@ class Attachment:
 
 
 class BoundStates:
-    """What one forward starts from: per layer a state and, for a task per sequence, the indices into it; and where
-    the sequences begin, if they are packed."""
+    """The starting point of one forward: for each layer a state and, with a task per sequence, the indices into it; and
+    the boundaries of packed sequences."""
 
     def __init__(
         self, attachment: Attachment | None, tasks: int | Tensor, cu_seqlens: Tensor | None, mask: Tensor | None = None
@@ -155,28 +157,28 @@ class BoundStates:
         self._tasks = tasks
         #: boundaries over all rows of the batch laid end to end, or None: one sequence per row
         self.cu_seqlens = cu_seqlens
-        #: [B, 1] where a single token is a pad in some row: transformers hands mixers no mask for single tokens
+        #: [B, 1] if a single token is a pad in some row: transformers passes no mask for single tokens to mixers
         self.mask = mask
 
     def for_layer(
         self, layer_index: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(initial_state, state_indices) as the scans take them."""
+        """Return (initial_state, state_indices) for the scans."""
         if self._choice is None or (isinstance(self._tasks, int) and self._tasks == -1):
             return None, None
         bank = self._choice(layer_index)
         if bank is None:
             return None, None
-        bank = bank.to(device=device, dtype=dtype)  # no copy where they fit, as they do unless a model is sharded
+        bank = bank.to(device=device, dtype=dtype)  # a copy only if the model is sharded
         if isinstance(self._tasks, int):
             return bank[self._tasks], None
         return bank, self._tasks.to(device)
 
 
 class Site:
-    """The one place of a swapped model where learned states are attached."""
+    """The place in a swapped model where learned states are attached. A model has one."""
 
-    #: what `swap_modules` found out about the swap, there as soon as that has ended
+    #: the report of `swap_modules`, set when it ends
     report: "SwapReport"
 
     def __init__(
@@ -185,14 +187,14 @@ class Site:
         self.shapes = dict(shapes)
         self.arch = arch
         self.arguments = arguments
-        #: what packed sequences cannot go through, and why; None: they can go through the model
+        #: the module that packed sequences cannot go through, and the reason; None if they can go through the model
         self.cannot_pack = cannot_pack
         self.number = next(_numbers)
         self.attachment: Attachment | None = None
         _sites.add(self)
 
     def __setstate__(self, state: dict) -> None:
-        """A copy of a model starts from a copy of its states."""
+        """Let a copy of a model start from a copy of its states."""
         self.__dict__.update(state, number=next(_numbers))
         _sites.add(self)
 
@@ -206,8 +208,8 @@ class Site:
 
     @contextlib.contextmanager
     def override(self, attachment: Attachment | None) -> Iterator[None]:
-        """Use `attachment`, None being no states, in the calling context, for as long as it lasts. The last to begin
-        wins; they may end in any order."""
+        """Use `attachment` (None: no states) in the calling context for the body of a with statement. The one that
+        began last takes precedence; they may end in any order."""
         attachment = Attachment(None, {}, 1.0, -1) if attachment is None else attachment
         entry = (self, attachment)
         _overrides.set((*_overrides.get(), entry))
@@ -221,12 +223,12 @@ class Site:
     def live(self, kwargs: Mapping) -> bool:
         """Whether a forward continues a cache that holds states."""
         cache = find_cache(kwargs, "s0kernels")
-        # a recurrent layer knows it on the host; the length of a static cache is on the device
+        # a recurrent layer stores this on the host; the length of a static cache is on the device
         return cache is not None and cache.has_previous_state(min(self.shapes))
 
     def bind(self, rows: Tensor, kwargs: Mapping) -> BoundStates:
-        """What a forward over `rows` [B, T, ...], tokens or embeddings, starts from. `kwargs` are the forward's; they
-        may say that the rows hold packed sequences, or continue those of a cache."""
+        """Bind the states for a forward over `rows` [B, T, ...], tokens or embeddings. The forward's `kwargs` may say
+        that the rows hold packed sequences, or that they continue the sequences of a cache."""
         live = self.live(kwargs)
         cu_seqlens = find_boundaries(rows.shape[0], rows.shape[1], kwargs, live)
         mask = _single_token_mask(rows, kwargs.get("attention_mask"), live)
@@ -238,12 +240,12 @@ class Site:
 
 
 def all_sites() -> list[Site]:
-    """Those of every swapped model there is, copies included."""
+    """Return the sites of all swapped models, copies included."""
     return list(_sites)
 
 
 class BindStates:
-    """Forward pre-hook of the decoder: binds what the forward starts from and passes it to the mixers."""
+    """Forward pre-hook of the decoder: binds the states of the forward and passes them to the mixers."""
 
     def __init__(self, site: Site):
         self.site = site
@@ -261,7 +263,7 @@ class BindStates:
 
 
 class RefusePacked:
-    """Forward pre-hook of a module that packed sequences cannot go through: its tokens would see those of others."""
+    """Forward pre-hook of a module that packed sequences cannot go through, because it would mix them."""
 
     def __init__(self, site: Site, names: tuple[str, ...]):
         self.site = site
@@ -277,15 +279,15 @@ class RefusePacked:
 
 
 def _rows(named: Mapping) -> Tensor | None:
-    """The tokens or embeddings among the arguments of a model."""
+    """Return the tokens or embeddings among the arguments of a model."""
     return next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
 
 
 def _single_token_mask(rows: Tensor, mask: Tensor | None, live: bool) -> Tensor | None:
-    """The mask of a one-token forward in which some row is padded, else None.
+    """Return the mask of a one-token forward in which some row is a pad, else None.
 
-    On a GPU, where looking would hold up every token that is generated, only the first token of a sequence is looked
-    at; after that a single token is taken for a real one, as transformers does.
+    Reading the mask on a GPU would synchronise at every generated token. So a GPU reads it for the first token of a
+    sequence only, and later single tokens count as real tokens, as in transformers.
     """
     if rows.shape[1] != 1 or not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
         return None
@@ -295,20 +297,20 @@ def _single_token_mask(rows: Tensor, mask: Tensor | None, live: bool) -> Tensor 
 
 
 def _packed(kwargs: dict, cu_seqlens: Tensor, length: int) -> dict:
-    """The arguments of a packed forward: attention has to keep the sequences apart as well, which transformers does by
-    their positions, and only where there is neither a mask nor a cache."""
+    """Return the arguments of a packed forward. Attention must not mix the sequences either: transformers separates
+    them by their positions, but only without a mask and without a cache."""
     for name in (*CACHES, "use_cache", "attention_mask"):
         value = kwargs.get(name)
         if value is not None and value is not False:
             raise ValueError(f"packed sequences (cu_seq_lens_q, seq_idx, position_ids) cannot be used with {name}")
     positions = kwargs.get("position_ids")
     if positions is None:
-        positions = own_positions(cu_seqlens, length)
+        positions = sequence_positions(cu_seqlens, length)
     return {**kwargs, "use_cache": False, "position_ids": positions}
 
 
 def _continue(groups: Tensor, prompts: Tensor | None) -> bool:
-    """Whether the rows [given, copies, T, ...] begin with `prompts` [given, t, ...], each group with its own."""
+    """Whether each group of rows [given, copies, T, ...] begins with its own prompt in `prompts` [given, t, ...]."""
     if prompts is None or prompts.shape[1] > groups.shape[2]:
         return False
     begun = groups[:, :, : prompts.shape[1]]

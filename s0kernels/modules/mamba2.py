@@ -12,11 +12,11 @@ from s0kernels.ops.mixer_steps import ssd_mixer_step
 
 
 class S0Mamba2Mixer(S0Mixer):
-    """Replaces `FalconH1Mixer`. With no S0 attached it computes what the original computes; see
-    `s0kernels.modules` for when S0 enters.
+    """Replaces `FalconH1Mixer`. Without S0 it computes the same as the original. See `s0kernels.modules` for when S0
+    enters.
 
-    In two places the original contradicts itself, and this follows its prefill without padding: its one-token step
-    leaves out `time_step_limit`, and with `mamba_proj_bias` its pads enter the convolution.
+    In two places the original disagrees with its own prefill without padding, which this class follows: the one-token
+    step of the original ignores `time_step_limit`, and with `mamba_proj_bias` its pads enter the convolution.
     """
 
     intermediate_size: int
@@ -41,7 +41,7 @@ class S0Mamba2Mixer(S0Mixer):
         return self.out_proj(output.view(*hidden_states.shape[:2], -1).to(hidden_states.dtype))
 
     def _mix(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor:
-        """Convolution, scan, gate and norm, one after the other."""
+        """Compute convolution, scan, gate and norm, one after the other."""
         mixed = self._convolve(mixed, rows)
         state_size = self.n_groups * self.ssm_state_size
         x, B, C = mixed.split([self.intermediate_size, state_size, state_size], dim=-1)
@@ -53,14 +53,14 @@ class S0Mamba2Mixer(S0Mixer):
         return self.norm(output, gate) if self.mamba_rms_norm else output
 
     def _fused_step(self, gate: Tensor, mixed: Tensor, dt: Tensor, rows: Rows) -> Tensor | None:
-        """`_mix` of one token as one kernel, or None where that cannot be."""
+        """Compute `_mix` of one token by one kernel. Return None if no kernel supports it."""
         conv, cache, eps, norm = self.conv1d, rows.cache, 0.0, None
         if not isinstance(cache, LiveCache) or rows.padding is not None:
             return None
         if self.mamba_rms_norm:
             eps, norm = norm_eps(self.norm), getattr(self.norm, "weight", None)
             size = getattr(self.norm, "group_size", self.intermediate_size // getattr(self.norm, "n_groups", 1))
-            if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm know no groups
+            if size * self.n_groups != self.intermediate_size:  # older versions of Bamba's norm have no groups
                 return None
         parameters = (conv.weight, conv.bias, self.A_log, self.D, self.dt_bias, norm)
         backend = self.fused_backend("ssd_mixer_step", cache, mixed, gate, dt, *parameters)
@@ -81,23 +81,24 @@ class S0Mamba2Mixer(S0Mixer):
         )
 
     def _project(self, x: Tensor) -> Tensor:
-        """[B, T, intermediate_size + conv_dim + num_heads]: the gate, x|B|C as they are convolved, dt."""
+        """Return the gate, x|B|C for the convolution, and dt side by side, [B, T, intermediate_size + conv_dim +
+        num_heads]."""
         return self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
 
     def _dt_limit(self) -> tuple[float, float]:
-        low, high = self.time_step_limit  # of a config, which may hold ints
+        low, high = self.time_step_limit  # a config may hold ints
         return float(low), float(high)
 
     def _step_sizes(self, dt: Tensor, padding: Padding | None) -> tuple[Tensor, dict]:
-        """dt and how the scan is to process it; with pads it is processed here, for they take a step of zero even
-        where `time_step_limit` has a floor."""
+        """Return dt, and the options by which the scan processes it. With pads it is processed here, because a pad
+        takes a step of zero even if `time_step_limit` has a lower limit."""
         if padding is None:
             return dt, {"dt_bias": as_scalar(self.dt_bias, dt), "dt_softplus": True, "dt_limit": self._dt_limit()}
         dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*self._dt_limit())
         return dt.masked_fill(padding.pads, 0.0), {}
 
     def scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, rows: Rows) -> Tensor:
-        """The recurrence alone, of all tokens or one, from the cache or S0."""
+        """Run the recurrence alone, over all tokens or one, from the state in the cache or from S0."""
         dtype, cache = state_dtype(x.dtype), rows.cache
         A = -torch.exp(self.A_log.to(dtype))
         dt, options = self._step_sizes(dt.to(x.dtype), rows.padding)

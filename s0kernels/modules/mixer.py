@@ -1,4 +1,5 @@
-"""What the replacements share: the original's parameters, the cache, and where the initial state comes from."""
+"""The base class of the replacements: the parameters of the original, the cache, and the choice of the initial
+state."""
 
 import operator
 from collections.abc import Callable
@@ -28,11 +29,11 @@ _SHARED = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-#: the norms that a fused step computes, by the name of their class, and the attribute that holds their eps
+#: the norms that a fused step can compute: class name to the attribute that holds eps
 _NORMS = {
     "BambaRMSNormGated": "variance_epsilon",
     "FalconH1RMSNormGated": "variance_epsilon",
-    "FusedRMSNormGated": "eps",  # flash-linear-attention's, which older versions of transformers take
+    "FusedRMSNormGated": "eps",  # from flash-linear-attention, used by older versions of transformers
     "GraniteMoeHybridRMSNormGated": "variance_epsilon",
     "LaraMiniRMSNormGated": "variance_epsilon",
     "MambaRMSNormGated": "variance_epsilon",
@@ -49,11 +50,11 @@ _NOT_COPIED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 class S0Mixer(nn.Module):
     """Takes the place of a mixer of transformers and works on that mixer's own parameters and submodules.
 
-    The registries of parameters, buffers, submodules and hooks are the original's own objects, so that whatever
-    happens to them (loading, moving, wrapping) happens to both, and the original can be put back at any time.
+    It shares the registries of parameters, buffers, submodules and hooks with the original. So a change of them
+    (loading, moving, wrapping) affects both, and the original can be put back at any time.
     """
 
-    # the original's
+    # attributes of the original
     layer_idx: int
     conv_kernel_size: int
     conv1d: nn.Conv1d
@@ -61,7 +62,7 @@ class S0Mixer(nn.Module):
     dt_bias: Tensor
     norm: nn.Module
     out_proj: nn.Module
-    # of S0
+    # attributes of the replacement
     original: nn.Module
     site: Site
 
@@ -73,7 +74,7 @@ class S0Mixer(nn.Module):
             if name not in self.__dict__ and name not in _NOT_COPIED:
                 self.__dict__[name] = value
         self.training = original.training
-        # in __dict__, not as a submodule: the original's parameters must be counted once
+        # in __dict__, not as a submodule: the parameters of the original must be counted once
         self.__dict__["original"] = original
         self.__dict__["site"] = site
 
@@ -83,12 +84,12 @@ class S0Mixer(nn.Module):
     def forward(
         self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden].
+        """Map [B, T, hidden] to [B, T, hidden].
 
         Args:
-            cache: of transformers, or None; older versions call it `cache_params`.
+            cache: a cache of transformers, or None; older versions call the argument `cache_params`.
             attention_mask: [B, T], 0 at pads, None where there are none.
-            kwargs: what the decoder hands down; see `s0kernels.modules.arguments`.
+            kwargs: other arguments of the decoder; see `s0kernels.modules.arguments`.
         """
         who = type(self.original).__name__
         self.site.arguments.check(who, kwargs)
@@ -100,12 +101,12 @@ class S0Mixer(nn.Module):
         return rows.leave(self._forward(rows.enter(hidden_states), rows))
 
     def _forward(self, hidden_states: Tensor, rows: "Rows") -> Tensor:
-        """[B, T, hidden] to [B, T, hidden], where pads stand at the end of the rows."""
+        """Map [B, T, hidden] to [B, T, hidden]. Pads are at the end of the rows."""
         raise NotImplementedError
 
     def _convolve(self, x: Tensor, rows: "Rows") -> Tensor:
-        """Convolution of [B, T, C], window taken from and left in the cache."""
-        # accelerate brings offloaded weights by a hook on their module, which is never called itself
+        """Compute the convolution of [B, T, C]. The window is read from the cache and updated there."""
+        # accelerate loads offloaded weights by a hook on their module, but this module is never called
         hook = getattr(self.conv1d, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self.conv1d)
@@ -115,12 +116,12 @@ class S0Mixer(nn.Module):
         else:
             previous = rows.cache.window if isinstance(rows.cache, LiveCache) else None
             output = causal_conv(x, weight, bias, previous)
-            rows.cache.store_window(x, previous, rows.padding)  # in place, so after its last use
+            rows.cache.store_window(x, previous, rows.padding)  # overwrites `previous`, so it comes last
         return output if hook is None else hook.post_forward(self.conv1d, output)
 
     def fused_backend(self, op: str, cache: "LiveCache", mixed: Tensor, *tensors: Tensor | None) -> str | None:
-        """The backend that takes this forward's one token through everything between the projections at once; None
-        where the parts have to run one by one. `tensors` are what else goes in, parameters included."""
+        """Return the backend whose fused kernel computes everything between the projections for one token, or None if
+        the parts have to run one by one. `tensors` are the other inputs, parameters included."""
         if mixed.shape[1] != 1 or not cache.can_step(mixed, *tensors, cache.window):
             return None
         size, width = operator.index(max(cache.state.shape[2:])), operator.index(cache.window.shape[2])
@@ -135,7 +136,7 @@ class S0Mixer(nn.Module):
         return name if mixed.shape[0] <= registry.rows_that_pay(name, op, mixed.device, mixed.dtype) else None
 
     def _start(self, rows: "Rows", device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Where the scan starts, as arguments of the op: from the cache if it is live, else from S0."""
+        """Return the op's arguments for the initial state: the state in a live cache, else S0."""
         if isinstance(rows.cache, LiveCache):
             return {"initial_state": rows.cache.starting_state(dtype)}
         initial_state, indices = rows.bound.for_layer(self.layer_idx, device, dtype)
@@ -157,7 +158,7 @@ class Rows:
         )
 
     def enter(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] with pads at the end of the rows, or packed rows laid end to end."""
+        """Move pads to the end of the rows of [B, T, hidden], or lay packed rows end to end."""
         if self.cu_seqlens is not None:
             return x.reshape(1, -1, x.shape[-1])
         return x if self.padding is None else self.padding.compact(x)
@@ -170,9 +171,9 @@ class Rows:
 
 
 class MixerCache:
-    """One layer's part of a transformers cache that holds no state yet, or of none.
+    """The part of one layer in a cache of transformers that holds no state yet, or in no cache.
 
-    The attributes used exist from transformers 5.15 on.
+    The attributes that it uses exist since transformers 5.15.
     """
 
     def __init__(self, cache: Any, layer_index: int, width: int):
@@ -186,7 +187,7 @@ class MixerCache:
 
     @property
     def recording(self) -> bool:
-        """Whether the cache keeps all inputs of the convolution, to go back by a few tokens."""
+        """Whether the cache keeps all inputs of the convolution, so that it can go back by a few tokens."""
         return getattr(self._cache.layers[self._layer], "record_past", False)
 
     def store_window(self, x: Tensor, previous: Tensor | None, padding: Padding | None) -> None:
@@ -196,17 +197,17 @@ class MixerCache:
             self._cache.update_conv_state(x.transpose(1, 2), self._layer, conv_kernel_size=self._width)
             return
         window = next_window(x, previous, self._width, None if padding is None else padding.lengths)
-        # a window of exactly W columns is what the cache keeps, whether it is its first or not
+        # the cache stores a window of exactly W columns as it is, first or not
         self._cache.update_conv_state(window, self._layer, conv_kernel_size=self._width)
 
     def store_state(self, state: Tensor | None) -> None:
-        """`state` is there where a cache is."""
+        """Store the final state. It is None only without a cache."""
         if self.present:
             self._cache.update_recurrent_state(state, self._layer)
 
 
 class LiveCache(MixerCache):
-    """One that holds a state already, which wins over S0."""
+    """The part of one layer in a cache that already holds a state, which takes precedence over S0."""
 
     def __init__(self, cache: Any, layer_index: int, width: int):
         super().__init__(cache, layer_index, width)
@@ -214,19 +215,20 @@ class LiveCache(MixerCache):
         self.state: Tensor = cache.layers[layer_index].recurrent_states[0]
 
     def can_step(self, *inputs: Tensor | None) -> bool:
-        """Whether one token may update the state in place: nothing waits for a gradient through it."""
+        """Whether one token may update the state in place, because no gradient flows through it."""
         tensors = (*inputs, self.state)
         if transforms.find(*tensors) is not None:
             return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
     def starting_state(self, dtype: torch.dtype) -> Tensor:
-        """The state for a scan, which must not see it overwritten while its backward is to come."""
+        """Return the state for a scan. It is a copy if a backward may follow, because the cache is overwritten before
+        that."""
         state = self.state.to(dtype)
         return state.clone() if torch.is_grad_enabled() and state is self.state else state
 
     def step(self, advance: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """One token: `advance(state)` updates the state in place."""
+        """Process one token: `advance(state)` updates the state in place."""
         if self.state.dtype == dtype:
             return advance(self.state)
         state = self.state.to(dtype)
@@ -236,17 +238,18 @@ class LiveCache(MixerCache):
 
 
 def norm_eps(norm: nn.Module) -> float | None:
-    """The eps of a gated RMS norm that a fused step can compute in its place, else None."""
+    """Return the eps of a gated RMS norm that a fused step can compute, else None."""
     name = type(norm).__name__
     return getattr(norm, _NORMS[name]) if name in _NORMS and _is_plain(norm) else None
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing has been put around a module's call or weight, so that its class and parameters say all."""
+    """Whether a module has no hooks, wrappers or parametrizations, so that its class and parameters define its
+    result."""
     hooked = module._forward_pre_hooks or module._forward_hooks or getattr(module, "_hf_hook", None) is not None
     return not hooked and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def as_scalar(parameter: Tensor, x: Tensor) -> Tensor:
-    """A per-head parameter in a dtype that the scans take beside x."""
+    """Return a per-head parameter in a dtype that the scans accept together with x."""
     return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(state_dtype(x.dtype))

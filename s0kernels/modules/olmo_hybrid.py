@@ -7,8 +7,8 @@ from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 
 
 class S0OlmoHybridGatedDeltaNet(S0GatedDeltaNet):
-    """Replaces `OlmoHybridGatedDeltaNet`: a projection each for q, k, v, the gate, beta and the decay, and beta twice
-    as large where its config allows negative eigenvalues."""
+    """Replaces `OlmoHybridGatedDeltaNet`. It has separate projections for q, k, v, the gate, beta and the decay, and
+    beta is doubled if the config allows negative eigenvalues."""
 
     q_proj: nn.Module
     k_proj: nn.Module

@@ -1,4 +1,4 @@
-"""Pads moved out of the way, so that they neither decay nor write a state nor sit in a convolution window."""
+"""Move pads to the end of rows, so that they do not decay a state, write to it or enter a convolution window."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 class Padding:
     """The real tokens of a padded batch, moved to the front of their rows.
 
-    Everything between `compact` and `expand` then sees right padding only, wherever the pads were: on the left, on
-    the right, or between the turns of a conversation.
+    Between `compact` and `expand` there is right padding only, whether the pads were on the left, on the right, or
+    between the turns of a conversation.
     """
 
     def __init__(self, attention_mask: Tensor, length: int):
@@ -26,10 +26,10 @@ class Padding:
         return None if attention_mask is None or attention_mask.dim() != 2 else cls(attention_mask, length)
 
     def compact(self, x: Tensor) -> Tensor:
-        """[B, T, C] with the real tokens first, in order, and zeros behind them."""
+        """Move the real tokens of [B, T, C] to the front, in order, and fill the rest with zeros."""
         rows = torch.zeros_like(x).scatter(1, self._places.expand_as(x), x)
         return rows.masked_fill(self.pads, 0.0)
 
     def expand(self, x: Tensor) -> Tensor:
-        """The inverse of `compact`; what stands at pads has no meaning."""
+        """The inverse of `compact`. The values at pads have no meaning."""
         return x.gather(1, self._places.expand_as(x))

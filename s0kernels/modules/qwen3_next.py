@@ -7,8 +7,8 @@ from s0kernels.modules.gated_deltanet import S0GatedDeltaNet
 
 
 class S0Qwen3NextGatedDeltaNet(S0GatedDeltaNet):
-    """Replaces `Qwen3NextGatedDeltaNet`, which projects by two matrices whose rows are grouped by key head: q, k, v, z
-    of a head beside each other, and b, a likewise."""
+    """Replaces `Qwen3NextGatedDeltaNet`. It has two projection matrices, whose rows are grouped by key head: one holds
+    q, k, v, z of each head, the other b, a."""
 
     in_proj_qkvz: nn.Module
     in_proj_ba: nn.Module

@@ -1,12 +1,12 @@
-"""A swap proves itself: the replacements beside their originals, and S0 through the model's own decoder.
+"""Check a swap: compare the replacements with their originals, and run S0 through the model's own decoder.
 
-Both parts run a few tokens through the real decoder, which is left as soon as the mixer in question has been reached:
-no more is computed than the layers before it. The first mixer of each kind is looked at.
+Both parts run a few tokens through the real decoder, and stop as soon as the mixer under test is reached: only the
+layers before it are computed. The first mixer of each kind is tested.
 
-1. Without S0: what this version's decoder hands to the mixer is given to the original and to the replacement, for a
-   prefill and for one cached token. Outputs have to agree, and what both leave in the cache.
-2. With a random S0: a whole prefill, the same in three pieces with a cache, and the same behind pads on the left have
-   to agree. S0 must enter once, before the first real token, or they do not.
+1. Without S0: the original and the replacement get the arguments that this version's decoder passes to the mixer, for
+   a prefill and for one cached token. The outputs and the contents of the caches must agree.
+2. With a random S0: a whole prefill, the same prefill in three pieces with a cache, and the same prefill after left
+   padding must agree. They do so only if S0 enters once, before the first real token.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from s0kernels.modules.arguments import CACHES
 from s0kernels.modules.injection import Attachment, Site
 from s0kernels.modules.mixer import S0Mixer
 
-#: relative Frobenius norm of a difference up to which two computations in a dtype are the same
+#: by dtype: the relative Frobenius norm of a difference up to which two results count as equal
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 #: on a GPU a convolution in fp32 may be computed in tf32
 _TF32 = 2e-3
@@ -34,12 +34,12 @@ _PIECES = ((0, 4), (4, 6), (6, 7))
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: its relative difference and what was allowed, or the reason why it was not made."""
+    """One comparison: its relative difference and the tolerance, or the reason why it was not made."""
 
     what: str
     difference: float | None = None
     tolerance: float | None = None
-    #: why it was not made, or what else there is to say about it
+    #: the reason why it was not made, or a remark
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -52,14 +52,14 @@ class Check:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_modules` replaced and what it found out by running it. `str` of it is for reading."""
+    """The mixers that `swap_modules` replaced, and the results of its checks. `print` shows it as text."""
 
     family: str
     mixers: int
     #: versions of transformers and torch
     versions: Mapping[str, str | None]
     checks: tuple[Check, ...] = field(default=())
-    #: what packed sequences cannot go through, and why; None: they can go through the model
+    #: the module that packed sequences cannot go through, and the reason; None if they can go through the model
     cannot_pack: str | None = None
 
     @property
@@ -75,7 +75,7 @@ class SwapReport:
 
 
 class Refused(Exception):
-    """The replacement does not do what the original does; the message says where."""
+    """The replacement and the original differ; the message says where."""
 
 
 class _NotRun(Exception):
@@ -83,29 +83,29 @@ class _NotRun(Exception):
 
 
 class _Reached(BaseException):
-    """Leaves the decoder; not an Exception, which somebody might catch on the way."""
+    """Raised to leave the decoder. It is not an Exception, which other code might catch on the way."""
 
     def __init__(self, value: Any):
         self.value = value
 
 
 class Place(NamedTuple):
-    """Where a mixer is in a model."""
+    """The place of a mixer in a model."""
 
-    #: hands its arguments down to the mixers; the model itself where they are in no decoder's `layers`
+    #: the module that passes its arguments to the mixers; the model itself if they are in the `layers` of no decoder
     decoder: nn.Module
-    #: the decoder's, up to and with the mixer's own
+    #: the layers of the decoder up to and including the mixer's
     layers: list[nn.Module]
-    #: modules on the way from the decoder to the mixer
+    #: modules on the path from the decoder to the mixer
     way: list[nn.Module]
-    #: the module of which the mixer is an attribute
+    #: the module that has the mixer as an attribute
     parent: nn.Module
     attribute: str
 
 
 class _Probe(nn.Module):
-    """Stands in a mixer's place and leaves the decoder with what came there, or with what `forward` makes of it. The
-    mixer's own hooks see nothing of it, and a mixer that is compiled stays as it is."""
+    """Takes the place of a mixer and leaves the decoder with the arguments that it gets, or with the result of
+    `forward` for them. Hooks of the mixer do not run, and a compiled mixer is not changed."""
 
     def __init__(self, forward: Callable[..., Any]):
         super().__init__()
@@ -116,13 +116,13 @@ class _Probe(nn.Module):
 
 
 class SelfCheck:
-    """Both parts for one mixer, the first of its kind.
+    """Both parts of the check for one mixer, the first of its kind.
 
     Args:
-        place: where it is.
-        original: the mixer.
-        replacement: what takes its place.
-        site: of the swapped model.
+        place: the place of the mixer in the model.
+        original: the mixer of transformers.
+        replacement: the module that replaces it.
+        site: the site of the swapped model.
     """
 
     def __init__(self, place: Place, original: nn.Module, replacement: S0Mixer, site: Site):
@@ -136,7 +136,7 @@ class SelfCheck:
             self.tolerance = max(self.tolerance, _TF32)
 
     def beside_original(self) -> list[Check]:
-        """Part 1, with the original in its place in the model."""
+        """Run part 1, with the original in the model."""
         what = [f"{self.name} beside its original, {part}" for part in ("prefill", "one cached token")]
         try:
             self._refuse_to_run()
@@ -146,7 +146,7 @@ class SelfCheck:
             return [Check(w, reason=str(why)) for w in what]
 
     def through_decoder(self) -> list[Check]:
-        """Part 2, with the replacement in its place and the decoder bound to the site."""
+        """Run part 2, with the replacement in the model and the decoder bound to the site."""
         what = [f"{self.name} from S0, {part}" for part in ("in pieces with a cache", "behind pads")]
         try:
             self._refuse_to_run()
@@ -178,7 +178,8 @@ class SelfCheck:
         return [*results, self._compare("one cached token", step, truth)]
 
     def _step_or_prefill(self, x: Tensor, step: Tensor, truth: Tensor) -> tuple:
-        """Where the original's own step contradicts its own prefill, the replacement has to follow the prefill."""
+        """Compare the step of the replacement with that of the original. If the original's step disagrees with its own
+        prefill, the replacement must follow the prefill."""
         whole = self._run_original(*self._handed_down(x, 0))[:, _PREFILL:]
         own = self._difference(truth, whole)
         if own <= self.tolerance or self._difference(step, whole) > self.tolerance:
@@ -187,7 +188,7 @@ class SelfCheck:
         return self._difference(step, whole), self.tolerance, said
 
     def _handed_down(self, x: Tensor, start: int, cache: Any = None) -> tuple[dict[str, Any], Any]:
-        """What the decoder hands to the mixer, by name, and the cache among it."""
+        """Return the arguments that the decoder passes to the mixer, by name, and the cache among them."""
         try:
             args, kwargs = self._enter(_Probe(lambda *args, **kwargs: (args, kwargs)), x, start, cache)
         except (Refused, torch.OutOfMemoryError):
@@ -198,7 +199,7 @@ class SelfCheck:
         caches = [name for name, value in given.items() if _is_cache(name, value)]
         if len(caches) != 1:
             raise Refused(
-                f"{type(self.decoder).__name__} hands {len(caches) or 'no'} cache to {self.name}; it hands down "
+                f"{type(self.decoder).__name__} passes {len(caches) or 'no'} cache to {self.name}; it passes "
                 f"{', '.join(given)}"
             )
         return given, given[caches[0]]
@@ -206,7 +207,7 @@ class SelfCheck:
     def _run_original(self, given: dict[str, Any], cache: Any) -> Tensor:
         chunk = getattr(self.original, "chunk_size", None)
         try:
-            if chunk is not None:  # a whole chunk is computed however few the tokens: seconds on a CPU
+            if chunk is not None:  # the original computes a whole chunk for a few tokens, which takes seconds on a CPU
                 self.original.chunk_size = min(chunk, _CHUNK)
             output = self.original.forward(**_with_cache(given, cache))
         except torch.OutOfMemoryError:
@@ -227,7 +228,7 @@ class SelfCheck:
             raise
         except Exception as error:
             raise Refused(
-                f"the replacement of {self.name} fails with what its decoder hands down ({', '.join(given)}): "
+                f"the replacement of {self.name} fails with the arguments of its decoder ({', '.join(given)}): "
                 f"{_line(error)}"
             ) from error
 
@@ -251,7 +252,7 @@ class SelfCheck:
         with self.site.override(Attachment(None, {layer: state}, 1.0, 0)):
             whole = self._output(x, 0)
             if self._difference(whole, zero) <= 2 * self.tolerance:
-                raise _NotRun("a random S0 does not show in the mixer's output")
+                raise _NotRun("a random S0 does not change the mixer's output")
             parts = [self._output(x[:, start:stop], start, cache) for start, stop in _PIECES]
             pads = self._embeddings(_PADS, seed=1)
             mask = torch.ones(1, _PADS + x.shape[1], dtype=torch.long, device=self.device)
@@ -263,7 +264,7 @@ class SelfCheck:
         ]
 
     def _output(self, x: Tensor, start: int, cache: Any = None, mask: Tensor | None = None) -> Tensor:
-        """Of the mixer, for `x` in its decoder."""
+        """Return the output of the mixer for `x` in its decoder."""
         try:
             return self._enter(_Probe(self.replacement.forward), x, start, cache, mask)
         except (Refused, torch.OutOfMemoryError):
@@ -274,7 +275,8 @@ class SelfCheck:
     # Both
 
     def _enter(self, probe: _Probe, x: Tensor, start: int, cache: Any = None, mask: Tensor | None = None) -> Any:
-        """Run the decoder as far as the probe; what it found. Without `cache` the decoder makes a new one."""
+        """Run the decoder up to the probe, and return the probe's value. Without `cache` the decoder makes a new
+        cache."""
         positions = torch.arange(start, start + x.shape[1], device=self.device)[None]
         options: dict[str, Any] = {"inputs_embeds": x, "position_ids": positions, "use_cache": True}
         if mask is not None:
@@ -293,7 +295,7 @@ class SelfCheck:
 
     def _compare(self, what: str, found: Tensor, truth: Tensor) -> tuple[float, float]:
         if found.shape != truth.shape:
-            raise Refused(f"{what} of {self.name}: {list(found.shape)} instead of {list(truth.shape)}")
+            raise Refused(f"{what} of {self.name}: has shape {list(found.shape)} instead of {list(truth.shape)}")
         difference = self._difference(found, truth)
         if not difference <= self.tolerance:
             raise Refused(f"{what} of {self.name} differs by {difference:.1e}, {self.tolerance:.0e} is allowed")
@@ -301,7 +303,7 @@ class SelfCheck:
 
     @staticmethod
     def _difference(found: Tensor, truth: Tensor) -> float:
-        """Relative Frobenius norm; infinite for other shapes."""
+        """Return the relative Frobenius norm of the difference; infinity if the shapes differ."""
         if found.shape != truth.shape:
             return math.inf
         norm = truth.double().norm()
@@ -317,7 +319,7 @@ class SelfCheck:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def _refuse_to_run(self) -> None:
-        """Raise _NotRun where the weights of the layers in question are not simply there."""
+        """Raise _NotRun if the weights of the layers involved are not plain tensors in memory."""
         if not self.place.layers:
             raise _NotRun("the mixer is in no decoder's layers")
         for layer in self.place.layers:
@@ -338,8 +340,8 @@ class SelfCheck:
 
 @contextlib.contextmanager
 def _quiet(decoder: nn.Module) -> Iterator[None]:
-    """Evaluation, without gradients, autocast or compilation; afterwards all is as it was. transformers' advice to
-    install what the originals run faster with is not for somebody who replaces them."""
+    """Run in evaluation mode, without gradients, autocast or compilation, and restore everything afterwards. The advice
+    of transformers to install faster kernels for the originals is silenced, because they are replaced."""
     training = {module: module.training for module in decoder.modules()}
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in training)
     kinds = {p.device.type for p in decoder.parameters()} - {"meta"}
@@ -369,7 +371,7 @@ def _with_cache(given: Mapping[str, Any], cache: Any) -> dict[str, Any]:
 
 
 def _tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors among the attributes of a cache's layer, those in lists and dicts too."""
+    """Yield the tensors among the attributes of a cache's layer, including those in lists and dicts."""
     for name, value in attributes.items():
         if isinstance(value, Mapping):
             yield from _tensors({f"{name}[{key}]": item for key, item in value.items()})
@@ -380,6 +382,6 @@ def _tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error as one line of text."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

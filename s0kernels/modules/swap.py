@@ -1,4 +1,4 @@
-"""Putting the replacements into a model, and the originals back."""
+"""Put the replacements into a model, and put the originals back."""
 
 import hashlib
 from typing import Any, TypeVar
@@ -7,38 +7,40 @@ import torch
 from torch import nn
 
 from s0kernels.modules.arguments import Arguments, named
-from s0kernels.modules.families import Family, family_of, what_is_missing
+from s0kernels.modules.families import Family, family_of, unsupported_reason
 from s0kernels.modules.injection import BindStates, RefusePacked, Site
 from s0kernels.modules.mixer import S0Mixer
 from s0kernels.modules.self_check import Place, Refused, SelfCheck, SwapReport
 from s0kernels.versions import installed, warn_untested
 
 _Module = TypeVar("_Module", bound=nn.Module)
-#: name of the module inside a mixer that holds the states of adapters, which are no part of the base model
+#: name of the module inside a mixer that holds the states of PEFT adapters, which do not belong to the base model
 ADAPTERS = "initial_state"
-#: mixers of transformers by their names; which attributes they have only their class knows
+#: mixers of transformers by name, with their families. They have type Any because their attributes depend on the class
 _Found = dict[str, tuple[Any, Family]]
 
 
 def swap_modules(model: _Module, check: bool = True) -> _Module:
-    """Replace every supported mixer of `model` by one that can start from a learned state. In place; gives `model`.
+    """Replace every supported mixer of `model` by one that can start from a learned state. Works in place, and returns
+    `model`.
 
     Parameters, buffers and submodules stay the same objects under the same names, so `state_dict()`, optimizers and
-    sharding do not notice. A model that is swapped already is left as it is.
+    sharding are not affected. A swapped model is left unchanged.
 
     Args:
         model: a model of transformers.
         check: run the first mixer of each kind on a few tokens, beside its original and then from a random S0 through
-            the model's own decoder, and refuse the swap where they differ. No layer after that mixer runs: for one of
-            Qwen3.5-4B it takes .2 to .4 s on a core. It takes no lasting memory and leaves torch's random state alone;
-            forward hooks on what comes before that mixer see these tokens. `swap_report` says what was found,
-            or why a mixer could not be run. The names of the arguments of mixers and decoder are looked at in any case.
+            the model's own decoder, and refuse the swap if the results differ. Layers after that mixer do not run: for
+            a layer of Qwen3.5-4B the check takes .2 to .4 s on a core. It uses no lasting memory and does not change
+            torch's random state. Forward hooks on modules before that mixer see these tokens. `swap_report` returns the
+            results, or why a mixer could not be run. The names of the arguments of mixers and decoder are checked in
+            any case.
 
     Raises:
         TypeError: `model` is not a torch module.
-        ValueError: it holds no mixer of a supported family, one that cannot be replaced, or some that are replaced
-            already and some that are not; or this version of transformers does something that the replacements do
-            not. The model is then as it was.
+        ValueError: `model` has no mixer of a supported family, has one that cannot be replaced, or has both replaced
+            and original mixers; or this version of transformers differs from the replacements. The model is then
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_modules: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,10 +49,12 @@ def swap_modules(model: _Module, check: bool = True) -> _Module:
     found: _Found = {n: (module, family) for n, module in model.named_modules() if (family := family_of(module))}
     if find_site(model) is not None:
         if found:
-            raise ValueError(f"swap_modules: {next(iter(found))} is not swapped, but others are; restore_modules first")
+            raise ValueError(
+                f"swap_modules: {next(iter(found))} is not swapped, but others are; call restore_modules first"
+            )
         return model
     if not found:
-        raise ValueError(f"swap_modules: {type(model).__name__} has {what_is_missing(model)}")
+        raise ValueError(f"swap_modules: {type(model).__name__} has {unsupported_reason(model)}")
     _check(model, found)
     warn_untested()
     try:
@@ -62,7 +66,7 @@ def swap_modules(model: _Module, check: bool = True) -> _Module:
 
 
 def _swap(model: nn.Module, found: _Found, check: bool) -> None:
-    """Raises Refused, and leaves the model as it was, where the replacements do not do what the originals do."""
+    """Swap the mixers. If the replacements and the originals differ, leave the model unchanged and raise Refused."""
     places = {name: _place(model, name) for name in found}
     (first, place), (mixer, family) = next(iter(places.items())), next(iter(found.values()))
     try:
@@ -94,19 +98,20 @@ def _swap(model: nn.Module, found: _Found, check: bool) -> None:
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """What `swap_modules` replaced in `model`, and what it found out by running it; `print` shows it.
+    """Return the report of `swap_modules` on `model`: the mixers replaced, and the results of the checks. `print` shows
+    it.
 
     Raises:
         TypeError: `model` is not a torch module.
-        ValueError: it is not swapped.
+        ValueError: `model` is not swapped.
     """
     return swapped_site(model, "swap_report").report
 
 
 def restore_modules(model: _Module) -> _Module:
-    """Put the original mixers back, with the parameters as they are now. In place; gives `model`.
+    """Put the original mixers back, with their current parameters. Works in place, and returns `model`.
 
-    Attached states have no effect afterwards. A model that is not swapped is left as it is.
+    Attached states have no effect afterwards. A model that is not swapped is left unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore_modules: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -126,12 +131,12 @@ def restore_modules(model: _Module) -> _Module:
 
 
 def find_site(model: nn.Module) -> Site | None:
-    """Where states are attached to a swapped model; None if it is not swapped."""
+    """Return the site where states are attached to a swapped model, or None if the model is not swapped."""
     return next((module.site for module in model.modules() if isinstance(module, S0Mixer)), None)
 
 
 def swapped_site(model: nn.Module, who: str) -> Site:
-    """`find_site`, or an error that says what to do."""
+    """Return `find_site(model)`. Raise an error that names `who` if the model is not swapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
     site = find_site(model)
@@ -139,12 +144,14 @@ def swapped_site(model: nn.Module, who: str) -> Site:
         raise ValueError(f"{who}: the model is not swapped; call s0kernels.swap_modules(model) first")
     missing = sorted(set(site.shapes) - set(layer_devices(model)))
     if missing:
-        raise ValueError(f"{who}: the mixers of layers {missing} are not swapped any more; restore_modules, then swap")
+        raise ValueError(
+            f"{who}: the mixers of layers {missing} are no longer swapped; call restore_modules, then swap"
+        )
     return site
 
 
 def layer_devices(model: nn.Module) -> dict[int, torch.device]:
-    """Where each swapped mixer computes: its weights' device, or the one that offloaded weights are brought to."""
+    """Return the device of each swapped mixer: that of its weights, or the one that offloaded weights are loaded to."""
     devices = {}
     for mixer in model.modules():
         if isinstance(mixer, S0Mixer):
@@ -158,11 +165,12 @@ def layer_devices(model: nn.Module) -> dict[int, torch.device]:
 
 @torch.no_grad()
 def base_model(model: nn.Module) -> dict[str, str | None]:
-    """Which model this is: `name`, where it was loaded from, and `weights`, a hash of the parameters of its swapped
+    """Identify a model by `name`, from which it was loaded, and `weights`, a hash of those parameters of its swapped
     mixers that are not matrices.
 
-    Quantisation leaves those few alone, training hardly ever does. They are hashed in bf16 and without the smallest,
-    so that it does not matter which dtype a bf16 checkpoint was loaded in. None where the weights are not at hand.
+    Quantisation does not change these parameters, and training nearly always does. They are hashed in bf16 without the
+    smallest values, so that the dtype in which a bf16 checkpoint was loaded does not matter. The hash is None if the
+    weights cannot be read.
     """
     digest = hashlib.sha256()
     mixers = [module for module in model.modules() if isinstance(module, S0Mixer)]
@@ -189,17 +197,18 @@ def _check(model: nn.Module, found: _Found) -> None:
         raise ValueError(f"swap_modules: {type(model).__name__} mixes families: {', '.join(sorted(families))}")
     for name, (mixer, family) in found.items():
         if type(mixer).forward is not next(c for c in type(mixer).__mro__ if c.__name__ == family.mixer).forward:
-            raise ValueError(f"swap_modules: {name} is a {type(mixer).__name__} with a forward of its own")
+            raise ValueError(f"swap_modules: {name} is a {type(mixer).__name__} whose forward was overridden")
         activation = getattr(mixer, "activation", None)
         if activation not in ("silu", "swish"):
             raise ValueError(f"swap_modules: {name} convolves with activation {activation!r}; only silu is supported")
 
 
 def _place(model: nn.Module, mixer_name: str) -> Place:
-    """The decoder is the module whose `layers` the mixer is in: the one that passes keyword arguments on to it."""
+    """Find a mixer in a model. The decoder is the module whose `layers` contain the mixer: it passes keyword arguments
+    to it."""
     *path, attribute = mixer_name.split(".")
     depth = len(path) - 1 - path[::-1].index("layers") if "layers" in path[:-1] else None
-    if depth is None:  # a layer that was swapped alone
+    if depth is None:  # a single layer was swapped
         return Place(model, [], [], model.get_submodule(".".join(path)), attribute)
     decoder = model.get_submodule(".".join(path[:depth]))
     way = [model.get_submodule(".".join(path[:end])) for end in range(depth + 2, len(path) + 1)]
@@ -208,14 +217,14 @@ def _place(model: nn.Module, mixer_name: str) -> Place:
 
 
 def _initialisers(model: nn.Module, mixer_name: str) -> list[nn.Module]:
-    """The models of transformers around the mixers, each of which may be asked to initialise its weights."""
+    """Return the models of transformers that contain the mixers. Each may be asked to initialise its weights."""
     around = [name for name, _ in model.named_modules() if not name or mixer_name.startswith(f"{name}.")]
     return [module for name in around if hasattr(type(module := model.get_submodule(name)), "_init_weights")]
 
 
 class InitialiseOriginals:
-    """`_init_weights` of a swapped model. transformers initialises by the class of a mixer, so it is shown the
-    original, whose parameters are the same."""
+    """Replaces `_init_weights` of a swapped model. transformers initialises by the class of a mixer, so it gets the
+    original, which has the same parameters."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -226,7 +235,8 @@ class InitialiseOriginals:
 
 
 def _shapes(found: _Found) -> dict[int, tuple[int, int, int]]:
-    """Of each layer's state. Raises Refused where a mixer does not have the attributes that its row reads."""
+    """Return the shape of each layer's state. Raise Refused if a mixer lacks an attribute that the row of its family
+    reads."""
     try:
         return {mixer.layer_idx: family.state_shape(mixer) for mixer, family in found.values()}
     except AttributeError as error:
@@ -234,7 +244,7 @@ def _shapes(found: _Found) -> dict[int, tuple[int, int, int]]:
 
 
 def _called(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules of a class, by its name, and of classes made from it."""
+    """Return the modules whose class, or a base class, has this name."""
     return [module for module in model.modules() if name in {cls.__name__ for cls in type(module).__mro__}]
 
 
@@ -244,7 +254,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _with_accelerate_hook(replacement: _Module, original: nn.Module) -> _Module:
-    """A model spread over devices moves a mixer's own parameters by a hook on it, which has to come along."""
+    """Give the replacement the hook of accelerate by which a model spread over devices moves the parameters of the
+    original."""
     hook = getattr(original, "_hf_hook", None)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module

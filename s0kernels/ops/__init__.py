@@ -1,7 +1,7 @@
 """Scans and steps with a differentiable initial state. Needs torch only."""
 
 from s0kernels.calls import Call
-from s0kernels.ops import mixer_steps  # noqa: F401  its operators are registered with the others
+from s0kernels.ops import mixer_steps  # noqa: F401  importing it registers its operators
 from s0kernels.ops.gated_delta_rule import (
     gated_delta_rule,
     gated_delta_rule_reference,

@@ -58,7 +58,7 @@ def gated_delta_rule(
             None means one sequence per row, NSEQ = B.
         use_qk_l2norm: replace q and k by x * rsqrt(sum(x^2) + 1e-6).
         output_final_state: return the state after each sequence's last token. True by default, unlike FLA.
-        chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
+        chunk_size: tokens per chunk; None lets the backend choose. `reference` has no chunks.
         backend: "triton" (GPUs), "cpu" (compiled), "torch" (chunked, any device) or "reference" (token by token); None
             takes the first of these that supports the call.
 
@@ -66,23 +66,23 @@ def gated_delta_rule(
         ScanOutput(output [B, T, HV, V] in q's dtype, final_state [NSEQ, HV, K, V] fp32 or fp64, or None).
         Sequences without tokens end in their initial state.
 
-    Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
-    but `initial_state` requires grad neither v nor the states are looked at. The gradient of `initial_state` has its
-    shape, in its dtype, summed over sequences in a fixed order. Forward mode and torch.func's derivatives go through
-    `reference` alone, which None takes for them; so do second derivatives, for which it has to be named. vmap calls a
-    backend for one entry after the other.
+    All tensors but the indices are differentiable. Only the requested gradients are computed: if `initial_state` alone
+    requires grad, the backward reads neither v nor the states. The gradient of `initial_state` has its shape and dtype,
+    and is summed over sequences in a fixed order. Only `reference` supports forward mode and torch.func's derivatives,
+    and backend=None chooses it for them. Only `reference` supports second derivatives too, and for these it must be
+    named. vmap calls a backend for one entry after the other.
 
-    Every backend takes beta up to 2. Where it is near 2, keys are nearly equal and nothing decays, chunks amplify what
-    they round, which the recurrence does not. The largest error of output, final state and gradients is then two to
-    five times the recurrence's in fp32. In half precision "cpu" and "torch" have the recurrence's error. "triton" keeps
-    intermediate results in the inputs' dtype and has about 3e-3 in fp16 and 5e-2 in bf16, as with such keys at beta 1.
-    Inputs in fp32 give more digits.
+    Every backend takes beta up to 2. If beta is near 2, keys are nearly equal and nothing decays, then chunked scans
+    amplify rounding errors, and the token-by-token recurrence does not. In fp32 the largest error of output, final
+    state and gradients is then two to five times that of the recurrence. In half precision "cpu" and "torch" have the
+    error of the recurrence. "triton" keeps intermediate results in the inputs' dtype: its error is about 3e-3 in fp16
+    and 5e-2 in bf16, the same as with such keys at beta 1. Inputs in fp32 are more exact.
 
     Raises:
-        NotImplementedError: a derivative that the backend does not have.
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message. The values
-            of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
-            for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
+        NotImplementedError: the backend does not support this derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the message names it. The values
+            of `cu_seqlens` and `state_indices` are checked for CPU tensors. On a GPU a bad state index gives NaN for
+            its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
     """
     inputs, start = DeltaInputs(q, k, v, g, beta), Start(initial_state, state_indices, cu_seqlens)
     _check_inputs(validation.Checker(_SCAN, "q", q), inputs, "B T", scale, use_qk_l2norm).start(start, "HV K V")
@@ -118,19 +118,19 @@ def gated_delta_rule_step(
         q, k: [B, H, K], bf16, fp16, fp32 or fp64.
         v: [B, HV, V], q's dtype; HV a multiple of H.
         g, beta: [B, HV], q's dtype or fp32 (g <= 0 is the log decay).
-        state: fp32 (fp64 with fp64 inputs), [B, HV, K, V], or with `state_indices` a pool [S, HV, K, V]. Written.
+        state: fp32 (fp64 with fp64 inputs), [B, HV, K, V], or with `state_indices` a pool [S, HV, K, V]. Updated.
         scale: factor on the output; None means 1 / sqrt(K).
         use_qk_l2norm: replace q and k by x * rsqrt(sum(x^2) + 1e-6).
-        state_indices: [B] int32 or int64, rows of the pool. Only these rows change; -1 computes from the zero state
-            and stores nothing.
+        state_indices: [B] int32 or int64, rows of the pool. Only these rows change. -1 starts from the zero state and
+            stores nothing.
         backend: as in `gated_delta_rule`.
 
     Returns:
         o [B, HV, V] in q's dtype.
 
     Raises:
-        TypeError, ValueError: as in `gated_delta_rule`; also when a row is named twice, and when gradients are enabled
-            and an input requires one (there is no backward).
+        TypeError, ValueError: as in `gated_delta_rule`. Also if `state_indices` names a row twice, and if gradients are
+            enabled and an input requires one (there is no backward).
     """
     inputs, pool = DeltaInputs(q, k, v, g, beta), Pool(state, state_indices)
     _check_inputs(validation.Checker(_STEP, "q", q), inputs, "B", scale, use_qk_l2norm).pool(pool, "HV K V")
@@ -174,9 +174,9 @@ def gated_delta_rule_reference(
     use_qk_l2norm: bool = False,
     output_final_state: bool = True,
 ) -> ScanOutput:
-    """`gated_delta_rule` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend.
+    """`gated_delta_rule` token by token in fp32, or in fp64 for fp64 inputs. Every other backend is tested against it.
 
-    Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
+    It is plain PyTorch. torch.compile unrolls it without the checks of index values, and cannot trace `cu_seqlens`.
     """
     inputs, start = DeltaInputs(q, k, v, g, beta), Start(initial_state, state_indices, cu_seqlens)
     output, final_state = _scan_reference(inputs, start, DeltaOptions(_scale(scale, q), use_qk_l2norm))
@@ -202,7 +202,7 @@ def _reference_scan(q, k, v, g, beta, state, *, options: DeltaOptions) -> tuple[
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     outputs = []
-    for t in range(q.shape[1]):  # products and sums, no matrix products: autocast leaves those alone, backward too
+    for t in range(q.shape[1]):  # no matrix products: autocast would round them, in the backward too
         state = state * g[:, t, :, None, None].exp()
         error = v[:, t] - (state * k[:, t, :, :, None]).sum(-2)
         state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
@@ -222,7 +222,7 @@ def gated_delta_rule_step_reference(
     use_qk_l2norm: bool = False,
     state_indices: Tensor | None = None,
 ) -> Tensor:
-    """`gated_delta_rule_step` as a scan over one token; the oracle for every other backend."""
+    """`gated_delta_rule_step` as a scan over one token. Every other backend is tested against it."""
     options = DeltaOptions(_scale(scale, q), use_qk_l2norm)
     return _step_reference(DeltaInputs(q, k, v, g, beta), Pool(state, state_indices), options)
 

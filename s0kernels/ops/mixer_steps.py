@@ -1,7 +1,7 @@
-"""One token through everything between a mixer's projections: convolution, gates, recurrence, norm and gate.
+"""One token through everything between the projections of a mixer: convolution, gates, recurrence, norm, output gate.
 
-As Qwen3.5 and Falcon-H1 compute it. The convolution's window and the recurrent state are updated in place. Without
-gradients; whole sequences go through `gated_delta_rule` and `ssd`.
+The formulas are those of Qwen3.5 and Falcon-H1. The window of the convolution and the recurrent state are updated in
+place. There are no gradients. Whole sequences go through `gated_delta_rule` and `ssd`.
 """
 
 import operator
@@ -39,19 +39,19 @@ def gated_delta_mixer_step(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A token of a Qwen3.5 or OLMo-Hybrid mixer:
+    """Compute one token of a Qwen3.5 or OLMo-Hybrid mixer:
 
         q, k, v = silu(conv(window, mixed));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b), or twice that
         S <- the gated delta rule with q and k normalised;  y = o / rms(o) * norm * silu(z)
 
     Args:
         mixed: [B, C], bf16, fp16 or fp32 (fp64 in `reference`), the inputs of q|k|v, C = 2 H K + HV V.
-        z: [B, HV, V]; b, a: [B, HV]. These and the parameters are in any of the dtypes, each its own.
+        z: [B, HV, V]; b, a: [B, HV]. Each of these and each parameter may have any of the dtypes.
         conv_weight: [C, W]; conv_bias: [C] or None. A_log, dt_bias: [HV]. norm: [V].
-        window: [B, C, W], the last W inputs, the newest last; with `state_indices` a pool [S, C, W]. Written.
-        state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), or a pool [S, HV, K, V]. Written.
-        eps: of the norm.
-        allow_neg_eigval: beta = 2 sigmoid(b), so that a token can turn over what the state holds along its key.
+        window: [B, C, W], the last W inputs, the newest last; with `state_indices` a pool [S, C, W]. Updated.
+        state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), or a pool [S, HV, K, V]. Updated.
+        eps: added to the mean square in the norm.
+        allow_neg_eigval: use beta = 2 sigmoid(b), so that a token can reverse the state's component along its key.
         state_indices: [B] int32 or int64, rows of both pools; -1 starts from zero and stores nothing.
         backend: "cuda", "cpu" or "reference"; None takes the first of these that supports the call.
 
@@ -99,7 +99,7 @@ def ssd_mixer_step(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A token of a Falcon-H1 or Bamba mixer:
+    """Compute one token of a Falcon-H1 or Bamba mixer:
 
         x, B, C = silu(conv(window, mixed));  dt = clamp(softplus(dt + dt_bias), dt_limit)
         S <- exp(-exp(A_log) dt) S + dt x B^T;  y = S C + D x
@@ -109,9 +109,9 @@ def ssd_mixer_step(
         gate: [B, H P]; dt: [B, H].
         mixed: [B, C], bf16, fp16 or fp32 (fp64 in `reference`), the inputs of x|B|C, C = H P + 2 G N.
         A_log, D, dt_bias: [H]. norm: [H P], or None.
-        state: [B, H, P, N] fp32 (fp64 with fp64 inputs), or a pool [S, H, P, N]. Written.
-        gate_first: gate before the norm.
-        The others: as in `gated_delta_mixer_step`.
+        state: [B, H, P, N] fp32 (fp64 with fp64 inputs), or a pool [S, H, P, N]. Updated.
+        gate_first: apply the gate before the norm.
+        The other arguments are those of `gated_delta_mixer_step`.
 
     Returns:
         y [B, H, P] in mixed's dtype.
@@ -146,7 +146,7 @@ def ssd_mixer_step(
 
 
 class _MixerChecker(validation.Checker):
-    floats: tuple[torch.dtype, ...]  # what may stand beside mixed
+    floats: tuple[torch.dtype, ...]  # the dtypes that the other inputs may have
 
 
 def _checker(op: str, mixed: Tensor) -> _MixerChecker:
@@ -179,7 +179,7 @@ def _choose(op: str, inputs: DeltaMixerInputs | SSDMixerInputs, pool: MixerPool,
 
 
 def _convolve(inputs: DeltaMixerInputs | SSDMixerInputs, pool: MixerPool) -> Tensor:
-    """silu of the convolution at the new input, which the window takes in."""
+    """Append the new input to the window, and return silu of the convolution there."""
     mixed, window, dtype = inputs.mixed, pool.window, state_dtype(inputs.mixed.dtype)
     rows = gather_states(window, pool.indices, (mixed.shape[0], *window.shape[1:]), window)
     moved = torch.cat([rows[..., 1:].to(dtype), mixed.to(dtype)[..., None]], dim=-1)
@@ -192,7 +192,7 @@ def gated_delta_mixer_step_reference(
     mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm, window, state, *, eps, allow_neg_eigval=False,
     state_indices=None,
 ) -> Tensor:  # fmt: skip
-    """`gated_delta_mixer_step` in PyTorch, in fp32 or fp64 throughout; the oracle for the kernels."""
+    """`gated_delta_mixer_step` in PyTorch, in fp32 or fp64 throughout. The kernels are tested against it."""
     inputs = DeltaMixerInputs(mixed, z, b, a, conv_weight, conv_bias, A_log, dt_bias, norm)
     return _delta_reference(inputs, MixerPool(window, state, state_indices), DeltaMixerOptions(eps, allow_neg_eigval))
 
@@ -217,7 +217,7 @@ def ssd_mixer_step_reference(
     gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm, window, state, *, eps=0.0, gate_first=False,
     dt_limit=(0.0, float("inf")), state_indices=None,
 ) -> Tensor:  # fmt: skip
-    """`ssd_mixer_step` in PyTorch, in fp32 or fp64 throughout; the oracle for the kernels."""
+    """`ssd_mixer_step` in PyTorch, in fp32 or fp64 throughout. The kernels are tested against it."""
     inputs = SSDMixerInputs(gate, mixed, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm)
     options = SSDMixerOptions(eps, gate_first, *dt_limit)
     return _ssd_reference(inputs, MixerPool(window, state, state_indices), options)

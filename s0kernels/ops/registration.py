@@ -1,7 +1,7 @@
-"""The torch operators of a recurrence: differentiable, and opaque to torch.compile, so that backends see values.
+"""Register a recurrence as torch operators. They are differentiable, and opaque to torch.compile.
 
-A schema is made of the fields of the records. The helpers here are all that stands between the public functions and the
-backends.
+The schema of an operator consists of the fields of the records. These helpers are the only layer between the public
+functions and the backends.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,23 @@ from s0kernels.ops import registry, sequences, transforms
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "int"}
 _START = "Tensor? initial_state, Tensor? state_indices, Tensor? cu_seqlens"
-#: not by custom_op, whose wrappers would take as long as the step of a small model
+#: steps are not registered by custom_op, whose wrappers would take as long as the step of a small model
 _library = torch.library.Library("s0kernels", "FRAGMENT")
 
 
 class Recurrence(NamedTuple):
-    """What sets one recurrence apart. A backend has `<name>_forward(inputs, start, options, output_final_state)`,
-    `<name>_backward(grads, inputs, start, options, wanted)` and `<name>_step(inputs, pool, options)`, or some of them.
+    """The description of one recurrence. For it a backend has some or all of `<name>_forward(inputs, start, options,
+    output_final_state)`, `<name>_backward(grads, inputs, start, options, wanted)` and `<name>_step(inputs, pool,
+    options)`.
     """
 
     name: str
     inputs: type  # the records of its calls
     options: type
-    #: the input that outputs are like, and one that is never missing and of the same dtype
+    #: the input whose shape and dtype the output has, and an input of the same dtype that is never None
     like: str
     always: str
-    #: sizes of one state, of the inputs
+    #: returns the shape of one state for the given inputs
     state_shape: Callable[..., tuple[int, ...]]
     #: the inputs that the gradient of the initial state does not depend on
     unneeded: tuple[str, ...]
@@ -45,8 +46,8 @@ def _fields(record: type, optional: bool = False) -> str:
 
 
 def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operator `s0kernels::<name>`: `(*inputs, *start, *options, output_final_state, backend)` to output and final
-    state, which is empty where it is not asked for."""
+    """Register the operator `s0kernels::<name>`. It maps `(*inputs, *start, *options, output_final_state, backend)` to
+    the output and the final state, which is empty if it is not requested."""
     name, n = recurrence.name, len(recurrence.inputs._fields)
     backward = _register_backward(recurrence)
 
@@ -85,7 +86,7 @@ def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]
         state = inputs[n]
         ctx.state_shape = [] if state is None else list(state.shape)
         kept = list(inputs[: n + 3])
-        if not any(ctx.needs[:-1]):  # nothing but the initial state
+        if not any(ctx.needs[:-1]):  # the initial state alone requires grad
             for unneeded in (*recurrence.unneeded, "initial_state"):
                 kept[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
         ctx.save_for_backward(*kept)
@@ -105,8 +106,9 @@ def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]
 
 
 def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
-    """The operator `s0kernels::<name>_backward`: `(doutput, dfinal_state, *inputs, *start, state_shape, *options,
-    backend, needs)` to the gradients that `needs` asks for, of the inputs and last of the initial state."""
+    """Register the operator `s0kernels::<name>_backward`. It maps `(doutput, dfinal_state, *inputs, *start,
+    state_shape, *options, backend, needs)` to the gradients that `needs` requests: those of the inputs, then that of
+    the initial state."""
     name, n = recurrence.name, len(recurrence.inputs._fields)
     names = (*recurrence.inputs._fields, "initial_state")
 
@@ -141,11 +143,12 @@ def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
 def register_step(
     name: str, records: tuple[type, type, type], reference: Callable[..., Tensor], output: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """The operator `s0kernels::<name>`: `(*inputs, *pool, *options, backend)` to an output. The tensors of the pool are
-    written. `reference(inputs, pool, options)` is the recurrence; `output(inputs, pool)` an empty output."""
+    """Register the operator `s0kernels::<name>`. It maps `(*inputs, *pool, *options, backend)` to an output and updates
+    the tensors of the pool. `reference(inputs, pool, options)` is the recurrence; `output(inputs, pool)` makes an empty
+    output."""
     of_inputs, of_pool, of_options = records
     n, m = len(of_inputs._fields), len(of_pool._fields)
-    written = of_pool._fields.index("state") + 1  # windows first; kernels write behind autograd's back
+    written = of_pool._fields.index("state") + 1  # windows come first; autograd does not see these writes
 
     def split(arguments: tuple):
         return of_inputs(*arguments[:n]), of_pool(*arguments[n : n + m]), of_options(*arguments[n + m : -1])

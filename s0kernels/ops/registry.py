@@ -1,8 +1,8 @@
-"""Which backend runs a call, and why the others do not.
+"""Choose the backend of a call, and explain why other backends cannot run it.
 
 `backend=None` takes the first entry of `ORDER` that supports the call. A named backend never falls back: if it cannot
-run the call, the error says why. A backend is a module with `supports(call)`, which gives None or the reason why not,
-and a function for each op and direction that it has.
+run the call, the error says why. A backend is a module with a function for each op and direction that it implements,
+and with `supports(call)`, which returns None or the reason why it cannot run the call.
 """
 
 import contextlib
@@ -34,20 +34,21 @@ def load(name: str) -> ModuleType:
 
 
 def ready(name: str) -> ModuleType:
-    """The module of a backend that was chosen, perhaps in another process, by which a program was exported.
+    """Return the module of a chosen backend. A program may have been exported, and its backend chosen, in another
+    process.
 
     Raises:
-        RuntimeError: its library is not here.
+        RuntimeError: the backend's library is not installed here.
     """
     module = load(name)
     reason = module.missing() if hasattr(module, "missing") else None
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} was chosen for this call, and {reason}")
+        raise RuntimeError(f"backend {name!r} was chosen for this call, but it {reason}")
     return module
 
 
 def unusable(name: str, call: Call) -> str | None:
-    """None where backend `name` can run `call`, else the reason why not."""
+    """Return None if backend `name` can run `call`, else the reason why it cannot."""
     if name == "reference":
         return None
     try:
@@ -60,18 +61,19 @@ def unusable(name: str, call: Call) -> str | None:
 
 
 def explain(call: Call) -> dict[str, str | None]:
-    """By backend, fastest first: None where it can run `call`, else the reason why not. The first that can is the
-    default. Triton's interpreter on a CPU is for tests, which name it.
+    """Return, for each backend, None if it can run `call`, else the reason why it cannot. The fastest backend comes
+    first, and the first one that can run the call is the default. Triton's interpreter on a CPU is for tests: it runs
+    only if it is named.
 
         explain(Call("ssd", torch.device("cpu"), torch.bfloat16))
     """
     found = {name: unusable(name, call) for name in ORDER}
     if call.device.type == "cpu" and found.get("triton", "") is None:
-        found["triton"] = "its interpreter runs where it is named"
+        found["triton"] = "its interpreter runs only if backend='triton' is named"
     return found
 
 
-@constant_in_graphs  # nothing in it depends on tensors, and it imports modules
+@constant_in_graphs  # it depends on no tensor, and it imports modules
 def choose(
     backend: str | None,
     op: str,
@@ -81,9 +83,9 @@ def choose(
     width: int = 0,
     transform: str | None = None,
 ) -> str:
-    """The backend of a call, whose fields come one by one since torch.compile cannot hand over a record. `transform` is
-    one that it takes part in and that the references alone can be put through. A caller makes ints of sizes by
-    `operator.index`, by which a graph of dynamic sizes holds for these alone."""
+    """Return the backend of a call. The fields of the call are separate arguments because torch.compile cannot pass a
+    record. `transform` names a transform of torch that the call takes part in and that only the references support.
+    Callers convert sizes to ints by `operator.index`, which specialises a graph of dynamic sizes to these values."""
     call = Call(op, device, dtype, size, width)
     if transform is not None and backend in (None, "reference"):
         return "reference"
@@ -91,7 +93,7 @@ def choose(
         name = next(name for name in ORDER if _takes(name, call))
         if name == "torch" and device.type == "cpu" and (missing := load("cpu").missing()) is not None:
             say_once(
-                f"s0kernels: the compiled kernels for a CPU cannot be used, PyTorch is 5 to 16 times slower: {missing}"
+                f"s0kernels: the compiled kernels for a CPU cannot be used; PyTorch is 5 to 16 times slower: {missing}"
             )
         return name
     if backend not in ORDER:
@@ -101,8 +103,8 @@ def choose(
         raise ValueError(f"{op}: backend {backend!r} cannot run this call: {reason}")
     if transform is not None:
         raise NotImplementedError(
-            f"{op}: backend {backend!r} does not support {transform}; backend='reference' does, and is what "
-            "backend=None then takes"
+            f"{op}: backend {backend!r} does not support {transform}; backend='reference' does, and "
+            "backend=None then chooses it"
         )
     return backend
 
@@ -113,7 +115,7 @@ def _takes(name: str, call: Call) -> bool:
 
 @constant_in_graphs
 def rows_that_pay(name: str, op: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Up to how many rows one fused kernel of a backend beats the parts that it puts together, as the backend knows."""
+    """Return the largest number of rows at which a backend's fused kernel is faster than the separate operations."""
     if name == "reference":
         return 0
     module = load(name)
@@ -126,7 +128,7 @@ def say_once(message: str) -> None:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The dtypes of the contract hold inside autocast too: matrix products keep theirs."""
+    """Turn autocast off, so that matrix products keep the dtypes of the contract."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

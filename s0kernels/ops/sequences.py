@@ -1,4 +1,4 @@
-"""Where sequences begin and which state each one starts from; see `s0kernels.calls.Start`."""
+"""Split a batch into sequences, and find the state that each one starts from; see `s0kernels.calls.Start`."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ from s0kernels.calls import Start, state_dtype
 
 
 def starting_states(start: Start, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[NSEQ, *shape], of the values of a start that are checked first; `like` is an input [B, T, ...]."""
+    """Check the values of `start`, and return the starting states [NSEQ, *shape]. `like` is an input [B, T, ...]."""
     if not torch.compiler.is_compiling():
         check_values(like.shape[1], start.cu_seqlens, start.indices, start.state)
     empty = like.new_empty(0, dtype=state_dtype(like.dtype))
@@ -42,11 +42,11 @@ def _reads_values(tensor: Tensor) -> bool:
 def check_values(
     length: int, cu_seqlens: Tensor | None, state_indices: Tensor | None, bank: Tensor | None, unique: bool = False
 ) -> None:
-    """Raise ValueError for contents that the shapes cannot show. Synchronises only for CPU tensors, or on demand."""
+    """Raise ValueError if the values of the arguments are invalid. GPU tensors are read only if S0KERNELS_CHECK=1."""
     if cu_seqlens is not None and _reads_values(cu_seqlens):
         read_boundaries(cu_seqlens, length)
     if state_indices is not None and _reads_values(state_indices):
-        assert bank is not None  # which validation has seen to
+        assert bank is not None  # validation has checked that
         rows, size = state_indices.tolist(), bank.shape[0]
         if any(row < -1 or row >= size for row in rows):
             raise ValueError(

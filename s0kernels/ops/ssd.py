@@ -5,8 +5,8 @@ Per head, with S in R^{P x N}, group = head // (H / G):
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T
     y_t = S_t C_t + D x_t,  times silu(z_t) where z is given
 
-with dt = clamp(softplus(dt + dt_bias), dt_limit), each part only where asked for. S_0 is `initial_state`. It enters
-once, before the first token of every sequence, and is differentiable.
+with dt = clamp(softplus(dt + dt_bias), dt_limit), each part only if requested. S_0 is `initial_state`. It enters once,
+before the first token of every sequence, and is differentiable.
 """
 
 import functools
@@ -58,14 +58,14 @@ def ssd(
         z: [B, T, H, P], x's dtype; gate, or None.
         dt_bias: [H], x's dtype or fp32; added to dt first, or None.
         dt_softplus: apply softplus to dt + dt_bias.
-        dt_limit: (lowest, highest), clamps dt last.
+        dt_limit: (lowest, highest); dt is clamped to it last.
         initial_state: fp32 (fp64 with fp64 inputs): one state shared by all sequences [H, P, N], one per sequence
             [NSEQ, H, P, N], or with `state_indices` a bank [S, H, P, N]. None means zero.
         state_indices: [NSEQ] int32 or int64, rows of the bank; -1 means the zero state.
         cu_seqlens: [NSEQ + 1] int32 or int64, from 0 to T: the sequences packed into the single row (B = 1).
             None means one sequence per row, NSEQ = B.
         output_final_state: return the state after each sequence's last token. True by default, unlike mamba_ssm.
-        chunk_size: tokens per chunk; None leaves it to the backend, and `reference` has no chunks.
+        chunk_size: tokens per chunk; None lets the backend choose. `reference` has no chunks.
         backend: "triton" (GPUs), "cpu" (compiled), "torch" (chunked, any device) or "reference" (token by token); None
             takes the first of these that supports the call.
 
@@ -73,17 +73,17 @@ def ssd(
         ScanOutput(output [B, T, H, P] in x's dtype, final_state [NSEQ, H, P, N] fp32 or fp64, or None).
         Sequences without tokens end in their initial state.
 
-    Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
-    but `initial_state` requires grad neither x nor the states are looked at. The gradient of `initial_state` has its
-    shape, in its dtype, summed over sequences in a fixed order. Forward mode and torch.func's derivatives go through
-    `reference` alone, which None takes for them; so do second derivatives, for which it has to be named. vmap calls a
-    backend for one entry after the other.
+    All tensors but the indices are differentiable. Only the requested gradients are computed: if `initial_state` alone
+    requires grad, the backward reads neither x nor the states. The gradient of `initial_state` has its shape and dtype,
+    and is summed over sequences in a fixed order. Only `reference` supports forward mode and torch.func's derivatives,
+    and backend=None chooses it for them. Only `reference` supports second derivatives too, and for these it must be
+    named. vmap calls a backend for one entry after the other.
 
     Raises:
-        NotImplementedError: a derivative that the backend does not have.
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message. The values
-            of `cu_seqlens` and `state_indices` are checked for CPU tensors; on a GPU a bad state index gives NaN
-            for its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
+        NotImplementedError: the backend does not support this derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the message names it. The values
+            of `cu_seqlens` and `state_indices` are checked for CPU tensors. On a GPU a bad state index gives NaN for
+            its sequence, and S0KERNELS_CHECK=1 turns on the check at the price of a synchronisation.
     """
     inputs = SSDInputs(x, dt, A, B, C, D, z, dt_bias)
     start = Start(initial_state, state_indices, cu_seqlens)
@@ -124,17 +124,17 @@ def ssd_step(
         dt: [B, H], x's dtype or fp32; processed by `dt_bias`, `dt_softplus` and `dt_limit` as in `ssd`.
         A, D, dt_bias: [H], x's dtype or fp32.
         B, C: [B, G, N], x's dtype; H a multiple of G.
-        state: fp32 (fp64 with fp64 inputs), [B, H, P, N], or with `state_indices` a pool [S, H, P, N]. Written.
-        state_indices: [B] int32 or int64, rows of the pool. Only these rows change; -1 computes from the zero state
-            and stores nothing.
+        state: fp32 (fp64 with fp64 inputs), [B, H, P, N], or with `state_indices` a pool [S, H, P, N]. Updated.
+        state_indices: [B] int32 or int64, rows of the pool. Only these rows change. -1 starts from the zero state and
+            stores nothing.
         backend: as in `ssd`.
 
     Returns:
         y [B, H, P] in x's dtype.
 
     Raises:
-        TypeError, ValueError: as in `ssd`; also when a row is named twice, and when gradients are enabled and an
-            input requires one (there is no backward).
+        TypeError, ValueError: as in `ssd`. Also if `state_indices` names a row twice, and if gradients are enabled and
+            an input requires one (there is no backward).
     """
     inputs, pool = SSDInputs(x, dt, A, B, C, D, z, dt_bias), Pool(state, state_indices)
     _check_inputs(validation.Checker(_STEP, "x", x), inputs, "B", dt_softplus, dt_limit).pool(pool, "H P N")
@@ -182,9 +182,9 @@ def ssd_reference(
     cu_seqlens: Tensor | None = None,
     output_final_state: bool = True,
 ) -> ScanOutput:
-    """`ssd` token by token in fp32, or fp64 for fp64 inputs. The oracle for every other backend.
+    """`ssd` token by token in fp32, or in fp64 for fp64 inputs. Every other backend is tested against it.
 
-    Plain PyTorch: torch.compile unrolls it, without the checks of index values, and cannot trace `cu_seqlens`.
+    It is plain PyTorch. torch.compile unrolls it without the checks of index values, and cannot trace `cu_seqlens`.
     """
     inputs = SSDInputs(x, dt, A, B, C, D, z, dt_bias)
     start, options = Start(initial_state, state_indices, cu_seqlens), SSDOptions(dt_softplus, *dt_limit)
@@ -214,7 +214,7 @@ def _reference_scan(x, dt, B, C, state, *, A) -> tuple[Tensor, Tensor]:
     x, B, C = (t.to(state.dtype) for t in (x, B, C))
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
     outputs = []
-    for t in range(x.shape[1]):  # products and sums, no matrix products: autocast leaves those alone, backward too
+    for t in range(x.shape[1]):  # no matrix products: autocast would round them, in the backward too
         decay = (dt[:, t] * A).exp()[..., None, None]
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
         outputs.append((state * C[:, t, :, None]).sum(-1))
@@ -236,7 +236,7 @@ def ssd_step_reference(
     dt_limit: tuple[float, float] = _NO_LIMIT,
     state_indices: Tensor | None = None,
 ) -> Tensor:
-    """`ssd_step` as a scan over one token; the oracle for every other backend."""
+    """`ssd_step` as a scan over one token. Every other backend is tested against it."""
     inputs, options = SSDInputs(x, dt, A, B, C, D, z, dt_bias), SSDOptions(dt_softplus, *dt_limit)
     return _step_reference(inputs, Pool(state, state_indices), options)
 

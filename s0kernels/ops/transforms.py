@@ -1,7 +1,8 @@
-"""What compiled kernels cannot differentiate: forward-mode tangents, torch.func's transforms, second derivatives.
+"""Detect and refuse derivatives that compiled kernels do not have: forward mode, torch.func's transforms, second
+derivatives.
 
-The references are plain PyTorch, which can. Nobody tells a kernel that it is being transformed: what it does not look
-for is lost without an error.
+The references are plain PyTorch and have them all. torch does not tell a kernel that it is being transformed, so a
+transform that is not looked for here would be lost without an error.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,15 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def constant_in_graphs(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`, which would import the compiler: a second for who compiles nothing."""
+    """Mark a function like `torch.compiler.assume_constant_result`, without its import of the compiler, which takes a
+    second."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
-@constant_in_graphs  # graphs are guarded by the levels that they were traced in
+@constant_in_graphs  # torch guards a graph by the transform levels that it was traced in
 def _level() -> str | None:
-    """The transform at work in this thread that a kernel would have to know of, whatever it is applied to."""
+    """Name the transform that is active in this thread, whatever tensors it applies to; None if there is none."""
     stack = get_interpreter_stack()
     if stack is not None and any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in stack):
         return "torch.func's grad, vjp, jvp, jacrev and jacfwd"
@@ -36,10 +38,10 @@ def _level() -> str | None:
 
 
 def find(*tensors: Tensor | None) -> str | None:
-    """The transform that these tensors take part in and that a kernel would not see, by its name; else None. Not vmap,
-    which calls the kernels."""
+    """Name the transform that these tensors take part in and that a kernel would miss; None if there is none. vmap does
+    not count, because it calls the kernels."""
     name = _level()
-    if name is None or torch.compiler.is_compiling():  # what takes part cannot be asked there
+    if name is None or torch.compiler.is_compiling():  # a traced tensor cannot be asked whether it takes part
         return name
     return name if any(x is not None and _is_transformed(x) for x in tensors) else None
 
@@ -49,35 +51,40 @@ def _is_transformed(x: Tensor) -> bool:
 
 
 def refuse(op: str, *tensors: Tensor | None) -> None:
-    """For what no backend can do with transformed tensors."""
+    """Raise NotImplementedError if a tensor takes part in a transform, for ops that no backend can transform."""
     name = find(*tensors)
     if name is not None:
-        raise NotImplementedError(f"{op}: {name} is not supported; the scan with backend='reference' and T = 1 has it")
+        raise NotImplementedError(
+            f"{op}: {name} is not supported; the scan with backend='reference' and T = 1 supports it"
+        )
 
 
 def check_gradients(op: str, *grads: Tensor | None) -> None:
-    """Refuse what comes back to a kernel and would be lost there, or would fail in words of torch that say nothing."""
+    """Raise NotImplementedError if a gradient takes part in a transform. The kernel would lose it, or torch would fail
+    with an obscure message."""
     name = find(*grads)
     if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
         name = "is_grads_batched=True and vectorize=True"
     if name is not None:
-        raise NotImplementedError(f"{op}: the backward does not support {name}; that of backend='reference' does")
+        raise NotImplementedError(
+            f"{op}: the backward does not support {name}; the backward of backend='reference' does"
+        )
 
 
 def no_second_derivative(op: str) -> Callable:
-    """The backward of a backward."""
+    """Return the backward of a backward, which raises NotImplementedError."""
 
     def backward(ctx, *grads):
         raise NotImplementedError(
             f"{op}: a second derivative (backward through a gradient made with create_graph=True) is not supported by "
-            "compiled and chunked backends; backend='reference' has it, which torch.func.grad and hessian take"
+            "compiled and chunked backends; backend='reference' supports it, also through torch.func.grad and hessian"
         )
 
     return backward
 
 
 def one_by_one(op: Callable) -> Callable:
-    """A rule of torch.vmap for an op that returns tensors: it is called for each entry of the batch in turn."""
+    """Return a torch.vmap rule for an op that returns tensors: it calls the op for each entry of the batch in turn."""
 
     def rule(info, in_dims, *arguments):
         results = [

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: every message names the argument, what it wants and what it got."""
+"""Argument checks shared by the ops. Every message names the argument, the expected value and the given value."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ INDICES = (torch.int32, torch.int64)
 
 
 class Checker:
-    """Checks tensors against named dimensions; a dimension is fixed by the first tensor that has it."""
+    """Checks tensors against named dimensions. The first tensor that has a dimension fixes its size."""
 
     def __init__(self, op: str, name: str, first: Tensor):
-        """`first` is the first tensor of a call: it decides dtype and device for the others."""
+        """`first` is the first tensor of a call. It fixes dtype and device for the others."""
         if not isinstance(first, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(first).__name__}")
         if first.dtype not in FLOATS:
@@ -59,16 +59,16 @@ class Checker:
         a, b = self.sizes[larger], self.sizes[smaller]
         if a == 0 or b == 0 or a % b != 0:
             raise ValueError(
-                f"{self.op}: the heads of {name} ({larger}={a}) must be a multiple of {smaller}={b}, not 0"
+                f"{self.op}: the heads of {name} ({larger}={a}) must be a positive multiple of {smaller}={b}"
             )
 
     def start(self, start: Start, dims: str) -> None:
-        """Where sequences begin, and the initial state [*dims]."""
+        """Check where sequences begin, and the initial state [*dims]."""
         self._sequences(start.cu_seqlens)
         self._state("initial_state", start.state, start.indices, dims, state_dtype(self.dtype))
 
     def _sequences(self, cu_seqlens: Tensor | None) -> None:
-        """Fix NSEQ: the batch, or the number of packed sequences."""
+        """Fix NSEQ: the number of rows, or of packed sequences."""
         if cu_seqlens is None:
             self.sizes["NSEQ"] = self.sizes["B"]
             return
@@ -82,7 +82,7 @@ class Checker:
         self.sizes["NSEQ"] = cu_seqlens.shape[0] - 1
 
     def _state(self, name: str, state: Tensor | None, indices: Tensor | None, dims: str, dtype: torch.dtype) -> None:
-        """One shared state, one per sequence, or a bank with indices."""
+        """Check a state: one shared by all sequences, one per sequence, or a bank with indices."""
         if state is None:
             if indices is not None:
                 raise ValueError(f"{self.op}: state_indices was given without {name}")
@@ -102,7 +102,7 @@ class Checker:
             )
 
     def pool(self, pool: Pool | MixerPool, dims: str) -> None:
-        """One state [*dims] per row of the batch, or a pool with indices."""
+        """Check the states of a step: one state [*dims] per row of the batch, or a pool with indices."""
         state, indices, dtype = pool.state, pool.indices, state_dtype(self.dtype)
         if indices is not None:
             self.tensor("state", state, "S " + dims, (dtype,))
@@ -154,7 +154,7 @@ def check_dt_limit(op: str, dt_limit: tuple[float, float]) -> None:
 
 
 def check_no_grad(op: str, inputs: Inputs, **written: Tensor) -> None:
-    """A step overwrites its state, so nothing in it may be waiting for a gradient."""
+    """Raise ValueError if a tensor requires grad: a step overwrites its state and has no backward."""
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (*inputs, *written.values())):
         return
     tensors = inputs._asdict() | written

@@ -1,4 +1,4 @@
-"""Learned states: the module that holds them, and the directories that they are saved in."""
+"""Learned states: the module that holds them, and the directories where they are saved."""
 
 from s0kernels.states.module import S0States, states_size, warn_of_another_base
 

@@ -1,8 +1,9 @@
-"""Directories of learned states: what lies in one, how it is written and how it is read.
+"""Read and write directories of learned states.
 
-A directory of one task holds `states.safetensors`, `config.json` and `meta.json`, as the `s0-tuning` package writes
-them; one of several holds such directories by name, and `tasks.json`, their order. An adapter of PEFT, which is read
-and written too, holds `adapter_model.safetensors` and `adapter_config.json`.
+The directory of one task holds `states.safetensors`, `config.json` and `meta.json`, as the `s0-tuning` package writes
+them. The directory of several tasks holds one such directory per task, named after it, and `tasks.json`, which lists
+the names in order. PEFT adapters are read and written too: they hold `adapter_model.safetensors` and
+`adapter_config.json`.
 """
 
 import json
@@ -24,35 +25,36 @@ from s0kernels.messages import some
 
 STATES, CONFIG, META, TASKS = "states.safetensors", "config.json", "meta.json", "tasks.json"
 ADAPTER, ADAPTER_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-#: name of a layer's state in an adapter: by the layer's index, so that it does not matter what a mixer is called
+#: name of a layer's state in an adapter. It has the layer's index, so it does not depend on the names of mixers
 ADAPTER_KEY = "base_model.model.layers.{}.s0_state"
-#: seconds after which files that contradict each other and do not change are taken as they are, and at most
+#: files that contradict each other are read again after this many seconds, until they no longer change, and for at
+#: most this many seconds
 _SETTLED, _PATIENCE = 0.1, 5.0
 
 
 def can_be_task(name: str) -> bool:
-    """Whether a directory can have that name, and not be taken for something else beside it."""
+    """Whether `name` can be the name of a task's directory, without clashing with another file beside it."""
     try:
         length = len(name.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         return False
     free = name not in ("..", STATES, CONFIG, META, TASKS) and name == Path(name).name and "\0" not in name
     return free and 0 < length <= 255
 
 
 def write_directory(folder: Path, tensors: Mapping[int, Tensor], meta: dict, config: dict) -> None:
-    """One task. The header of the tensors' file repeats the two others, and that file is replaced last: a crash leaves
-    the old states or the new ones.
+    """Write one task. The header of `states.safetensors` repeats the two other files, and it is replaced last: a crash
+    leaves the old states or the new ones.
 
     Raises:
-        OSError: the states cannot be written; it names the file.
+        OSError: the states cannot be written; the message names the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     header, refused = {"s0": json.dumps({"meta": meta, "config": config})}, []
     for name, value in ((CONFIG, config), (META, meta)):
         try:
             replace_file(folder / name, json.dumps(value, indent=2).encode())
-        except PermissionError as error:  # somebody else's file; the header of the states says the same
+        except PermissionError as error:  # the file belongs to another user; the header of the states repeats it
             refused.append(error)
     replace_file(folder / STATES, save({str(layer): x for layer, x in tensors.items()}, metadata=header))
     for error in refused:
@@ -60,8 +62,8 @@ def write_directory(folder: Path, tensors: Mapping[int, Tensor], meta: dict, con
 
 
 def write_tasks(folder: Path, names: Sequence[str] | None) -> None:
-    """After the directories of several tasks: their names. What one task without a name has left gives way, or with
-    None the names do."""
+    """Write `tasks.json` after the directories of several tasks, and remove the files of an earlier save of one task
+    without a name. With None, remove `tasks.json` instead."""
     if names is None:
         (folder / TASKS).unlink(missing_ok=True)
         return
@@ -71,14 +73,14 @@ def write_tasks(folder: Path, names: Sequence[str] | None) -> None:
 
 
 def find_tasks(folder: Path) -> dict[str | None, Path]:
-    """Directories of states by task, in order; None is the name of a single one."""
+    """Return the directories of states by task, in order. The key of a single task without a name is None."""
     if (folder / TASKS).is_file():
         names = parse_json((folder / TASKS).read_text(encoding="utf-8"), folder / TASKS).get("tasks")
         if not isinstance(names, list) or not names:
             raise ValueError(f"{folder / TASKS} names no tasks")
         for name in names:
             if not isinstance(name, str) or not can_be_task(name):
-                raise ValueError(f"{folder / TASKS} names a task that cannot be a directory, {name!r}")
+                raise ValueError(f"{folder / TASKS} names a task {name!r}, which cannot be the name of a directory")
         return {name: folder / name for name in names}
     inner = sorted({file.parent for name in (STATES, ADAPTER_CONFIG) for file in folder.glob(f"*/{name}")})
     if (folder / STATES).exists() or (folder / ADAPTER_CONFIG).exists() or not inner:
@@ -89,11 +91,11 @@ def find_tasks(folder: Path) -> dict[str | None, Path]:
 def read_directory(
     path: str | os.PathLike[str], default_arch: str | None = None
 ) -> tuple[dict[int, Tensor], dict, dict | None]:
-    """(state by layer, meta, config or None) of a directory of learned states, or of an adapter of PEFT, checked for
-    consistency. They are of one save, also where another process saves meanwhile.
+    """Read a directory of learned states, or a PEFT adapter, and check that its files agree. Return (state by layer,
+    meta, config or None). All come from the same save, even if another process saves at the same time.
 
-    `default_arch` stands in for a `meta.json` that is missing beside tensors without a header of ours, which
-    `s0-tuning` accepts as well.
+    `default_arch` is used if the file has no header of ours and `meta.json` is missing, which `s0-tuning` accepts as
+    well.
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).exists():
@@ -109,7 +111,7 @@ def read_directory(
         own = parse_json(header["s0"], f"the header of {file}")
         beside = {META: (meta, own.get("meta")), CONFIG: (config, own.get("config"))}
         differing = [name for name, (there, here) in beside.items() if there is not None and there != here]
-        under_way = stamps != before or any(folder.glob(f".{STATES}.*.tmp"))  # a save writes those beside first
+        under_way = stamps != before or any(folder.glob(f".{STATES}.*.tmp"))  # a save begins with these
         if not differing or not under_way or time.monotonic() > end:
             break
         before = stamps
@@ -120,11 +122,11 @@ def read_directory(
 
 
 def write_adapter(folder: Path, tensors: Mapping[int, Tensor], config: dict) -> None:
-    """One task as an adapter of PEFT, which reads its two files without comparing them: so an old config is removed
-    first and the new one is written last. A crash leaves the old adapter, the new one, or one that nobody reads.
+    """Write one task as a PEFT adapter. PEFT reads the two files without comparing them, so an old config is removed
+    first and the new config is written last. A crash leaves the old adapter, the new one, or files that are not read.
 
     Raises:
-        OSError: it cannot be written; the file is named.
+        OSError: the adapter cannot be written; the message names the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = {ADAPTER_KEY.format(layer): x for layer, x in tensors.items()}
@@ -138,7 +140,8 @@ def write_adapter(folder: Path, tensors: Mapping[int, Tensor], config: dict) -> 
 
 
 def _read_adapter(folder: Path) -> tuple[dict[int, Tensor], dict, dict]:
-    """(state by layer, meta, config) of an adapter of PEFT. Recurrent layers that it leaves out are zero."""
+    """Return (state by layer, meta, config) of a PEFT adapter. The states of recurrent layers that it leaves out are
+    zero."""
     if (folder / STATES).exists():
         raise ValueError(f"{folder} holds both {STATES} and an adapter of PEFT; give each a directory of its own")
     file, where, end = folder / ADAPTER, folder / ADAPTER_CONFIG, time.monotonic() + _PATIENCE
@@ -148,9 +151,9 @@ def _read_adapter(folder: Path) -> tuple[dict[int, Tensor], dict, dict]:
         tensors = read_tensors(file)[0]
         if (found is not None and stamp == _stamp(where)) or time.monotonic() > end:
             break
-        time.sleep(_SETTLED)  # somebody writes it
+        time.sleep(_SETTLED)  # another process is writing it
     if found is None or found.get("peft_type") != "S0":
-        raise ValueError(f"{where}: an adapter of {found and found.get('peft_type')}, and S0 is wanted")
+        raise ValueError(f"{where}: peft_type must be S0, got {found and found.get('peft_type')}")
     scale = found.get("scale")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"{where}: scale must be a finite number, got {scale!r}")
@@ -168,7 +171,7 @@ def _read_adapter(folder: Path) -> tuple[dict[int, Tensor], dict, dict]:
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced."""
+    """Return values that change when the file is replaced."""
     try:
         found = file.stat()
     except OSError:

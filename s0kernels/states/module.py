@@ -1,4 +1,4 @@
-"""The learned initial states of a model: held, attached, saved, loaded."""
+"""`S0States`: the learned initial states of a model, which can be attached, saved and loaded."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from s0kernels.modules.swap import base_model, layer_devices, swap_modules, swap
 from s0kernels.states import files
 from s0kernels.versions import installed
 
-#: which task rows start from: one index or name for all of them, or one each
+#: the task that rows start from: one index or name for all rows, or one for each row
 Tasks = int | str | Sequence[int | str] | Tensor | None
 _Key = TypeVar("_Key")
 
@@ -30,15 +30,16 @@ _Key = TypeVar("_Key")
 class S0States(nn.Module):
     """The initial states S0 of a model: for each recurrent layer one fp32 parameter [tasks, *state].
 
-    A state is [HV, K, V] for the gated delta rule and [H, P, N] for Mamba-2. The module lies outside the model; it is
-    what an optimizer trains. For DistributedDataParallel put both into one module, whose forward calls the model.
+    A state is [HV, K, V] for the gated delta rule and [H, P, N] for Mamba-2. The module lies outside the model, and an
+    optimizer trains its parameters. For DistributedDataParallel put both into one module whose forward calls the model.
     `states[layer_index]` is the parameter of a layer.
 
     Args:
         states: [tasks, *state] tensors by layer index; copied, to fp32.
         arch: "gated_delta_net" or "mamba2".
-        base_model: which model the states belong to, as `for_model` finds it; goes into the files.
-        names: of the tasks, which can then be named wherever their numbers can be given.
+        base_model: name and hash of the model that the states belong to, as `for_model` finds them. They are saved with
+            the states.
+        names: names of the tasks, which can then be used wherever an index can.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class S0States(nn.Module):
             all(isinstance(name, str) for name in self.names) and len(self.names) == len(set(self.names)) == tasks
         ):
             raise ValueError(f"S0States: names must be {tasks} different strings, got {some(self.names)}")
-        with torch.inference_mode(False):  # what inference mode makes cannot be trained afterwards
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
             self._by_layer = nn.ParameterDict(
                 {
                     str(layer): nn.Parameter(state.detach().to(torch.float32, copy=True))
@@ -77,8 +78,8 @@ class S0States(nn.Module):
 
     @classmethod
     def for_model(cls, model: nn.Module, tasks: int | Sequence[str] = 1) -> "S0States":
-        """Zero states for every recurrent layer of a swapped model, each on its layer's device. `tasks` is how many, or
-        their names."""
+        """Make zero states for every recurrent layer of a swapped model, each on its layer's device. `tasks` is the
+        number of tasks, or their names."""
         names = None
         if isinstance(tasks, (list, tuple)):
             tasks, names = len(tasks), tasks
@@ -99,15 +100,16 @@ class S0States(nn.Module):
     @classmethod
     @torch.no_grad()
     def capture(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> "S0States":
-        """What the recurrent layers hold after reading prompts, as initial states: one task per prompt.
+        """Run the model over prompts and return the final states of its recurrent layers as initial states, one task
+        per prompt.
 
         Args:
-            model: a swapped model. It reads the prompts from whatever it starts from now.
+            model: a swapped model. It starts from the states that are attached now.
             input_ids: [tasks, T].
             attention_mask: [tasks, T], 0 at pads, on either side.
 
-        A sequence that starts from these states (attached at scale 1) has the prompt in its recurrent layers only:
-        keys and values of attention, the windows of the convolutions and the positions start anew.
+        A sequence that starts from these states (attached at scale 1) has the prompt in its recurrent layers only. The
+        keys and values of attention, the windows of the convolutions and the positions start from the beginning.
         """
         site = swapped_site(model, "S0States.capture")
         options = {}
@@ -121,9 +123,9 @@ class S0States(nn.Module):
 
     @classmethod
     def stack(cls, states: Sequence["S0States"] | Mapping[str, "S0States"]) -> "S0States":
-        """The tasks of several in one, in their order, to be attached together with a task per row.
+        """Combine the tasks of several S0States, in their order, so that one batch can use a task per row.
 
-        A mapping gives names to them, each of which must be one task; a sequence keeps the names that all have.
+        A mapping names the tasks; each of its values must hold one task. A sequence keeps the names if all have names.
         """
         names = list(states) if isinstance(states, Mapping) else None
         parts = list(states.values() if isinstance(states, Mapping) else states)
@@ -139,13 +141,14 @@ class S0States(nn.Module):
         return cls(together, parts[0].arch, parts[0].base_model, names)
 
     def task(self, task: int | str) -> "S0States":
-        """A copy of one task."""
+        """Return a copy of one task."""
         index = self._one_task(task, "S0States.task")
         names = None if self.names is None else [self.names[index]]
         return S0States({layer: self[layer].detach()[index][None] for layer in self}, self.arch, self.base_model, names)
 
     def blend(self, other: "S0States", weight: float = 0.5) -> "S0States":
-        """(1 - weight) * self + weight * other, task by task; `other` may have one task for all of them."""
+        """Return (1 - weight) * self + weight * other, task by task. `other` may have one task, which is used for
+        all."""
         self._check_alike(other, "S0States.blend")
         if other.tasks not in (1, self.tasks):
             raise ValueError(f"S0States.blend: other must have 1 or {self.tasks} tasks, got {other.tasks}")
@@ -157,10 +160,10 @@ class S0States(nn.Module):
         return S0States(mixed, self.arch, self.base_model, self.names)
 
     def check_gradients(self) -> None:
-        """After a backward: every state that learns has a gradient.
+        """Check after a backward that every state that learns has a gradient.
 
         Raises:
-            RuntimeError: some have none; it names their layers.
+            RuntimeError: some have none; the message names their layers.
         """
         missing = [layer for layer in self if self[layer].requires_grad and self[layer].grad is None]
         if missing:
@@ -171,12 +174,12 @@ class S0States(nn.Module):
             )
 
     def norms(self) -> dict[int, Tensor]:
-        """[tasks] Frobenius norms of the states by layer, at scale 1."""
+        """Return the Frobenius norms of the states by layer, each [tasks], at scale 1."""
         return {layer: self[layer].detach().flatten(1).norm(dim=1) for layer in self}
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the recurrent layers, ascending."""
+        """The indices of the recurrent layers, ascending."""
         return sorted(int(key) for key in self._by_layer)
 
     @property
@@ -201,9 +204,9 @@ class S0States(nn.Module):
 
     @staticmethod
     def attached_to(model: nn.Module) -> "S0States | None":
-        """The states that a swapped model starts from in the calling context; None where that is zero.
+        """Return the states that a swapped model starts from in the calling context, or None if it starts from zero.
 
-        A copy of a model (deepcopy, pickle) is attached to a copy of its states; this finds them.
+        A copy of a model (deepcopy, pickle) starts from a copy of the states, and this function returns that copy.
         """
         current = swapped_site(model, "S0States.attached_to").current()
         return current.owner if current is not None and isinstance(current.owner, S0States) else None
@@ -213,15 +216,15 @@ class S0States(nn.Module):
 
         Args:
             model: a model after `swap_modules`. States attached to it before are replaced.
-            scale: factor alpha. At 1 the parameters themselves are used. Any other value is multiplied in once, here,
-                and again only when the parameters have changed (which writing through `.data` hides), when a gradient
-                is to flow, and in compiled graphs.
-            tasks: which task the rows start from: one index or name for all, or one per row of the batch (list or
-                tensor), -1 for the zero state. None means task 0. Where `generate` multiplies the rows (beams, several
-                returned sequences) the tasks follow.
+            scale: factor alpha. At 1 the parameters themselves are used. With any other value the product is computed
+                once, here. It is computed again only if the parameters have changed (writing through `.data` hides a
+                change), if a gradient is needed, and in compiled graphs.
+            tasks: the task that rows start from: one index or name for all rows, or one per row of the batch (list or
+                tensor); -1 means the zero state. None means task 0. If `generate` multiplies the rows (beams, several
+                returned sequences), it multiplies the tasks too.
 
         Raises:
-            ValueError: the states are for another model, or the model starts from adapters of PEFT.
+            ValueError: the states are for another model, or the model starts from PEFT adapters.
         """
         site = swapped_site(model, "S0States.attach")
         if site.attachment is not None and not isinstance(site.attachment.owner, S0States):
@@ -229,14 +232,14 @@ class S0States(nn.Module):
         site.attachment = self._attachment(site, scale, tasks)
 
     def detach(self) -> None:
-        """Undo `attach`, on every model where these states are still the attached ones, copies of models too."""
+        """Undo `attach` on every model to which these states are still attached, copies of models included."""
         for site in all_sites():
             if site.attachment is not None and site.attachment.owner is self:
                 site.attachment = None
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, scale: float = 1.0, tasks: Tasks = None) -> Iterator["S0States"]:
-        """Like `attach`, for the body of a with statement and the calling thread (or task) alone."""
+        """Like `attach`, but only for the body of a with statement and for the calling thread (or asyncio task)."""
         site = swapped_site(model, "S0States.attached")
         with site.override(self._attachment(site, scale, tasks)):
             yield self
@@ -271,7 +274,7 @@ class S0States(nn.Module):
         return int(rows) if rows.dim() == 0 else rows.to(torch.int64, copy=True)
 
     def check_fits(self, site: Site) -> None:
-        """Raise ValueError, with both sides named, if these states are for another model."""
+        """Raise ValueError if these states are for another model; the message names both sides."""
         ours = {layer: tuple(self[layer].shape[1:]) for layer in self.layers}
         if self.arch != site.arch:
             raise ValueError(f"S0States: the states are for arch {self.arch!r}, the model has {site.arch!r}")
@@ -290,7 +293,7 @@ class S0States(nn.Module):
     def _number(self, name: str) -> int:
         if self.names is None or name not in self.names:
             have = "they have no names" if self.names is None else f"the names are {some(self.names)}"
-            raise ValueError(f"S0States: tasks: none of them is called {name!r}; {have}")
+            raise ValueError(f"S0States: tasks: none of the tasks is called {name!r}; {have}")
         return self.names.index(name)
 
     def _one_task(self, task: int | str, who: str) -> int:
@@ -304,7 +307,7 @@ class S0States(nn.Module):
 
     def _check_alike(self, other: "S0States", who: str) -> None:
         if not isinstance(other, S0States):
-            raise TypeError(f"{who}: S0States are wanted, got {type(other).__name__}")
+            raise TypeError(f"{who}: expected S0States, got {type(other).__name__}")
         ours, theirs = ((s.arch, {layer: list(s[layer].shape[1:]) for layer in s}) for s in (self, other))
         if ours != theirs:
             raise ValueError(f"{who}: the states are for different models, {ours} and {theirs}")
@@ -312,16 +315,16 @@ class S0States(nn.Module):
     # Files
 
     def save(self, path: str | os.PathLike[str], *, task: int | str = 0, config: S0Config | None = None) -> None:
-        """Write one task to the directory `path`, in the layout of the `s0-tuning` package 0.1.2.
+        """Write one task to the directory `path`, in the file layout of the `s0-tuning` package 0.1.2.
 
         Files: `states.safetensors` with one tensor [*state] per layer, named by the layer's index; `config.json` with
         the fields of `S0Config`; `meta.json` with `arch`, `recurrent_layers`, `state_shape`, and, beyond that package,
-        `base_model` (its name, and a hash of some weights) and `versions`. The tensors' file repeats what is needed
-        to load it in its header and is replaced last, each file in one move: a crash leaves the old states or the new
-        ones. A mount that cannot do that gets a warning, and the files.
+        `base_model` (its name, and a hash of some weights) and `versions`. The header of `states.safetensors` repeats
+        everything that loading needs. Each file is replaced in one move, and this file is the last: a crash leaves the
+        old states or the new ones. On a mount that cannot do that, the files are written with a warning.
 
         Raises:
-            OSError: the states cannot be written; it names the file.
+            OSError: the states cannot be written; the message names the file.
         """
         tensors = self._to_save(task, "S0States.save")
         meta = {
@@ -335,22 +338,22 @@ class S0States(nn.Module):
         files.write_directory(Path(path), tensors, meta, config.to_dict())
 
     def save_peft(self, path: str | os.PathLike[str], *, scale: float, task: int | str = 0) -> None:
-        """Write one task to the directory `path` as an adapter of PEFT, as `s0kernels.peft` saves them.
+        """Write one task to the directory `path` as a PEFT adapter, in the format of `s0kernels.peft`.
 
         Args:
-            scale: what the states are multiplied by when they are used: of a trainer `trainer.alpha`, of attached
-                states the scale they were attached at. With `S0Config.normalize`, which PEFT has nothing like, states
-                have to be divided by their norms before.
+            scale: factor that multiplies the states in use. It is `trainer.alpha` for the states of a trainer, and the
+                scale of `attach` for attached states. PEFT has no equivalent of `S0Config.normalize`: with it, divide
+                the states by their norms first.
 
-        An adapter that is there already is overwritten. A crash leaves the old one, the new one, or files that are
-        refused, never a mixture.
+        An existing adapter is overwritten. A crash leaves the old adapter, the new one, or files that `load` refuses,
+        never a mixture.
 
         Raises:
             ValueError: `scale` is zero or not finite.
-            OSError: the states cannot be written; it names the file.
+            OSError: the states cannot be written; the message names the file.
         """
         if check_number(scale, "S0States.save_peft: scale") == 0:
-            raise ValueError("S0States.save_peft: scale must not be 0, or the states have no effect")
+            raise ValueError("S0States.save_peft: scale must not be 0: the states would have no effect")
         tensors, base = self._to_save(task, "S0States.save_peft"), self.base_model or {}
         config = {
             "peft_type": "S0",
@@ -365,7 +368,7 @@ class S0States(nn.Module):
         files.write_adapter(Path(path), tensors, config)
 
     def _to_save(self, task: int | str, who: str) -> dict[int, Tensor]:
-        """The states of one task by layer, on the CPU; they are numbers."""
+        """Return the states of one task by layer, on the CPU. Raise ValueError if a value is not finite."""
         task = self._one_task(task, who)
         broken = [layer for layer in self.layers if not self[layer][task].isfinite().all()]
         if broken:
@@ -374,14 +377,14 @@ class S0States(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "S0States":
-        """Read a directory written by `save` or by `s0-tuning`, or an adapter of PEFT, as one task.
+        """Read a directory written by `save` or by `s0-tuning`, or a PEFT adapter, as one task.
 
-        With a swapped `model` the states are checked against it and put on its layers' devices; a file for another
-        architecture, shape or set of layers is refused with both sides named, and one that was learned on a model
-        with other weights gets a warning.
+        With a swapped `model`, the states are checked against it and moved to the devices of its layers. A file for
+        another architecture, shape or set of layers is refused, and the message names both sides. A file that was
+        learned on a model with other weights gets a warning.
 
         Raises:
-            FileNotFoundError: no `states.safetensors` there, and no adapter either.
+            FileNotFoundError: the directory holds neither `states.safetensors` nor an adapter.
             ValueError: the files are damaged, contradict each other, or do not fit the model.
         """
         return cls.load_with_config(path, model)[0]
@@ -390,15 +393,16 @@ class S0States(nn.Module):
     def load_with_config(
         cls, path: str | os.PathLike[str], model: nn.Module | None = None
     ) -> tuple["S0States", dict[str, Any] | None]:
-        """`load`, and the config beside the states, if there is one: the fields of `S0Config`. An adapter of PEFT gives
-        the scale that it is used at as `alpha`."""
+        """Like `load`, but also return the config saved with the states (the fields of `S0Config`), or None. For a PEFT
+        adapter `alpha` is the adapter's scale."""
         return cls.load_many({None: path}, model)[None]
 
     @classmethod
     def load_many(
         cls, paths: Mapping[_Key, str | os.PathLike[str]], model: nn.Module | None = None
     ) -> dict[_Key, tuple["S0States", dict[str, Any] | None]]:
-        """`load_with_config` of several directories, by the same keys; the model is looked at once."""
+        """Call `load_with_config` for several directories, and return the results by the same keys. The model is
+        examined once."""
         target = None
         if model is not None:
             target = swapped_site(model, "S0States.load"), base_model(model), layer_devices(model)
@@ -421,7 +425,8 @@ class S0States(nn.Module):
 
 
 def warn_of_another_base(what: object, name: str | None, weights: str | None, model: Mapping[str, str | None]) -> None:
-    """Warn where states were learned on a model with other weights than `model`'s, as `base_model` gives both."""
+    """Warn if states were learned on a model with other weights than those of `model`. Both are described as by
+    `base_model`."""
     if weights and model["weights"] and weights != model["weights"]:
         warnings.warn(
             f"{what}: the states were learned on {name or 'a model without a name'} (weights {weights}), and the model "
@@ -431,8 +436,8 @@ def warn_of_another_base(what: object, name: str | None, weights: str | None, mo
 
 
 def states_size(model_name: str, tasks: int = 1) -> int:
-    """Bytes that the states of a model take in files, before it is loaded: it is laid out without weights. 0 where that
-    fails, of which loading it tells more."""
+    """Return the number of bytes that the states of a model take in files, without loading its weights. Return 0 if the
+    model cannot be found; loading it then reports the reason."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

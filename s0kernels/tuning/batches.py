@@ -1,4 +1,4 @@
-"""Examples put together for one forward, padded or packed, and their losses."""
+"""Batches of examples for one forward, padded or packed, and their losses."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,17 +11,19 @@ from s0kernels.modules.swap import find_site
 from s0kernels.tuning.data import Example
 from s0kernels.tuning.head import Head, cross_entropy
 
-#: implementations of attention that transformers makes keep packed sequences apart
+#: attention implementations for which transformers masks packed sequences from each other
 _KEEP_APART = ("eager", "sdpa")
 
 
 def make_batches(
     examples: Sequence[Example], tokens: int, packed: bool | None, model: nn.Module, pad: int, device: torch.device
 ) -> list["Batch"]:
-    """Batches of at most `tokens` tokens, pads included, or of one longer example; short ones first.
+    """Make batches of at most `tokens` tokens, pads included, or of one longer example. Batches of short examples come
+    first.
 
-    `packed` lays the examples of a batch end to end instead of padding them. None does so where attention then works
-    on each sequence for itself (flash attention); others compute all pairs of the row and mask most of them.
+    `packed` lays the examples of a batch end to end instead of padding them. None does so if attention then works on
+    each sequence separately (flash attention). Other implementations compute all pairs of the row and mask most of
+    them.
     """
     packed = _decide(packed, model)
     groups: list[list[Example]] = [[]]
@@ -43,7 +45,7 @@ def _decide(packed: bool | None, model: Any) -> bool:
     flash = "flash" in attention
     if packed and not flash and attention not in _KEEP_APART:
         raise ValueError(
-            f"S0Trainer: packed examples need attention that keeps them apart (flash attention or one of "
+            f"S0Trainer: packed examples need attention that separates them (flash attention or one of "
             f"{', '.join(_KEEP_APART)}), and the model has {attention!r}"
         )
     site = find_site(model)
@@ -54,11 +56,11 @@ def _decide(packed: bool | None, model: Any) -> bool:
 
 
 class Batch:
-    """Examples for one forward. The model sees every token; the loss looks at the completions."""
+    """Examples for one forward. The model sees every token; the loss covers the completions only."""
 
     #: arguments of the forward; `input_ids` [B, T] and `logits_to_keep` among them
     _inputs: dict
-    #: which of the places that are kept come before predicted tokens, as an index
+    #: index of the kept positions that come before predicted tokens
     _before: tuple
     #: the tokens that are predicted
     targets: Tensor
@@ -67,7 +69,7 @@ class Batch:
         self.examples = list(examples)
         self.tasks = [example.task for example in examples]
         self.device = device
-        #: of every predicted token, in order: the task of its example, and its weight in that example's mean
+        #: for every predicted token, in order: the task of its example, and its weight in the mean of that example
         counts = [len(example.ids) - max(example.prompt_length, 1) for example in examples]
         owners = [task for task, count in zip(self.tasks, counts, strict=True) for _ in range(count)]
         self._owners = torch.tensor(owners, device=device)
@@ -76,20 +78,20 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many the model sees, pads included."""
+        """The number of tokens that the model sees, pads included."""
         return self._inputs["input_ids"].numel()
 
     def hidden(self, head: Head) -> Tensor:
-        """[predicted tokens, ...]: what the head gets before each of them."""
+        """Return the input of the head for each predicted token, [predicted tokens, ...]."""
         return head.read(**self._inputs)[self._before]
 
     def losses(self, model: nn.Module, tasks: int = 1, head: Head | None = None) -> Tensor:
-        """[tasks] sum over a task's examples of the mean cross-entropy of their completion tokens, in fp32. `head` is
-        the model's, where it has been found already."""
+        """Return, for each task, the sum over its examples of the mean cross-entropy of their completion tokens:
+        [tasks] in fp32. `head` is the head of the model, if it has been found already."""
         head = self.head(model) if head is None else head
         losses = cross_entropy(head, self.hidden(head), self.targets).to(self.device)
         chosen = self._owners == torch.arange(tasks, device=self.device)[:, None]
-        return (chosen * self._weights * losses).sum(1)  # not a product of matrices, which autocast would round
+        return (chosen * self._weights * losses).sum(1)  # no matrix product, which autocast would round
 
     def head(self, model: nn.Module) -> Head:
         return Head(model, self._inputs["input_ids"][:1])

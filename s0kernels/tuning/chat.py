@@ -1,4 +1,4 @@
-"""Prompts and replies as a tokenizer's chat template writes them."""
+"""Write prompts and replies with the chat template of a tokenizer."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from s0kernels.tuning.tokens import encode, is_special
 
-#: of a reply whose end is looked for
+#: text of a sample reply, after which the template writes its end token
 _REPLY = "s0kernels"
 
 
@@ -16,37 +16,37 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def chat_options(options: Any, where: str) -> Mapping[str, Any]:
-    """`chat_template_kwargs`, checked."""
+    """Check `chat_template_kwargs`, and return them."""
     if not isinstance(options or {}, Mapping):
         raise TypeError(f"{where}: chat_template_kwargs must be a mapping, got {type(options).__name__}")
     return options or {}
 
 
 def write(messages: Sequence[Mapping], where: str, tokenizer: Any, **options: Any) -> str:
-    """The text of a conversation."""
+    """Return the text of a conversation."""
     try:
         return tokenizer.apply_chat_template(list(messages), **{**options, "tokenize": False})
-    except Exception as error:  # a template may raise whatever it likes
-        raise ValueError(f"{where}: the tokenizer cannot write it as a conversation: {error}") from error
+    except Exception as error:  # a template may raise any exception
+        raise ValueError(f"{where}: the tokenizer cannot write the messages as a conversation: {error}") from error
 
 
 def template_digest(tokenizer: Any) -> str | None:
-    """By which a file knows a template; None where there is none."""
+    """Return a hash of the template, by which a file identifies it; None if the tokenizer has no template."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
 
 
 def write_prompt(messages: Any, options: Any, where: str, tokenizer: Any) -> str:
-    """What a model reads before it replies to `messages`; without thinking, unless `options` ask for it, where the
-    template can turn it off."""
+    """Return the text that a model reads before it replies to `messages`. Thinking is turned off if the template can,
+    unless `options` ask for it."""
     check_messages(messages, where)
     options = {"enable_thinking": False, **chat_options(options, where), "add_generation_prompt": True}
     return write(messages, where, tokenizer, **options)
 
 
 def end_token(messages: Sequence[Mapping] | None, options: Any, where: str, tokenizer: Any) -> int:
-    """What a reply to `messages` ends with: the special token that the template writes behind it, or else the
-    tokenizer's end token, which is also what a text ends with (`messages` None)."""
+    """Return the token that ends a reply to `messages`: the special token that the template writes after it, or else
+    the tokenizer's end token. A text without messages (`messages` None) ends with the tokenizer's end token."""
     if messages is not None:
         given = {"enable_thinking": False, **chat_options(options, where)}
         text = write([*messages, {"role": "assistant", "content": _REPLY}], where, tokenizer, **given)
@@ -54,5 +54,5 @@ def end_token(messages: Sequence[Mapping] | None, options: Any, where: str, toke
         if behind and is_special(behind[0], tokenizer):
             return behind[0]
     if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ValueError(f"{where}: it has ended, and the tokenizer has no end token")
+        raise ValueError(f"{where}: ended is true, but the tokenizer has no end token")
     return tokenizer.eos_token_id

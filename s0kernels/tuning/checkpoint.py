@@ -1,4 +1,4 @@
-"""A training run on disk: enough to go on with after an interruption as if there had been none."""
+"""Save a training run to disk, and resume it with the same result as without the interruption."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from s0kernels.messages import some
 from s0kernels.states import S0States
 from s0kernels.tuning.data import Example
 
-#: settings that a run is made of; the others say how long it is or how its states are used
+#: settings that identify a run; the others decide how long it is or how its states are used
 _SETTINGS = ("lr", "l2_lambda", "grad_clip")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,7 +26,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def describe_run(
     examples: Sequence[Example], tasks: Sequence[str] | None, config: S0Config, states: S0States, scale: float
 ) -> dict[str, Any]:
-    """What has to be the same for a run to be continued, and in every process of a run."""
+    """Return the properties that must agree when a run is resumed, and in all processes of a run."""
     text = json.dumps([tuple(example) for example in examples])
     learning = _learning(states)
     return {
@@ -45,7 +45,7 @@ def _learning(states: S0States) -> list[int]:
 
 
 class Checkpoint:
-    """The states, the moments of Adam and the history of a run in one safetensors file, replaced whole."""
+    """The states, Adam's moments and the history of a run, in one safetensors file that is replaced atomically."""
 
     def __init__(self, file: str | os.PathLike[str], run: Mapping[str, Any]):
         if not isinstance(file, (str, os.PathLike)):
@@ -64,7 +64,8 @@ class Checkpoint:
         ended: bool,
         sizes: Mapping[str, Any],
     ) -> None:
-        """`ended`: a callback wants no more steps. `sizes`: how a step is cut into forwards, and what was asked for."""
+        """Write the run. `ended` says that a callback has ended it. `sizes` are the sizes of its forwards, and the
+        arguments that they follow from."""
         tensors: dict[str, Tensor] = {}
         for layer in _learning(states):
             tensors[f"{layer}.state"] = states[layer].detach()
@@ -78,11 +79,11 @@ class Checkpoint:
     def read(
         self, states: S0States, optimizer: torch.optim.Adam
     ) -> tuple[list[dict[str, Any]], bool, dict[str, Any] | None]:
-        """Fill both in and return the history, whether the run has ended, and the sizes of its forwards, if it has any;
-        an empty history if there is no file yet.
+        """Restore states and optimizer. Return the history, whether the run has ended, and the sizes of its forwards or
+        None. The history is empty if there is no file yet.
 
         Raises:
-            ValueError: the file is of another run, with the differences named, or it is none of ours.
+            ValueError: the file belongs to another run (the message has the differences), or is not a checkpoint.
         """
         if not self._file.exists():
             return [], False, None
@@ -93,7 +94,7 @@ class Checkpoint:
             raise ValueError(f"{self._file} is not a checkpoint of a training run")
         both = {key: (run.get(key), self._run.get(key)) for key in {**self._run, **run}}
         differing = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
-        if None in differing.get("weights", ()):  # those of an offloaded model are not at hand
+        if None in differing.get("weights", ()):  # the weights of an offloaded model cannot be read
             del differing["weights"]
         if differing:
             text = "; ".join(f"{key}: {_short(a)} there, {_short(b)} here" for key, (a, b) in differing.items())
@@ -126,7 +127,7 @@ def _short(value: Any) -> str:
 
 
 def _is_history(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """An entry for every step, in order, with a loss."""
+    """Whether `value` is a history: an entry for every step, in order, with a loss."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and entry.get("step") == number and isinstance(entry.get("loss"), (int, float))
         for number, entry in enumerate(value)
@@ -134,7 +135,7 @@ def _is_history(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def _are_sizes(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Files of earlier versions have none."""
+    """Whether `value` holds sizes of forwards. Files of earlier versions have none."""
     return (
         isinstance(value, dict)
         and isinstance(value.get("asked"), list)
@@ -145,9 +146,11 @@ def _are_sizes(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """What a callback may have put into the history besides numbers and strings: single numbers of numpy and torch."""
+    """Convert a scalar of numpy or torch to a Python number, for JSON. Raise TypeError for anything else."""
     try:
         return value.item()
     except (AttributeError, ValueError, RuntimeError):
-        message = f"S0Trainer: a callback put a {type(value).__name__} into the history; a checkpoint takes numbers"
+        message = (
+            f"S0Trainer: a callback put a {type(value).__name__} into the history; a checkpoint can hold numbers only"
+        )
         raise TypeError(message) from None

@@ -1,4 +1,4 @@
-"""Arguments of the trainer, checked."""
+"""Checks of the trainer's arguments."""
 
 import contextlib
 import math
@@ -38,7 +38,7 @@ def layers(layers: Sequence[int] | None, states: S0States) -> list[int]:
         raise TypeError(f"S0Trainer: layers must be a list of layer numbers, or None for all, got {layers!r}")
     unknown = [layer for layer in layers if isinstance(layer, bool) or layer not in list(states)]
     if unknown:
-        raise ValueError(f"S0Trainer: layers: {unknown[0]!r} has no state; the layers that do are {list(states)}")
+        raise ValueError(f"S0Trainer: layers: {unknown[0]!r} has no state; the layers with a state are {list(states)}")
     return sorted(set(layers))
 
 
@@ -49,7 +49,7 @@ def callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def alphas(given: float | Sequence[float] | None, default: float) -> list[float]:
-    """The scales to evaluate at."""
+    """Return the list of scales to evaluate at."""
     values = [default] if given is None else [given] if isinstance(given, numbers.Real) else given
     if not isinstance(values, (list, tuple)) or not values:
         raise TypeError(f"S0Trainer: alpha must be a number or a list of numbers, got {given!r}")
@@ -61,7 +61,7 @@ def alphas(given: float | Sequence[float] | None, default: float) -> list[float]
 
 @contextlib.contextmanager
 def closing(check: Any) -> Iterator[None]:
-    """Closes a checker that can be."""
+    """Close the checker after the body of a with statement, if it has `close`."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Verified solutions, sampled from the frozen model."""
+"""Sample solutions from the frozen model, and keep those that a checker verifies."""
 
 import contextlib
 import itertools
@@ -18,17 +18,18 @@ from s0kernels.tuning.processes import Processes
 from s0kernels.tuning.server import Server
 from s0kernels.tuning.verify.checkers import Checker
 
-#: of answers in an error, and of how many problems
+#: number of answers shown in an error, and the length at which each is cut
 _SHOWN, _LONGEST = 3, 400
 
 
 def state_file(out: str | os.PathLike[str]) -> Path:
-    """Where is written what is decided: `solutions.state.jsonl` beside `solutions.jsonl`."""
+    """Return the path of the file that records the result of each problem: `solutions.state.jsonl` beside
+    `solutions.jsonl`."""
     return Path(out).with_suffix(".state.jsonl")
 
 
 class Solutions:
-    """What is found of problems: at most one solution each, and of the first `wanted` that are solved, in order."""
+    """The solutions found so far: at most one per problem, of the first `wanted` solved problems, in order."""
 
     def __init__(self, work: Work, wanted: int, main: bool):
         self._problems, self._wanted = work.problems, wanted
@@ -47,7 +48,7 @@ class Solutions:
         return found[: self._wanted]
 
     def enough(self, entries: Entries) -> bool:
-        """Whether the first `wanted` that are solved are known."""
+        """Whether the first `wanted` solved problems are known."""
         count = 0
         for problem in self._problems:
             if problem.key not in entries:
@@ -58,14 +59,14 @@ class Solutions:
         return True
 
     def tell(self, entries: Entries) -> None:
-        """Write them, and move the bar."""
+        """Write the solutions to the file, and update the progress bar."""
         found = self.of(entries)
         if self._out is not None:
             content = "".join(f"{json.dumps(record)}\n" for record in found).encode()
             if not self._out.exists() or self._out.read_bytes() != content:
                 replace_file(self._out, content)
         solved = sum(map(_is_solved, entries.values()))
-        share = f", yield {100 * solved / len(entries):.0f} %" if entries else ""
+        share = f", solved {100 * solved / len(entries):.0f} %" if entries else ""
         self._bar.reach(len(entries), f"{len(found)}/{self._wanted} solutions{share}")
 
     def close(self) -> None:
@@ -95,17 +96,18 @@ def collect(work: Work, source: Source, wanted: int) -> list[dict[str, Any]]:
 
 
 def _refuse_foreign(out: Path, state: Path) -> None:
-    """Refuse to write over solutions that are somebody else's."""
+    """Raise ValueError if `out` exists and does not belong to this run."""
     if out.is_dir():
         raise ValueError(f"S0Trainer: out must name a file, and {out} is a directory")
     if out.exists() and out.read_bytes().strip() and not state.exists():
         raise ValueError(
-            f"{out} is there, without {state.name} beside it to go on from; name another file or remove it"
+            f"{out} exists, but not {state.name} beside it, which resuming needs; name another file or remove it"
         )
 
 
 def collect_from(server: str, model: str | None, tokenizer: Any, work: Work, wanted: int) -> list[dict[str, Any]]:
-    """Sampled by a server; the file has to agree with its model's name."""
+    """Collect solutions from a server. The name of its model is one of the settings that the state file must agree
+    with."""
     with contextlib.closing(Server(server, model, work.sampling, tokenizer)) as source, closing(work.check):
         settings = {"served_model": source.model, "prompt_format": prompt_format(work.problems, tokenizer)}
         return collect(replace(work, settings=settings), source, wanted)
@@ -122,9 +124,9 @@ def _first_right(check: Checker, problem: Problem, chunks: Chunks) -> dict[str, 
 
 
 def _none(work: Work, entries: Entries) -> str:
-    """That none is right, and what the model says."""
+    """Return the message that no sample is correct, with some of the answers."""
     samples = work.sampling.samples
-    lines = [f"of {samples} samples for each of {len(work.problems)} problems none is right; the first answers:"]
+    lines = [f"of {samples} samples for each of {len(work.problems)} problems none is correct; the first answers:"]
     for problem in work.problems[:_SHOWN]:
         lines.append(f"problem {problem.id!r}: {entries[problem.key]['answer']!r}")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""`python -m s0kernels tune`: options and files of settings, checks before anything large is loaded, the report."""
+"""`python -m s0kernels tune`: read options and a settings file, check them before the model is loaded, train,
+report."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from s0kernels.tuning.problem_commands import (
     split,
 )
 
-#: arguments of S0Trainer.train that can be given
+#: arguments of S0Trainer.train that are options of the command
 _OF_TRAIN = ("scale", "layers", "tokens_per_batch", "max_memory", "packed", "checkpoint", "checkpoint_every")
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="read options from a YAML file (n_steps: 20); those of the command line win",
+        help="a YAML file of the options below (n_steps: 20); options on the command line take precedence",
     )
     _add_method(parser)
     _add_run(parser)
@@ -47,12 +48,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method (the fields of S0Config)")
     defaults = S0Config()
     for names, kind, text in (
-        (("--n-steps", "--steps"), int, "take so many optimization steps"),
-        (("--lr",), float, "learn at this rate"),
-        (("--l2-lambda",), float, "weigh the sum of squares of the states by this in the loss"),
-        (("--alpha",), float, "scale the states by this in use (default: 0.07 or 0.65, by architecture)"),
-        (("--grad-clip",), float, "scale the gradient down to this norm"),
-        (("--max-length",), int, "cut examples off after so many tokens"),
+        (("--n-steps", "--steps"), int, "optimization steps"),
+        (("--lr",), float, "learning rate"),
+        (("--l2-lambda",), float, "weight of the sum of squares of the states in the loss"),
+        (("--alpha",), float, "factor that multiplies the states in use (default: that of the architecture)"),
+        (("--grad-clip",), float, "largest norm of the gradient"),
+        (("--max-length",), int, "maximum length of an example in tokens; longer ones are cut"),
     ):
         default = getattr(defaults, names[0].lstrip("-").replace("-", "_"))
         text += "" if default is None else f" (default: {default:g})"
@@ -97,7 +98,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(options: argparse.Namespace) -> tuple[S0Config, dict[str, Any]]:
-    """The config, and arguments of `train`, of the command line and of the file it names."""
+    """Return the config and the arguments of `train`, from the command line and the settings file."""
     ours = [field.name for field in fields(S0Config)]
     known = [*ours, *_OF_TRAIN]
     given = {} if options.config is None else _read(options.config, known)
@@ -118,7 +119,7 @@ def _read(file: Path, known: Sequence[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold options and their values, got {type(found).__name__}")
+        raise ValueError(f"{file} must be a mapping of options to values, got {type(found).__name__}")
     unknown = sorted(str(name) for name in found if name not in known)
     if unknown:
         raise ValueError(f"{file}: there is no option {unknown[0]!r}; the options are {', '.join(known)}")
@@ -126,7 +127,7 @@ def _read(file: Path, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-3 for a text."""
+    """Convert a number that YAML reads as a text, such as 1e-3."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -144,7 +145,7 @@ def _layers(value: Any) -> list[int]:
     try:
         return [int(layer) for layer in (value.split(",") if isinstance(value, str) else value)]
     except (TypeError, ValueError):
-        raise ValueError(f"--layers must be numbers of layers, as 0,1,2, got {value!r}") from None
+        raise ValueError(f"--layers must be indices of layers, such as 0,1,2, got {value!r}") from None
 
 
 def _bytes(value: Any) -> int:
@@ -166,11 +167,11 @@ def _bytes(value: Any) -> int:
     try:
         return int(float(number) * units[text[len(number) :].upper()])
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"--max-memory must be a number of bytes or as 8GiB, got {value!r}") from None
+        raise ValueError(f"--max-memory must be a number of bytes or a size such as 8GiB, got {value!r}") from None
 
 
 def run(options: argparse.Namespace, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> None:
-    """`table` makes one of a head and rows."""
+    """Run the command. `table` formats a head and rows as a text."""
     config, train = settings(options)
     check_tune_options(options)
     data = _files(options.data)
@@ -215,18 +216,15 @@ def _by_task(files: Path | dict[str, Path]) -> dict[Any, Path]:
 
 
 def _report(trainer: Any, data: Any, last: float, scale: float, table: Callable) -> None:
-    """Losses from zero and from the states as they will be used, of each task where there are several."""
+    """Print the losses without S0 and with the states at alpha, for each task if there are several."""
     names, first = trainer.tasks, trainer.history[0] if trainer.history else {}
     trainer.activate(None if names is None else names[0])
-    found = trainer.evaluate(data)  # of a mapping, each task from its own states
+    found = trainer.evaluate(data)  # with a mapping, each task uses its own states
     trainer.deactivate()
     after = {None: found} if names is None else found
     before = first.get("loss", last)
-    print(f"loss {before:.4f} -> {sum(after.values()) / len(after):.4f} as the states will be used")
-    print(
-        f"scale is what S0 is multiplied by: {scale:g} while it learned, where the last step saw {last:.4f}, and "
-        f"{trainer.alpha:g} (alpha) in use"
-    )
+    print(f"loss {before:.4f} -> {sum(after.values()) / len(after):.4f} with the states at alpha")
+    print(f"S0 is multiplied by {scale:g} in training (last step: {last:.4f}) and by {trainer.alpha:g} (alpha) in use")
     if names is not None and len(names) > 1:
         befores, lasts = (trainer.history[i].get("losses", {}) if trainer.history else {} for i in (0, -1))
         rows = [[f"{found[name]:.4f}" if name in found else "" for found in (befores, after, lasts)] for name in names]
@@ -241,5 +239,5 @@ def _files(path: Path) -> Path | dict[str, Path]:
         return path
     files = sorted(path.glob("*.jsonl"))
     if not files:
-        raise ValueError(f"no .jsonl files in {path}")
+        raise ValueError(f"{path} holds no .jsonl files")
     return {file.stem: file for file in files}

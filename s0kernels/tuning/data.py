@@ -1,4 +1,4 @@
-"""Training examples, from pairs, records, conversations or a file of them."""
+"""Read training examples from pairs, records, conversations or files."""
 
 import json
 import numbers
@@ -15,27 +15,29 @@ from s0kernels.tuning.tokens import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: what `read_examples` reads: a file of JSON lines, or examples
+#: the input of `read_examples`: the path of a file of JSON lines, or examples
 Examples = str | os.PathLike[str] | Iterable[tuple[str, int] | list[str | int] | Mapping[str, Any]]
-#: keys that make a mapping an example
+#: sets of keys that make a mapping an example
 _RECORDS = ({"messages"}, {"prompt", "completion"}, {"text", "prompt_length"})
 
 
 class Example(NamedTuple):
     ids: list[int]
-    #: how many of them are the prompt, which is not learned
+    #: number of tokens that form the prompt, which is not learned
     prompt_length: int
-    #: number of the task whose S0 it starts from
+    #: index of the task whose S0 it starts from
     task: int = 0
 
 
 def read_tasks(
     data: Any, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[list[str] | None, list[Example]]:
-    """(names, examples): a mapping holds the data of several tasks by name, anything else that of one without a name.
+    """Return (names, examples). A mapping holds the data of several tasks by name; anything else is the data of one
+    task without a name.
 
     Raises:
-        TypeError, ValueError: an example is not what `read_examples` takes, or a name cannot be a directory's.
+        TypeError, ValueError: `read_examples` does not accept an example, or the name of a task cannot name a
+            directory.
     """
     if not isinstance(data, Mapping):
         return None, read_examples(data, tokenizer, max_length)
@@ -58,26 +60,29 @@ def check_names(names: Iterable) -> None:
         if not isinstance(name, str):
             raise TypeError(f"S0Trainer: the name of a task must be a string, got {name!r}")
         if not files.can_be_task(name):
-            raise ValueError(f"S0Trainer: the name of a task must serve as that of a directory, got {name!r}")
+            raise ValueError(
+                f"S0Trainer: the name of a task must also be valid as the name of a directory, got {name!r}"
+            )
 
 
 def read_examples(
     data: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int, task: int = 0, name: str = "data"
 ) -> list[Example]:
-    """Tokenized examples, cut at `max_length`. `data` is a file of JSON lines, or yields one of these per example:
+    """Tokenize examples, and cut them at `max_length`. `data` is a file of JSON lines, or yields one of these per
+    example:
 
-    - `(text, prompt_length)`: a text, and the number of its first tokens that are the prompt; as a mapping
-      `{"text": ..., "prompt_length": ...}`,
+    - `(text, prompt_length)`: a text, and the number of tokens of its prompt; or the mapping `{"text": ...,
+      "prompt_length": ...}`,
     - `{"prompt": ..., "completion": ...}`: two strings, or two lists of chat messages,
     - `{"messages": [...]}`: a conversation, whose last message, by the assistant, is the completion,
-    - `{"messages": [...], "completion": ...}`: messages, and the text that was the reply to them, as of `collect`.
+    - `{"messages": [...], "completion": ...}`: messages, and the text of the reply to them, as `collect` returns them.
 
-    Further keys are ignored, but for two. `chat_template_kwargs` go to the tokenizer's template. Behind a completion
-    that is a text, `"ended": True` has the end token learned: the template's end of turn, or the tokenizer's; none is
-    added without it. A `datasets.Dataset` with such columns will do. Before a text that replies to messages the
-    template turns thinking off where it can, unless `chat_template_kwargs` say otherwise. Of a conversation whatever
-    the template writes after the generation prompt is learned: of models that think, `{"enable_thinking": False}` keeps
-    the end of an empty thought out of it.
+    Two more keys are used, all others are ignored. `chat_template_kwargs` are arguments of the tokenizer's chat
+    template. With `"ended": True` and a completion that is a text, training learns an end token after it: the end of
+    turn of the template, or else the end token of the tokenizer. Without it no end token is added. A `datasets.Dataset`
+    with such columns works too. For a text that replies to messages, the template turns thinking off if it can, unless
+    `chat_template_kwargs` say otherwise. In a conversation, everything that the template writes after the generation
+    prompt is learned. For models that think, `{"enable_thinking": False}` keeps the end of an empty thought out of it.
     """
     found = list(records(data, name))
     if not found:
@@ -110,19 +115,23 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_line(line: str, file: Path, number: int) -> Any:
-    start, whole = line.strip()[0], "an example on each line, whole"
+    start, whole = line.strip()[0], "with one whole example on each line"
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         where, reason = f"{file}:{number}, column {error.colno}", error.msg
-        if start in "[{" and error.pos >= len(line.rstrip()):  # it goes on on the next line
+        if start in "[{" and error.pos >= len(line.rstrip()):  # it continues on the next line
             kind = "array" if start == "[" else "object"
-            raise ValueError(f"{where}: a JSON {kind} over several lines; JSON lines are wanted, {whole}") from error
-        raise ValueError(f"{where}: not JSON: {reason}; JSON lines are wanted, {whole}") from error
+            raise ValueError(
+                f"{where}: a JSON {kind} over several lines; the file must be JSON lines, {whole}"
+            ) from error
+        raise ValueError(f"{where}: not JSON: {reason}; the file must be JSON lines, {whole}") from error
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
         raise ValueError(f"{file}:{number}: not JSON that can be read: {error}") from error
     if isinstance(value, list) and any(isinstance(entry, (Mapping, list)) for entry in value):
-        raise ValueError(f"{file}:{number}: a JSON array of {len(value)} examples; JSON lines are wanted, {whole}")
+        raise ValueError(
+            f"{file}:{number}: a JSON array of {len(value)} examples; the file must be JSON lines, {whole}"
+        )
     return value
 
 
@@ -177,7 +186,7 @@ def _completion(prompt: Any, completion: Any, record: Mapping, where: str, token
 
 
 def _reply(messages: Any, completion: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
-    """A text that a model wrote when it was shown `messages`."""
+    """Tokenize `messages` and the text that a model wrote in reply to them."""
     if not isinstance(completion, str):
         raise TypeError(f"{where}: the completion of messages must be a text, got {type(completion).__name__}")
     options = record.get("chat_template_kwargs")
@@ -194,7 +203,8 @@ def _ended(record: Mapping, where: str) -> bool:
 
 
 def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokenizer: Any) -> tuple[list[int], int]:
-    """As the template writes it; what it writes before the reply when asked for one is the prompt."""
+    """Tokenize a conversation as the template writes it. The prompt is the text that the template writes before a
+    reply."""
     for part in (messages,) if reply is None else (messages, reply):
         check_messages(part, where)
     if reply is None:
@@ -207,14 +217,14 @@ def _conversation(messages: Any, reply: Any, record: Mapping, where: str, tokeni
     if not whole.startswith(prompt):
         raise ValueError(
             f"{where}: the chat template does not write the prompt in the same way with the reply and without it, "
-            f"so there is no telling them apart; give messages and the completion as a text"
+            f"so they cannot be separated; give messages and the completion as a text"
         )
     return _join(prompt, whole[len(prompt) :], where, tokenizer, add_special_tokens=False)
 
 
 def _join(prompt: str, completion: str, where: str, tokenizer: Any, **options: bool) -> tuple[list[int], int]:
-    """The tokens of both. Where one would reach across the border they are tokenized apart, because a generation goes
-    on from the tokens of the prompt alone."""
+    """Tokenize prompt and completion together. If a token would reach across their border, tokenize them separately,
+    because generation continues from the tokens of the prompt alone."""
     start, ids = (encode(text, where, tokenizer, **options) for text in (prompt, prompt + completion))
     if ids[: len(start)] != start:
         ids = start + encode(completion, where, tokenizer, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Problems are dealt out, answered in batches, and judged while the next batch is made."""
+"""Divide problems among processes, answer them in batches, and judge one batch while the next is being sampled."""
 
 import contextlib
 import functools
@@ -17,47 +17,47 @@ from s0kernels.tuning.sampling import Completion, Row
 from s0kernels.tuning.settings import Sampling
 from s0kernels.tuning.verify.checkers import Checker
 
-#: entries of a journal by the key of their problem
+#: entries of a journal, by the key of the problem
 Entries = dict[str, dict[str, Any]]
 Chunks = Iterable[Sequence[Completion]]
 
 
 class Source(Protocol):
-    """What makes completions."""
+    """A model or server that makes completions."""
 
     def rows(self, longest: int, asked: int | None, device: torch.device) -> int:
-        """How many at a time, where the longest prompt has so many tokens."""
+        """Return the number of samples in a batch, for prompts of at most `longest` tokens."""
         ...
 
     def sample(self, rows: Sequence[Row]) -> list[Completion]: ...
 
 
 class Plan(NamedTuple):
-    #: a name for it in the journal
+    #: name of the run in the journal
     run: str
-    #: of each problem
+    #: number of samples of each problem
     samples: int
-    #: sequences at a time; None: the source chooses
+    #: number of sequences in a batch; None: the source chooses
     rows: int | None
     device: torch.device
-    #: what is to be kept of a problem's samples; it need not look at all of them
+    #: returns the entry of a problem from its samples; it may stop before it has read all of them
     judge: Callable[[Problem, Chunks], dict[str, Any]]
-    #: threads that judge
+    #: number of threads that judge
     workers: int
-    #: whether no more has to be decided
+    #: says whether no more problems have to be decided
     enough: Callable[[Entries], bool]
-    #: called with what is decided, at the start and whenever it grows
+    #: called with the entries so far, at the start and whenever one is added
     tell: Callable[[Entries], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Problems, how they are answered and checked, and where what is decided is written."""
+    """Problems with the settings of sampling, the checker, and the file for the results."""
 
     problems: Sequence[Problem]
     check: Checker
     sampling: Sampling
-    #: what a file of earlier decisions has to agree with, beside those of sampling
+    #: settings that an earlier journal must agree with, in addition to those of sampling
     settings: Mapping[str, Any]
     rows: int | None
     device: torch.device
@@ -77,7 +77,7 @@ class Work:
 
 
 def open_journal(file: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> Journal:
-    """In the first of several processes the file's, in the others one in memory."""
+    """Open the journal. The first process uses the file; other processes use a journal in memory."""
     processes = Processes()
     if not processes.alike(settings):
         raise ValueError("S0Trainer: the processes were not given the same settings")
@@ -87,8 +87,8 @@ def open_journal(file: str | os.PathLike[str] | None, settings: Mapping[str, Any
 
 
 def decide(problems: Sequence[Problem], source: Source, journal: Journal, plan: Plan) -> Entries:
-    """What is decided about the problems, in their order as far as it is needed. Every process gets all of it, and the
-    first writes `journal`, which is the others' too."""
+    """Decide problems in their order, until `plan.enough`, and return all entries in every process. The first process
+    writes the file of `journal`."""
     processes, first = Processes(), range(1)
     if not processes.alike([(problem.key, problem.digest) for problem in problems]):
         raise ValueError("S0Trainer: the processes were not given the same problems")
@@ -104,13 +104,13 @@ def decide(problems: Sequence[Problem], source: Source, journal: Journal, plan: 
     judged: list[Future] = []
     with ThreadPoolExecutor(plan.workers) as pool, contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for start in range(0, len(waiting) + step, step):  # in the last round the last batch is judged
+        for start in range(0, len(waiting) + step, step):  # the last round only judges the last batch
             mine = waiting[start : start + step][processes.index :: processes.count]
 
             def work(mine: list[Problem] = mine) -> list[dict[str, Any]]:
                 before = judged.copy()
                 judged[:] = _begin(mine, source, plan, rows, pool)
-                if plan.samples > rows:  # it is judged already
+                if plan.samples > rows:  # `_begin` has judged it already
                     before, judged[:] = before + judged, []
                 return [future.result() for future in before]
 
@@ -130,8 +130,8 @@ def decide(problems: Sequence[Problem], source: Source, journal: Journal, plan: 
 def _begin(
     problems: Sequence[Problem], source: Source, plan: Plan, rows: int, pool: ThreadPoolExecutor
 ) -> list[Future]:
-    """Answer the problems, and have them judged. Where a problem's samples do not go through the model at a time, it is
-    judged at once, and answered no further than that takes."""
+    """Sample answers to the problems, and start judging them. If the samples of one problem need several batches, each
+    batch is judged before the next is sampled, and sampling stops as soon as the result is known."""
     wanted = [[Row(p.key, i, p.prompt, p.ids) for i in range(plan.samples)] for p in problems]
     if plan.samples > rows:
         return [
@@ -154,12 +154,12 @@ def _entry(plan: Plan, problem: Problem, chunks: Chunks) -> dict[str, Any]:
 
 
 def verdict(check: Checker, problem: Problem, answer: str) -> bool:
-    """What the checker says; its errors name the problem."""
+    """Return the checker's verdict. An exception in it becomes a RuntimeError that names the problem."""
     try:
         found = check(problem.record, answer)
     except Exception as error:
         message = f"S0Trainer: the checker failed on problem {problem.id!r}: {type(error).__name__}: {error}"
         raise RuntimeError(message) from error
     if not isinstance(found, bool) and type(found).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"S0Trainer: the checker must say True or False, and of problem {problem.id!r} said {found!r}")
+        raise TypeError(f"S0Trainer: the checker must return True or False, got {found!r} for problem {problem.id!r}")
     return bool(found)

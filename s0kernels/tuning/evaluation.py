@@ -1,4 +1,4 @@
-"""How many problems the base solves, and how many S0, by the same checker."""
+"""Count the problems that the model solves without S0 and with S0, by the same checker."""
 
 import hashlib
 import itertools
@@ -15,28 +15,28 @@ from s0kernels.tuning.problems import Problem
 from s0kernels.tuning.processes import Processes
 from s0kernels.tuning.verify.checkers import Checker
 
-#: of the name of a run to the states that are attached in it
+#: from the name of a run to the context in which its states are attached
 Runs = Mapping[str, Callable[[], AbstractContextManager]]
-#: of the standard normal distribution, for intervals of 95 %
+#: quantile of the standard normal distribution for 95 % intervals
 _Z = 1.959964
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `S0Trainer.evaluate` finds with a checker."""
+    """The result of `S0Trainer.evaluate` with a checker."""
 
-    #: of each problem its id, and what share of its samples is right, from 0 to 1: {"id", "base", "s0"}
+    #: one dict per problem: its id, and the share of correct samples, from 0 to 1: {"id", "base", "s0"}
     rows: list[dict[str, Any]]
-    #: of each problem its id, and what was answered: {"id", "base": texts, "s0": texts}
+    #: one dict per problem: its id, and the answers: {"id", "base": texts, "s0": texts}
     answers: list[dict[str, Any]]
-    #: answers of each problem; one is the likeliest, several are sampled
+    #: number of answers per problem: one is greedy, several are sampled
     samples: int
-    #: the scale that S0 was used at; None, as `s0` is, where there was none
+    #: the factor that multiplied S0; None, like `s0`, if there were no states
     alpha: float | None
 
     @property
     def base(self) -> float:
-        """Share of right answers, the mean over problems: pass@1."""
+        """The share of correct answers of the base, averaged over problems: pass@1."""
         return _mean([row["base"] for row in self.rows])
 
     @property
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def pass_at_k(self) -> dict[int, dict[str, float | None]]:
-        """By k, from 1 to the number of samples: the chance that one of k samples is right, {"base", "s0"}."""
+        """For each k from 1 to the number of samples: the chance that one of k samples is correct, {"base", "s0"}."""
         ks = range(1, self.samples + 1)
         return {k: {side: self._pass_at(k, side) for side in ("base", "s0")} for k in ks}
 
@@ -56,18 +56,19 @@ class Evaluation:
 
     @property
     def changed(self) -> dict[str, list[Any]]:
-        """Ids of the problems that S0 solves more often than the base, and less often: {"solved", "lost"}."""
+        """The ids of the problems that S0 solves more often than the base ("solved"), and less often ("lost")."""
         pairs = [] if self.alpha is None else [(row["id"], row["s0"] - row["base"]) for row in self.rows]
         return {"solved": [x for x, change in pairs if change > 0], "lost": [x for x, change in pairs if change < 0]}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the evaluation as a dict for JSON."""
         found = {"problems": len(self.rows), "samples": self.samples, "alpha": self.alpha}
         found |= {"base": self.base, "s0": self.s0, "changed": self.changed, "pass_at_k": self.pass_at_k}
         return {**found, "rows": self.rows}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """A head and rows of cells: pass@1, and pass@k where there are so many samples, each with its 95 % interval."""
+        """Return a head and rows of cells: pass@1, and pass@k for k up to the number of samples, with 95 %
+        intervals."""
         ks = [k for k in (1, 5, 10, 100) if k <= self.samples]
         sides = {"base": "base", **({} if self.alpha is None else {"s0": f"S0, alpha {self.alpha:g}"})}
         rows = [[label, *(self._cell(side, k) for k in ks)] for side, label in sides.items()]
@@ -84,7 +85,7 @@ class Evaluation:
         return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
     def notes(self) -> list[str]:
-        """Lines below the table: which problems changed, and how likely as many would by chance."""
+        """Return the lines below the table: the problems that changed, and the p-value of a sign test."""
         if self.alpha is None:
             return []
         solved, lost = self.changed["solved"], self.changed["lost"]
@@ -92,12 +93,12 @@ class Evaluation:
         return [
             f"S0 solves {len(solved)} more: {', '.join(map(str, solved)) or 'none'}",
             f"S0 loses {len(lost)}: {', '.join(map(str, lost)) or 'none'}",
-            f"by chance alone they would be so uneven with p = {chance:.2g} (sign test)",
+            f"the p-value of this difference is {chance:.2g} (two-sided sign test)",
         ]
 
 
 def evaluate(work: Work, source: Source, runs: Runs) -> dict[str, Entries]:
-    """What is decided in each run. See `S0Trainer.evaluate`."""
+    """Return the entries of each run, by its name. See `S0Trainer.evaluate`."""
     main = Processes().is_main
     journal = open_journal(work.out, {"what": "evaluate", **work.sampling.settings(), **work.settings})
     found: dict[str, Entries] = {}
@@ -142,7 +143,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that at least one of k samples, drawn from `samples` of which `right` are right, is right.
+    """Return the chance that at least one of k samples is correct, if `right` of all `samples` are correct.
 
     The unbiased estimator of Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374), eq. 1.
     """
@@ -152,20 +153,21 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` problems."""
+    """Return Wilson's 95 % interval of a share of `count` problems."""
     spread = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
     low, high = ((share + _Z**2 / (2 * count) + sign * spread) / (1 + _Z**2 / count) for sign in (-1, 1))
     return max(low, 0.0), min(high, 1.0)
 
 
 def sign_test(more: int, less: int) -> float:
-    """Two-sided: the chance that so many changes, each as likely to be one as the other, are at least so uneven."""
+    """Return the two-sided p-value of a sign test: the chance of a split at least as uneven as `more` to `less`, if
+    each change is equally likely to be either."""
     count, least = more + less, min(more, less)
     return min(1.0, 2 * sum(math.comb(count, i) for i in range(least + 1)) / 2**count)
 
 
 def digest(states: S0States, task: str | None) -> str:
-    """Of the states of a task, by which a file knows them."""
+    """Return a hash of the states of a task, by which a file identifies them."""
     index = 0 if task is None else list(states.names or ()).index(task)
     found = hashlib.sha256()
     for layer in states:

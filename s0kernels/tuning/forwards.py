@@ -1,4 +1,4 @@
-"""The forwards of a training step: how many tokens each takes, and what happens when memory does not suffice."""
+"""The forwards of a training step: choose their size, and recover if memory runs out."""
 
 import contextlib
 import time
@@ -16,27 +16,27 @@ from s0kernels.tuning.data import Example
 from s0kernels.tuning.memory import Choice, Make, Needs, Sizes
 from s0kernels.tuning.processes import Processes
 
-#: bytes of the gradient of a value that learns, of Adam's moments, and of the sum in fp64
+#: bytes per trained value: its gradient, Adam's two moments, and the sum in fp64
 BYTES_PER_VALUE = 4 + 8 + 8
 
 
 class Asked(NamedTuple):
-    """What the user says about the size of forwards; None: to be found out."""
+    """The size of forwards that the user asks for. None means that it is measured."""
 
     tokens: int | None
-    #: bytes beyond the model
+    #: number of bytes to use beyond the model
     memory: int | None
 
     @property
     def sizes(self) -> Sizes | None:
-        """Where there is nothing to find out."""
+        """The sizes, if nothing has to be measured; else None."""
         return None if self.tokens is None or self.memory is not None else Sizes(self.tokens)
 
 
 class Forwards:
-    """Examples through a frozen model, from states that are attached at `scale`, for losses and gradients of S0."""
+    """Runs examples through a frozen model for losses and gradients of S0. The states are attached at `scale`."""
 
-    #: how a step is cut, as soon as `cut` has decided
+    #: the sizes of forwards, set by `cut`
     sizes: Sizes
 
     def __init__(self, model: nn.Module, states: S0States, examples: Sequence[Example], make: Make, scale: float):
@@ -56,18 +56,18 @@ class Forwards:
         return [len(example.ids) for example in self._examples]
 
     def hidden(self) -> Tensor:
-        """What the head gets of the first example."""
+        """Return the input of the head for the first example."""
         with self._attached(self._first):
             return self._first.hidden(self._head)
 
     def losses(self, batch: Batch) -> Tensor:
-        """[tasks] sums of the losses of the batch's examples."""
+        """Return the sum of the losses of the batch's examples for each task, [tasks]."""
         with self._attached(batch), self._layers.recomputed():
             return batch.losses(self._model, self._states.tasks, self._head)
 
     def each(self, work: Callable[[Batch], object], *, share: bool) -> dict[str, Any]:
-        """`work(batch)` for every batch, or for this process's share of them. A batch that memory does not suffice for
-        is cut in half, and so are all that come later. Gives what the history is to say about that."""
+        """Call `work(batch)` for every batch, or for this process's share of them. A batch that runs out of memory is
+        cut in half, and so are all later ones. Return the fields to add to the history."""
         place = self._processes
         mine = self._batches[place.index :: place.count] if share else self._batches
         before = self.sizes
@@ -90,8 +90,8 @@ class Forwards:
             self._told = True
             how = "with layers checkpointed" if less.checkpointed else f"with up to {less.tokens} tokens"
             warnings.warn(
-                f"S0Trainer: a forward of {batch.tokens} tokens ran out of memory; it is done again {how}, like those "
-                "to come. The history says where that happens again.",
+                f"S0Trainer: a forward of {batch.tokens} tokens ran out of memory; it is repeated {how}, and so "
+                "are later ones. The history records further repetitions.",
                 stacklevel=7,
             )
         self.sizes = less
@@ -111,8 +111,8 @@ class Forwards:
     def cut(
         self, asked: Asked, before: Sizes | None, tell: Callable[[str], None] | None, steps: int
     ) -> Iterator[dict[str, Any]]:
-        """Decide on the size of a forward, unless it was decided `before`, and tell what is to be expected of `steps`
-        steps. Gives what the history is to say about it. Layers are as they were afterwards."""
+        """Choose the size of a forward, unless it was chosen `before`, and report the expected cost of `steps` steps by
+        `tell`. Yield the fields to add to the history. On exit the layers' checkpointing is restored."""
         try:
             given = before or asked.sizes
             if given is None:
@@ -133,7 +133,7 @@ class Forwards:
         return self._make(self._examples, tokens)
 
     def _foreseen(self, sizes: Sizes) -> Choice | None:
-        """What these sizes take; None: it could not be measured."""
+        """Return the expected memory and time of these sizes, or None if they could not be measured."""
         needs = self._measured(sizes.checkpointed)
         return None if needs is None else memory.expected(needs, sizes, self._cut_into)
 
@@ -143,21 +143,21 @@ class Forwards:
         timed = None if device.type == "cpu" or asked.tokens is not None else self._timed
         choice = memory.choose(self._measured, self._cut_into, memory.allowed(device, asked.memory), most, timed)
         if asked.memory is not None and self._processes.any(choice is not None and not choice.fits):
-            peak = None if choice is None else choice.peak  # not known here where another process found it
+            peak = None if choice is None else choice.peak  # unknown if another process measured it
             raise ValueError(
                 f"S0Trainer.train: max_memory is {memory.in_words(asked.memory)}, and the longest example "
-                f"({self._longest.tokens} tokens) takes {'more' if peak is None else memory.in_words(peak)}"
+                f"({self._longest.tokens} tokens) needs {'more' if peak is None else memory.in_words(peak)}"
             )
         return choice or Choice(Sizes(1, self._layers.can), None, None, False)
 
     def _measured(self, checkpointed: bool) -> Needs | None:
-        """What the longest example takes; None if that is more than there is."""
+        """Measure the memory of the longest example. Return None if memory runs out."""
         if not self._layers.checkpoint(checkpointed):
             return None
         try:
             with self._attached(self._longest), self._layers.recomputed():
                 if self._longest.device.type != "cpu":
-                    memory.measure(self._longest, self._head)  # kernels are compiled
+                    memory.measure(self._longest, self._head)  # the first call compiles kernels
                 needs = memory.measure(self._longest, self._head)
                 return needs._replace(
                     beside=BYTES_PER_VALUE * sum(p.numel() for p in self._states.parameters() if p.requires_grad)
@@ -171,7 +171,7 @@ class Forwards:
         return None
 
     def _timed(self, sizes: Sizes) -> float:
-        """Seconds a token of the largest forward."""
+        """Return the seconds per token of the largest forward."""
         self._layers.checkpoint(sizes.checkpointed)
         batch = max(self._cut_into(sizes.tokens), key=lambda batch: batch.tokens)
 
@@ -182,7 +182,7 @@ class Forwards:
             return time.perf_counter() - began
 
         try:
-            seconds()  # kernels are compiled the first time
+            seconds()  # the first call compiles kernels
             return seconds() / batch.tokens
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
@@ -192,7 +192,7 @@ class Forwards:
             self._forget_gradients()
 
     def _agree(self) -> None:
-        """The least of what the processes can do, for all of them, and the batches that this makes."""
+        """Let all processes use the smallest sizes that any of them chose, and make the batches."""
         tokens, kept = self._processes.least([self.sizes.tokens, int(not self.sizes.checkpointed)])
         self.sizes = Sizes(tokens, not kept)
         self._layers.checkpoint(self.sizes.checkpointed)
@@ -219,20 +219,20 @@ class Forwards:
 
 
 class Layers:
-    """Layers of transformers' models that are recomputed in the backward, where they can be."""
+    """Switches the checkpointing of layers on and off, for models of transformers that support it."""
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._on = False
-        # where the user has switched it on it stays as it is
+        # if the user has switched it on, it stays on
         theirs = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self.can = not theirs and bool(getattr(model, "supports_gradient_checkpointing", False))
 
     def checkpoint(self, on: bool) -> bool:
-        """Switch it on or off, if that can be; whether it is `on` now."""
+        """Switch checkpointing on or off, if the model supports it. Return whether the state is now `on`."""
         if on == self._on or (on and not self.can):
             return on == self._on
-        old, new = "gradient_checkpointing", "activation_checkpointing"  # transformers 5.23 renames it
+        old, new = "gradient_checkpointing", "activation_checkpointing"  # transformers 5.23 renamed it
         name = new if hasattr(self._model, f"{new}_enable") else old
         if on:
             getattr(self._model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
@@ -243,8 +243,9 @@ class Layers:
 
     @contextlib.contextmanager
     def recomputed(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only. What is inside them stays in evaluation mode, layers
-        (of Zamba2) included: the mode has to be the same when they are recomputed, which is after this."""
+        """Put the checkpointed layers into training mode, because transformers checkpoints layers only then. The
+        modules inside them stay in evaluation mode, also if they are layers themselves (Zamba2). A layer must have the
+        same mode when it is recomputed, which is after this context."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         flagged = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]

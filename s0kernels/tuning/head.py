@@ -1,12 +1,12 @@
-"""The language-model head and its cross-entropy: logits of predicted tokens alone, some of them at a time.
+"""The language-model head and its cross-entropy. Logits are computed for predicted tokens only, in chunks.
 
-Logits of a whole batch are the largest tensors of a training run: [tokens, 248320] for Qwen3.5, in the model's dtype,
-in fp32, and a gradient of each. Here the head reads one contiguous matrix [tokens, hidden] in chunks. The gradient of a
-chunk is formed while its logits are there, so that the backward starts from a matrix [tokens, hidden] as well.
+The logits of a whole batch are the largest tensors of a training run: [tokens, 248320] for Qwen3.5, in the model's
+dtype, in fp32, and a gradient of each. Here the head reads one contiguous matrix [tokens, hidden] in chunks. The
+gradient of a chunk is computed while its logits exist, so the backward starts from a matrix [tokens, hidden] as well.
 
-What libraries have for this does not fit. `torch.nn.functional.linear_cross_entropy` (2.13) computes the logits twice
-where every token has a weight of its own. Like cut-cross-entropy and liger-kernel, which are kernels for a GPU, it
-takes a matrix of weights, while a head here may be a module of any kind, with a factor behind it.
+The functions of libraries do not fit. `torch.nn.functional.linear_cross_entropy` (2.13) computes the logits twice if
+every token has its own weight. Like cut-cross-entropy and liger-kernel, which are GPU kernels, it takes a weight
+matrix. A head here may be any module, followed by a factor.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from s0kernels.modules.swap import find_site
 
-#: bytes of the logits that exist at a time; their gradient takes as much again
+#: bytes of the logits of one chunk; their gradient takes as much again
 CHUNK_BYTES = 2**27
-#: logits whose exponentials are taken at a time on a CPU, in fp32: they stay in its cache
+#: number of logits whose exponentials a CPU computes at a time, in fp32, so that they stay in its cache
 _PIECE = 2**21
 
 
 class Head:
-    """What a model computes between its last hidden states and its logits: a module, then a factor or a soft cap.
+    """The computation between the last hidden states and the logits: a module, then a factor or a soft cap.
 
-    Both are compared with the model's own logits, once, on the first tokens of `ids` [1, T]. `known` is whether they
-    agree; where they do not, `read` gives the model's own logits, and everything else works on those.
+    It is compared once with the model's own logits, on the first tokens of `ids` [1, T]. `known` says whether they
+    agree. If they do not, `read` returns the model's own logits, and the other methods work on those.
     """
 
     def __init__(self, model: Any, ids: Tensor):
@@ -37,7 +37,7 @@ class Head:
         config = model.config.get_text_config()
         self._vocabulary = config.vocab_size
         self._after = _arithmetic(config)
-        #: the module that may be it, and the one that is
+        #: the candidate for the head, and the head if it was confirmed
         self._module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self._known = self._module if self._module is not None and self._agrees(self._module, ids[:, :8]) else None
 
@@ -46,30 +46,30 @@ class Head:
         return self._known is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, vocabulary] of what `read` gives, as a matrix [tokens, ...]."""
+        """Return logits [tokens, vocabulary] for the result of `read` as a matrix [tokens, ...]."""
         return hidden if self._known is None else self._after(self._known(hidden))
 
     def read(self, **inputs) -> Tensor:
-        """[B, T, hidden]: what a forward of the model hands to its head; its logits [B, T, vocabulary] where the head
+        """Run the model, and return the input of its head [B, T, hidden]; or its logits [B, T, vocabulary] if the head
         is not known."""
         if self._known is None:
             with _Tap(self._module, Tensor.contiguous):
                 return self._model(**inputs, use_cache=False).logits
-        few = 0 if type(self._known) is nn.Linear else 1  # others may not take a matrix without rows
+        few = 0 if type(self._known) is nn.Linear else 1  # other modules may not accept a matrix without rows
         with _Tap(self._known, lambda hidden: hidden[:1, :few]) as tap:
             self._model(**inputs, use_cache=False)
-        assert tap.taken is not None  # a head is known where the model calls it
+        assert tap.taken is not None  # a known head is called by the model
         return tap.taken
 
     @property
     def chunk(self) -> int:
-        """How many tokens have logits at a time, by the size of the vocabulary."""
+        """The number of tokens in a chunk, which depends on the size of the vocabulary."""
         rows = max(CHUNK_BYTES // (self._vocabulary * self._model.dtype.itemsize), 1)
         return 1 << (rows.bit_length() - 1)
 
     @torch.no_grad()
     def _agrees(self, module: nn.Module, ids: Tensor) -> bool:
-        """From hidden states as they are and from larger ones, for a soft cap to show."""
+        """Compare logits for hidden states as they are and for larger ones, which reveal a soft cap."""
 
         def probe(hidden: Tensor) -> Tensor:
             return torch.cat([hidden[:1, -2:] * size for size in (1, 8, 64)], 1).contiguous()
@@ -77,19 +77,19 @@ class Head:
         site = find_site(self._model)
         with _Tap(module, probe) as tap, contextlib.nullcontext() if site is None else site.override(None):
             theirs = self._model(input_ids=ids, use_cache=False).logits
-        if tap.taken is None:  # the model reads the head's weight and does not call it
+        if tap.taken is None:  # the model uses the head's weight without calling the head
             return False
         ours = self._after(module(probe(tap.taken)[0])).to(theirs.device)
         if ours.shape != theirs.shape[1:] or not theirs.any():
             return False
-        ours = ours.to(theirs.dtype)  # some models hand out their logits in fp32; the losses are computed in it
+        ours = ours.to(theirs.dtype)  # some models return logits in fp32, and the losses are computed in fp32
         allowed = 16 * torch.finfo(theirs.dtype).eps * theirs[0].abs().amax(1, keepdim=True)
         return bool(((ours - theirs[0]).abs() <= allowed).all())
 
 
 class _Tap:
-    """While it lasts, the head is given something else than what the model hands to it, which is kept. Other threads
-    may use the model meanwhile."""
+    """Context manager that keeps the input of the head and passes the head something else instead. Other threads may
+    use the model meanwhile."""
 
     def __init__(self, module: nn.Module | None, instead: Callable[[Tensor], Tensor]):
         self._module, self._instead = module, instead
@@ -112,7 +112,7 @@ class _Tap:
 
 
 def _arithmetic(config) -> Callable[[Tensor], Tensor]:
-    """What models do to the head's output, by what their settings are called."""
+    """Return the function that a model applies to the output of its head, according to its config."""
     factor, divisor, cap = (
         getattr(config, name, None) for name in ("lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
     )
@@ -128,10 +128,11 @@ def _arithmetic(config) -> Callable[[Tensor], Tensor]:
 
 
 def cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """[tokens] losses in fp32 of what `head.read` gives, as a matrix [tokens, ...], against their targets [tokens].
+    """Return the cross-entropy of each token, [tokens] in fp32. `hidden` is the result of `head.read` as a matrix
+    [tokens, ...]; `targets` is [tokens].
 
-    Each loss depends on one row, so the gradient of the rows is formed here, at weight 1, and scaled in the backward.
-    The head's weights get none.
+    Each loss depends on one row. So the gradient of the rows is computed in the forward for weight 1, and scaled in the
+    backward. The weights of the head get no gradient.
     """
     return _CrossEntropy.apply(hidden.contiguous(), head, targets.to(hidden.device))
 
@@ -146,7 +147,7 @@ class _CrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(gradient is not None):
                 part = hidden[rows].detach().requires_grad_(gradient is not None)
                 logits = head.logits(part)
-            if not logits.requires_grad:  # something in the head cuts it: whoever wants the gradient will miss it
+            if not logits.requires_grad:  # the head cuts the graph: the caller reports the missing gradient
                 gradient = None
             losses[rows], slope = _losses(logits.detach(), targets[rows].to(logits.device), gradient is not None)
             if gradient is not None:
@@ -161,7 +162,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """(losses [tokens] in fp32, their gradient [tokens, vocabulary] in the logits' dtype or None)."""
+    """Return the losses, [tokens] in fp32, and their gradient, [tokens, vocabulary] in the logits' dtype or None."""
     tokens, vocabulary = logits.shape
     size = max(_PIECE // vocabulary, 1) if logits.device.type == "cpu" else tokens
     slope = torch.empty_like(logits) if wanted else None

@@ -1,4 +1,4 @@
-"""A model and the states that it may start from: activate, generate, save, load."""
+"""A model with its learned states: activate, generate, save, load."""
 
 import contextlib
 import os
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Holder:
-    """What `S0Trainer` is between trainings."""
+    """The part of `S0Trainer` that does not train: it holds a model with its states, and activates, saves and loads
+    them."""
 
     def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: S0Config | None = None):
         self.model = swap_modules(model)
@@ -34,10 +35,10 @@ class Holder:
             raise TypeError(f"S0Trainer: config must be an S0Config, got {type(config).__name__}")
         self.config = S0Config() if config is None else config
         site = find_site(self.model)
-        assert site is not None  # it has just been swapped
+        assert site is not None  # the model has just been swapped
         self._arch = site.arch
-        #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping); with several
-        #: tasks also losses and grad_norms by task, of which loss is the mean
+        #: one dict per training step: step, loss (mean over examples), grad_norm (before clipping). With several tasks
+        #: it has losses and grad_norms by task too, and loss is the mean of losses
         self.history: list[dict[str, Any]] = []
         self._states: S0States | None = None
         self._attached: S0States | None = None
@@ -56,17 +57,19 @@ class Holder:
 
     @property
     def tasks(self) -> list[str] | None:
-        """Names of the tasks, in the order in which `states` holds them; None where there is one without a name."""
+        """The names of the tasks, in the order of `states`; None if there is one task without a name."""
         return None if self._states is None else self._states.names
 
     @property
     def alpha(self) -> float:
-        """The scale that `activate` uses: the config's, or the default of the architecture."""
+        """The factor that `activate` multiplies the states by: that of the config, or the default of the
+        architecture."""
         return DEFAULT_ALPHA[self._arch] if self.config.alpha is None else self.config.alpha
 
     @property
     def active(self) -> bool:
-        """Whether sequences start from this trainer's states; another may have attached its own to the model."""
+        """Whether sequences start from the states of this trainer. Another trainer may have attached its own to the
+        same model."""
         site = find_site(self.model)
         attachment = None if site is None else site.attachment
         return attachment is not None and attachment.owner is self._attached
@@ -77,7 +80,7 @@ class Holder:
 
     @property
     def pad_token_id(self) -> int:
-        """What stands at pads, which nothing reads."""
+        """The token to pad with. Its value does not matter, because pads are masked."""
         ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         return next((i for i in ids if i is not None), 0)
 
@@ -86,7 +89,7 @@ class Holder:
     def activate(self, task: str | Sequence[str] | None = None) -> None:
         """Start every sequence from the trained states times `alpha`, until `deactivate`.
 
-        `task` names one of several tasks, or one for each row of the batches to come.
+        `task` is the name of one of several tasks, or a list with one name for each row of later batches.
         """
         self._refuse_while_training("activate")
         selection = self._select(task, "activate")
@@ -94,7 +97,7 @@ class Holder:
         states.attach(self.model, self.alpha, selection)
         if self._attached is not None and self._attached is not states:
             self.deactivate()
-        states.requires_grad_(False)  # using the states builds no graph
+        states.requires_grad_(False)  # inference needs no autograd graph
         self._attached, self._selection = states, selection
 
     def deactivate(self) -> None:
@@ -110,7 +113,7 @@ class Holder:
         return self._states
 
     def _usable(self, method: str) -> S0States:
-        """The states as they are to be used, but for the scale."""
+        """Return the states to use, normalised if the config says so, but not scaled."""
         states = self._learned(method)
         if not self.config.normalize:
             return states
@@ -119,7 +122,7 @@ class Holder:
         return S0States(units, states.arch, states.base_model, states.names)
 
     def _select(self, task: str | Sequence[str] | None, method: str) -> str | list[str] | None:
-        """`task`, checked against the states that there are."""
+        """Check `task` against the names of the tasks, and return it."""
         states = self._learned(method)
         if task is None:
             if states.tasks > 1:
@@ -136,7 +139,7 @@ class Holder:
         return task if isinstance(task, str) else list(names)
 
     def _reactivate(self, selection: str | list[str] | None) -> None:
-        """Go on with other states, if they have the tasks that were active."""
+        """Activate the new states, if they have the tasks that were active."""
         with contextlib.suppress(ValueError):
             self.activate(selection)
 
@@ -148,10 +151,10 @@ class Holder:
         task: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Continue a prompt, or a list of prompts as one left-padded batch; the new text only.
+        """Continue a prompt, or a list of prompts as one left-padded batch, and return the new text only.
 
-        `task` names the task to start from, or one for each prompt, for this call alone; None: what is active.
-        `kwargs` go to `model.generate`. Several returned sequences per prompt come one after the other.
+        `task` names the task to start from, or one for each prompt, for this call alone. None uses the active states.
+        `kwargs` are passed to `model.generate`. Several returned sequences per prompt come one after the other.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
@@ -185,7 +188,8 @@ class Holder:
 
     @contextlib.contextmanager
     def _sampling_from(self, states: S0States | None, *where: Any) -> Iterator[None]:
-        """For the calling context: `states`, attached as `where` says, or none."""
+        """Start from `states`, attached with the arguments `where`, in the calling context; from zero if `states` is
+        None."""
         site = swapped_site(self.model, "S0Trainer")
         attached = site.override(None) if states is None else states.attached(self.model, *where)
         with EvalMode(self.model), attached:
@@ -194,30 +198,30 @@ class Holder:
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write states and config to the directory `path`; of several tasks each to a directory in it that has its
-        name, with their names in `tasks.json`. What was there before gives way as a whole. See `S0States.save`. Of
-        several processes the first writes, and the others do not wait for it."""
+        """Write states and config to the directory `path`. Each of several tasks is written to a subdirectory with its
+        name, and `tasks.json` lists the names. An earlier save there is replaced as a whole. See `S0States.save`. If
+        there are several processes, the first one writes, and the others do not wait for it."""
         states = self._learned("save")
         if not processes().is_main_process:
             return
         folder = Path(path)
         names = states.names or [""]
-        with ThreadPoolExecutor(min(len(names), 16)) as pool:  # they wait for the disk most of the time
+        with ThreadPoolExecutor(min(len(names), 16)) as pool:  # threads mostly wait for the disk
             saved = [
                 pool.submit(states.save, folder / name, task=task, config=self.config)
                 for task, name in enumerate(names)
             ]
         errors = [error for each in saved if (error := each.exception()) is not None]
-        if errors:  # the other tasks may have had more luck
+        if errors:  # the other tasks may have been written
             raise errors[0]
         files.write_tasks(folder, states.names)
 
     def load(self, path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> None:
-        """Read states and config from a directory. Where states are active, the new ones take their place if they have
-        the tasks that are active.
+        """Read states and config from a directory. If states were active, the new ones become active instead, provided
+        that they have the active tasks.
 
-        A directory that holds directories of states gives several tasks, with their names; a mapping from names to
-        directories names them. They are used at one scale, so their configs have to agree on it.
+        A directory with subdirectories of states is loaded as several tasks, with their names. A mapping from names to
+        directories does the same. All tasks share one scale, so their configs must agree on alpha and normalize.
         """
         self._refuse_while_training("load")
         found = S0States.load_many(_folders(path), self.model)
@@ -240,7 +244,7 @@ class Holder:
 
 
 def _folders(path: str | os.PathLike[str] | Mapping) -> dict[str | None, Path]:
-    """Directories of states by task; None is the name of a single one."""
+    """Return the directories of states by task. The key of a single task without a name is None."""
     if isinstance(path, Mapping):
         if not path:
             raise ValueError("S0Trainer.load: path is empty")
@@ -252,5 +256,5 @@ def _folders(path: str | os.PathLike[str] | Mapping) -> dict[str | None, Path]:
 
 
 def _or_one(norms: Tensor) -> Tensor:
-    """A state that is zero stays so."""
+    """Replace zero norms by one, so that a zero state stays zero when it is divided by its norm."""
     return norms.where(norms > 0, 1.0)

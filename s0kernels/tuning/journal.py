@@ -1,4 +1,4 @@
-"""A file of what has been decided about problems, so that an interrupted run goes on and repeats nothing."""
+"""A file of the results per problem, so that an interrupted run resumes and repeats nothing."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from s0kernels.tuning.problems import Problem
 
 
 class Journal:
-    """JSON lines: the settings, then an entry for each problem of each run, `{"run", "id", "prompt": digest, ...}`.
-    Entries are appended and flushed; of a crash in between half a line is left, which does not count. Without a file it
-    is in memory alone.
+    """A file of JSON lines: first the settings, then one entry per problem and run, `{"run", "id", "prompt": digest,
+    ...}`. Entries are appended and flushed. A crash may leave half a line, which is ignored. Without a file the journal
+    is kept in memory.
     """
 
     def __init__(self, file: str | os.PathLike[str] | None, settings: Mapping[str, Any]):
@@ -25,7 +25,7 @@ class Journal:
 
     def _open(self, file: Path) -> None:
         if file.is_dir():
-            raise ValueError(f"S0Trainer: {file} is a directory, and a file is wanted")
+            raise ValueError(f"S0Trainer: out must name a file, and {file} is a directory")
         check_output(file.parent, 0)
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -35,7 +35,7 @@ class Journal:
             for entry in lines[1:]:
                 self._entries.setdefault(entry["run"], {})[entry["id"]] = entry
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} does not say what has been decided about problems: {error!r}") from error
+            raise ValueError(f"{file} is not a file of results of problems: {error!r}") from error
         here = self._settings
         differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if differing:
@@ -47,22 +47,23 @@ class Journal:
             replace_file(file, whole)
 
     def decided(self, run: str, problems: Sequence[Problem]) -> dict[str, dict[str, Any]]:
-        """What is decided about `problems`, by key.
+        """Return the entries of `problems`, by key.
 
         Raises:
-            ValueError: the prompt of one was another then, or something is decided about a problem that is not here.
+            ValueError: the prompt of a problem has changed since, or the file has an entry for a problem that is not
+                among `problems`.
         """
         known, named = self._entries.get(run, {}), {problem.key: problem for problem in problems}
         other = next((key for key in known if key not in named), None)
         if other is not None:
             raise ValueError(
-                f"{self._file} is about other problems: {other!r} is not among these; name another file or remove it"
+                f"{self._file} belongs to other problems: {other!r} is not among these; name another file or remove it"
             )
         for key, problem in named.items():
             if key in known and known[key]["prompt"] != problem.digest:
                 raise ValueError(
-                    f"{self._file}: the prompt of problem {problem.id!r} is another than that which was decided about; "
-                    "name another file, or give changed problems another id"
+                    f"{self._file}: the prompt of problem {problem.id!r} has changed since it was decided; "
+                    "name another file, or give the changed problem another id"
                 )
         return {key: known[key] for key in named if key in known}
 

@@ -1,4 +1,4 @@
-"""Models and what lies with them: found, or refused at once and in a line, before anything large is loaded."""
+"""Find a model and its tokenizer, or refuse it with a short message before weights are loaded."""
 
 import contextlib
 import os
@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from s0kernels.modules.families import family_of, what_is_missing
+from s0kernels.modules.families import family_of, unsupported_reason
 from s0kernels.progress import say, watched
 
-#: arguments of a model that are its tokenizer's as well
+#: arguments of a model that its tokenizer is loaded with as well
 _WHERE_FROM = ("revision", "code_revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
-#: files of which a model's directory has one
+#: the directory of a model has one of these files
 _MODELS = ("config.json", "adapter_config.json", "params.json")
 
-#: seconds that the hub has to answer
+#: time limit for an answer of the hub, in seconds
 _PATIENCE = 10
 
 
 def find_model(name: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` is to be told besides `options`, its own keywords: where the hub cannot be reached, and
-    the model has been loaded before, to look for nothing newer.
+    """Return the keywords for `from_pretrained` in addition to `options`. If the hub cannot be reached and the model
+    has been downloaded before, they say to use the local copy.
 
     Raises:
-        TypeError: the name is no name.
-        OSError: there is no such directory, or the hub has no such model, or cannot be reached.
-        ValueError: it is no model, or none of a supported family.
+        TypeError: `name` is neither a string nor a path.
+        OSError: there is no such directory, the hub has no such model, or the hub cannot be reached.
+        ValueError: the directory holds no model, or the model's family is not supported.
     """
     _check_path(name, **options)
     extra = {} if Path(name).is_dir() else _ask_hub(str(name), options)
@@ -38,10 +38,10 @@ def find_model(name: str | os.PathLike[str], options: Mapping[str, Any]) -> dict
 def _check_path(
     model_name: str | os.PathLike[str], subfolder: str = "", gguf_file: str | None = None, **_: Any
 ) -> None:
-    """Refuse a path that holds no model. A name that is no path here may be one on the hub.
+    """Raise an error if a path holds no model. A name that is not a path here may be the name of a model on the hub.
 
     Raises:
-        ValueError, FileNotFoundError: with the path.
+        ValueError, FileNotFoundError: there is no model; the message has the path.
     """
     if not isinstance(model_name, (str, os.PathLike)):
         raise TypeError(f"S0Trainer: model_name must be a name or a directory, got {model_name!r}")
@@ -57,19 +57,19 @@ def _check_path(
 
 
 def load_tokenizer(auto: Any, model_name: str, model_kwargs: Mapping[str, Any]) -> Any:
-    """The tokenizer that lies with a model, by `auto` (transformers' AutoTokenizer) and those of the model's arguments
-    that say where that is.
+    """Load the tokenizer of a model with `auto` (transformers' AutoTokenizer) and those arguments of the model that say
+    where it is.
 
     Raises:
-        ValueError: there is a model but no tokenizer.
+        ValueError: the model has no tokenizer.
     """
     given = {key: model_kwargs[key] for key in _WHERE_FROM if key in model_kwargs}
     try:
         return auto.from_pretrained(model_name, **given)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{model_name}: no tokenizer can be loaded from there ({str(error).strip().partition(chr(10))[0]}); it has "
-            "to lie with the model, or be given: S0Trainer(model, tokenizer)"
+            f"{model_name}: cannot load a tokenizer from there ({str(error).strip().partition(chr(10))[0]}); put it "
+            "beside the model, or pass it: S0Trainer(model, tokenizer)"
         ) from error
 
 
@@ -99,32 +99,34 @@ def _ask_hub(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise FileNotFoundError(f"there is no directory {name}, and models on the hub have no such names") from None
+        raise FileNotFoundError(
+            f"there is no directory {name}, and it is not a valid name of a model on the hub"
+        ) from None
     place = {key: options[key] for key in ("revision", "cache_dir") if options.get(key) is not None}
     cached = isinstance(try_to_load_from_cache(name, "config.json", **place), str)
     if options.get("local_files_only"):
         if not cached:
-            raise FileNotFoundError(f"{name} is neither a directory nor has it been downloaded (local_files_only)")
+            raise FileNotFoundError(f"{name} is not a directory and has not been downloaded (local_files_only)")
         return {}
     try:
         HfApi(token=options.get("token")).model_info(name, revision=options.get("revision"), timeout=_PATIENCE)
     except GatedRepoError as error:
-        raise PermissionError(f"{name} is for those who were given access to it: see huggingface.co/{name}") from error
+        raise PermissionError(f"{name} needs access permission: see huggingface.co/{name}") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no directory, and the hub has no model of that name (or it is private: hf auth login)"
+            f"{name} is not a directory, and the hub has no model of that name (or it is private: hf auth login)"
         ) from error
-    except Exception as error:  # of whichever HTTP library
+    except Exception as error:  # errors of the HTTP library in use
         if not cached:
             raise ConnectionError(
-                f"{name} is no directory, it has not been downloaded before, and the hub cannot be reached: {error}"
+                f"{name} is not a directory, it has not been downloaded before, and the hub cannot be reached: {error}"
             ) from error
         return {"local_files_only": True}
     return {}
 
 
 def _check_family(name: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """By the model without its weights."""
+    """Raise ValueError if the model's family is not supported. The model is built without its weights."""
     if options.get("gguf_file") is not None:
         return
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -132,8 +134,8 @@ def _check_family(name: str | os.PathLike[str], options: Mapping[str, Any]) -> N
     shared = {key: options[key] for key in _WHERE_FROM if key in options}
     config = options.get("config") or AutoConfig.from_pretrained(name, **shared)
     if shared.get("trust_remote_code") or not isinstance(config, tuple(AutoModelForCausalLM._model_mapping.keys())):
-        return  # whoever loads it says what is wrong
+        return  # loading the model reports the error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if not any(family_of(module) for module in model.modules()):
-        raise ValueError(f"{name} is a {type(model).__name__}, which has {what_is_missing(model)}")
+        raise ValueError(f"{name} is a {type(model).__name__}, which has {unsupported_reason(model)}")

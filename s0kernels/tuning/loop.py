@@ -1,4 +1,5 @@
-"""The loop of S0 training: batches through a frozen model, gradients of S0 from all processes, Adam."""
+"""The loop of S0 training: run batches through the frozen model, sum the gradients of S0 over all processes, step
+Adam."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,13 +19,13 @@ from s0kernels.tuning.memory import Make, Sizes
 from s0kernels.tuning.processes import Processes
 from s0kernels.tuning.processes import processes as processes
 
-#: called after every step with its entry of the history and the states as they are then; True ends the training
+#: called after every step with its entry of the history and the current states; True ends the training
 Callback = Callable[[dict, S0States], "bool | None"]
 
 
 class Learner:
-    """The states that learn, and the forwards they learn from. States that do not require grad stay as they are; all
-    are attached at `scale`; `make` makes batches of examples."""
+    """Trains states on examples. States that do not require grad stay unchanged. All states are attached at `scale`.
+    `make` puts examples into batches."""
 
     def __init__(
         self,
@@ -40,14 +41,14 @@ class Learner:
         self._counts = torch.bincount(owners, minlength=states.tasks).double()
         self._processes = Processes()
         self._forwards = Forwards(model, states, examples, make, scale)
-        #: how a run that goes on cut its steps
+        #: the sizes of forwards in the run that is resumed
         self._resumed: Sizes | None = None
         self._parameters = [parameter for parameter in states.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
 
     def resume(self, file: Checkpoint | None, asked: Asked) -> tuple[list[dict[str, Any]], bool]:
-        """The history so far, with the states as they were then, and whether a callback has ended it. Forwards have the
-        size that they had, if it was `asked` for in the same way."""
+        """Restore the states from a checkpoint. Return the history so far, and whether a callback has ended the run.
+        Forwards keep their size if the user `asked` for it in the same way."""
         history, ended, sizes = ([], False, None) if file is None else file.read(self._states, self._optimizer)
         if len(history) > self._config.n_steps:
             raise ValueError(
@@ -58,7 +59,7 @@ class Learner:
         return history, ended
 
     def compare(self, *settings: Any) -> None:
-        """Refuse to go on unless all processes are about to do the same."""
+        """Raise ValueError unless all processes have the same settings."""
         if not self._processes.alike((self._config, self._forwards.lengths, settings)):
             raise ValueError(
                 "S0Trainer.train: the processes were not given the same data, settings, model and checkpoint"
@@ -73,8 +74,8 @@ class Learner:
         every: int,
         progress: bool,
     ) -> float:
-        """Steps up to `n_steps`, or until a callback ends them, added to `history`; the loss of the last, or of the
-        states as they are if there is none."""
+        """Train up to `n_steps` steps, or until a callback ends the run, and add each step to `history`. Return the
+        loss of the last step; if there was no step, the loss of the current states."""
         steps = self._config.n_steps
         tell = say if progress and self._processes.is_main else None
         with (
@@ -100,7 +101,7 @@ class Learner:
         return history[-1]["loss"]
 
     def show(self, history: Sequence[Mapping], progress: bool) -> float:
-        """A run that has nothing left to do: its bar and its last loss."""
+        """Show the bar of a run that is already complete, and return its last loss."""
         self._bar(history, progress and self._processes.is_main).close()
         return history[-1]["loss"]
 
@@ -108,9 +109,9 @@ class Learner:
         return Progress("S0 tuning", self._config.n_steps, "step", len(history), shown)
 
     def step(self, number: int) -> dict[str, Any]:
-        """One step of the optimiser; its entry of the history."""
+        """Do one step of the optimizer, and return its entry of the history."""
         config, parameters = self._config, self._parameters
-        # summed in fp64, the result does not depend on the order, and so not on which process has which batch
+        # sums in fp64 do not depend on the order in practice, and so not on which process has which batch
         sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
         losses = torch.zeros_like(self._counts)
 
@@ -120,10 +121,12 @@ class Learner:
                 (found / self._counts.to(found)).sum().backward()
             self._states.check_gradients()
             losses.add_(found.detach().cpu())
-            rows = slice(None) if len(self._counts) == 1 else sorted(set(batch.tasks))  # of a bank, few
+            rows = (
+                slice(None) if len(self._counts) == 1 else sorted(set(batch.tasks))
+            )  # a batch has few tasks of a bank
             for total, parameter in zip(sums, parameters, strict=True):
                 gradient = parameter.grad
-                assert gradient is not None  # which `check_gradients` has seen to
+                assert gradient is not None  # `check_gradients` has checked that
                 total[rows] += gradient[rows]
                 parameter.grad = None
 
@@ -148,13 +151,13 @@ class Learner:
 
     @torch.no_grad()
     def _loss(self) -> float:
-        """The mean over tasks of the mean over their examples, with the states as they are."""
+        """Return the loss of the current states: the mean over tasks of the mean over their examples."""
         losses = torch.zeros_like(self._counts)
         self._forwards.each(lambda batch: losses.add_(self._forwards.losses(batch).cpu()), share=False)
         return float((losses / self._counts).mean())
 
     def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Scale each task's gradient down to the norm allowed, in place; the norms before that, [tasks]."""
+        """Scale the gradient of each task down to the allowed norm, in place. Return the norms before that, [tasks]."""
         squares = torch.zeros_like(self._counts)
         for gradient in gradients:
             squares += gradient.double().flatten(1).square().sum(1).cpu()
@@ -165,7 +168,7 @@ class Learner:
 
     @torch.no_grad()
     def check_effect(self) -> None:
-        """Refuse to train where S0 does not reach the logits: a run without effect would end without an error."""
+        """Raise RuntimeError if S0 does not affect the logits: training would then do nothing, without an error."""
         before = self._forwards.hidden()
         generator = torch.Generator("cpu").manual_seed(0)
         for state in self._parameters:
@@ -183,7 +186,7 @@ class Learner:
 
 
 class EvalMode:
-    """Everything in evaluation mode; afterwards it is as it was."""
+    """Put all modules into evaluation mode for the body of a with statement, then restore their modes."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -198,7 +201,8 @@ class EvalMode:
 
 
 class Frozen(EvalMode):
-    """Weights without gradients besides, by name: accelerate replaces the parameters it brings and takes away."""
+    """Also turn off the gradients of weights. They are remembered by name, because accelerate replaces the parameters
+    that it loads and offloads."""
 
     def __enter__(self) -> None:
         super().__enter__()

@@ -1,4 +1,4 @@
-"""The loss of examples, with the states that are attached."""
+"""Compute the loss of examples, with the states that are attached."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from s0kernels.tuning.memory import Make, Sizes, for_each, halved
 def mean_losses(
     model: nn.Module, tasks: Sequence[str] | None, examples: Sequence[Example], make: Make, tokens: int, training: bool
 ) -> list[float]:
-    """Of each of the tasks, or of what has no names. See `S0Trainer.evaluate`."""
+    """Return the mean loss of each task, or of the single task without a name. See `S0Trainer.evaluate`."""
     site = find_site(model)
     current = None if site is None else site.current()
     states, scale = (current.owner, current.scale) if current is not None else (None, 1.0)
@@ -26,7 +26,7 @@ def mean_losses(
     several = current is not None and isinstance(current.tasks, Tensor)
     several = several or (training and states is not None and states.tasks > 1)
     if several and named is None:
-        raise ValueError("S0Trainer.evaluate: data must be a mapping from names where several tasks are in use")
+        raise ValueError("S0Trainer.evaluate: data must be a mapping from names if several tasks are active")
     sizes, head = Sizes(tokens), None
     losses = torch.zeros(len(tasks or [None]), dtype=torch.float64)
 

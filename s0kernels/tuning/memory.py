@@ -1,4 +1,4 @@
-"""What memory a forward and its backward take, how much of it there is, and which forwards fit."""
+"""Measure the memory of a forward with its backward, find the free memory, and choose forwards that fit."""
 
 import contextlib
 import gc
@@ -20,59 +20,59 @@ from s0kernels.tuning.batches import Batch
 from s0kernels.tuning.data import Example
 from s0kernels.tuning.head import Head, cross_entropy
 
-#: examples and the most tokens of a forward to batches
+#: from examples and the maximum number of tokens in a forward to batches
 Make = Callable[[Sequence[Example], int], list[Batch]]
 
-#: of what is free: the rest is for what is not counted, and on a CPU for everything else that runs there
+#: share of the free memory to use: the rest is for memory that is not counted, and on a CPU for other programs
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
-#: most tokens of a forward that is chosen
+#: maximum number of tokens in a chosen forward
 _MOST = {"cuda": 2**15, "cpu": 4096}
-#: fewer tokens than this leave a GPU idle, so that computing layers twice may pay if more of them fit
+#: fewer tokens than this leave a GPU partly idle, so checkpointing may save time if it lets more tokens fit
 _FILLED = 2048
-#: on a CPU a forward is large enough when it multiplies this often for each layer: starting a layer's operators is
-#: then lost in it, and a larger one takes more memory for nothing
+#: on a CPU a forward is large enough at this number of multiplications per layer: the cost of starting operators is
+#: then negligible, and a larger forward would use more memory for nothing
 _WORK_PER_LAYER = 2e9
-#: resident memory over what is counted on a CPU
+#: ratio of resident memory to the memory counted on a CPU
 UNCOUNTED = 1.4
 
 
 class Sizes(NamedTuple):
-    """How a step is cut into forwards."""
+    """The size of the forwards of a step."""
 
-    #: of a forward at most, pads included; an example that is longer goes alone
+    #: maximum number of tokens in a forward, pads included; a longer example goes alone
     tokens: int
     #: layers are recomputed in the backward instead of being kept
     checkpointed: bool = False
 
 
 class Needs(NamedTuple):
-    """What the forward and backward of one batch took: bytes beyond what was there before, and seconds."""
+    """The memory and time of the forward and backward of one batch: bytes beyond those held before, and seconds."""
 
     tokens: int
-    #: at the peak up to the last hidden states
+    #: peak of the forward up to the last hidden states
     forward: int
-    #: of what is kept for the backward
+    #: bytes kept for the backward
     kept: int
-    #: of the head and the loss on top of that, and how many predicted tokens it was for
+    #: further bytes for the head and the loss, and the number of predicted tokens
     head: int
     predicted: int
-    #: most predicted tokens that the head looks at together
+    #: maximum number of predicted tokens in a chunk of the head
     chunk: int
-    #: at the peak of the backward
+    #: peak of the backward
     backward: int
     seconds: float
-    #: of what stays from step to step, whatever the batch
+    #: bytes that stay from step to step, whatever the batch
     beside: int = 0
 
     def of(self, batch: Batch) -> int:
-        """Bytes that a batch is expected to take at its peak."""
+        """Return the expected peak memory of a batch in bytes."""
         factor = batch.tokens / self.tokens
         head = self.head * min(len(batch.targets), self.chunk) / self.predicted
         return int(self.beside + max(factor * self.forward, factor * self.kept + head, factor * self.backward))
 
 
 def measure(batch: Batch, head: Head) -> Needs:
-    """Of a batch with the states that are attached now. Gradients stay where they accumulate."""
+    """Run and measure a batch with the states that are attached now. Gradients are left in place."""
     began = time.perf_counter()
     with _meter(batch.device) as meter:
         hidden = batch.hidden(head)
@@ -93,7 +93,7 @@ def _meter(device: torch.device) -> "_Allocator | _Counted":
 
 
 class _Allocator(contextlib.nullcontext):
-    """By torch's allocator, of the GPU where most is added."""
+    """Memory according to torch's allocator, on the GPU where it grows most."""
 
     def __init__(self):
         super().__init__(self)
@@ -104,7 +104,7 @@ class _Allocator(contextlib.nullcontext):
         return max(torch.cuda.memory_allocated(index) - before for index, before in enumerate(self._before))
 
     def peak(self) -> int:
-        """Since the last call."""
+        """Return the peak since the last call."""
         found = [torch.cuda.max_memory_allocated(index) - before for index, before in enumerate(self._before)]
         for index in range(len(found)):
             torch.cuda.reset_peak_memory_stats(index)
@@ -112,8 +112,8 @@ class _Allocator(contextlib.nullcontext):
 
 
 class _Counted(TorchDispatchMode):
-    """Of the tensors that are made in this thread. The same work gives the same figure, which resident memory does not:
-    malloc gives back what it likes. What operators use inside does not count."""
+    """Memory of the tensors created in this thread. Unlike resident memory, it is the same for the same work: malloc
+    decides when it returns memory. Memory used inside operators is not counted."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class _Counted(TorchDispatchMode):
         return int(UNCOUNTED * self._now)
 
     def peak(self) -> int:
-        """Since the last call."""
+        """Return the peak since the last call."""
         found, self._peak = self._peak, self._now
         return int(UNCOUNTED * found)
 
@@ -146,7 +146,8 @@ class _Counted(TorchDispatchMode):
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that can still be taken there, by this process of those that share it; None where that is not known."""
+    """Return the number of bytes that this process can still use on a device that several processes may share, or None
+    if it is not known."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -159,7 +160,7 @@ def free(device: torch.device) -> int | None:
 
 
 def _control_group(folder: Path) -> list[int]:
-    """What a container leaves of its memory, if it has a limit; what it caches of files can be taken."""
+    """Return the free memory of a container, if it has a limit. Cached files count as free."""
     try:
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -169,13 +170,14 @@ def _control_group(folder: Path) -> list[int]:
 
 
 def allowed(device: torch.device, memory: int | None) -> int | None:
-    """Bytes that training may take beyond the model: `memory`, or a share of what is free; None: no limit is known."""
+    """Return the bytes that training may use beyond the model: `memory`, or a share of the free memory. None: no limit
+    is known."""
     there = free(device) if memory is None else memory
     return int(there * _SHARE[device.type]) if memory is None and there is not None else there
 
 
 def most_tokens(model: Any, device: torch.device) -> int:
-    """Of a forward, beyond which it gets no faster by the token: a power of two."""
+    """Return the number of tokens beyond which a forward gets no faster per token: a power of two."""
     if device.type != "cpu":
         return _MOST["cuda"]
     unused = 0 if model.config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
@@ -186,14 +188,14 @@ def most_tokens(model: Any, device: torch.device) -> int:
 
 class Choice(NamedTuple):
     sizes: Sizes
-    #: bytes at the peak of the largest forward, and seconds for all of them once; None: not known
+    #: peak bytes of the largest forward, and seconds for all forwards once; None: not known
     peak: int | None
     seconds: float | None
     fits: bool
 
 
 def expected(needs: Needs, sizes: Sizes, cut: Callable[[int], list[Batch]], limit: int | None = None) -> Choice:
-    """Of forwards of these sizes, by what one example took."""
+    """Predict the memory and time of forwards of these sizes from the measurement of one example."""
     batches = cut(sizes.tokens)
     peak = max(map(needs.of, batches))
     seconds = needs.seconds * sum(batch.tokens for batch in batches) / needs.tokens
@@ -207,18 +209,19 @@ def choose(
     most: int,
     timed: Callable[[Sizes], float] | None = None,
 ) -> Choice | None:
-    """The largest forward that fits, of powers of two.
+    """Choose the largest forward that fits, among powers of two.
 
     Args:
-        measured: what the longest example takes, with layers checkpointed or without; None: more than there is, or
-            layers cannot be checkpointed.
-        cut: all examples into batches of so many tokens.
-        limit: bytes.
-        most: tokens.
-        timed: seconds a token at sizes, where more tokens than fit may be faster although layers are computed twice.
+        measured: measures the longest example, with layers checkpointed or not. It returns None if memory runs out, or
+            if layers cannot be checkpointed.
+        cut: makes batches of at most so many tokens from all examples.
+        limit: maximum number of bytes.
+        most: maximum number of tokens.
+        timed: measures the seconds per token at given sizes. If it is given, checkpointing is tried too, because more
+            tokens per forward may be faster although layers are computed twice.
 
     Returns:
-        None if nothing could be measured. `fits` is False where not even one example keeps to the limit.
+        The choice, or None if nothing could be measured. `fits` is False if one example alone exceeds the limit.
     """
     plain = _largest(measured(False), Sizes(most), cut, limit)
     hurried = timed is not None and plain is not None and plain.sizes.tokens < min(_FILLED, most)
@@ -227,8 +230,8 @@ def choose(
     again = _largest(measured(True), Sizes(most, True), cut, limit)
     if plain is None or again is None:
         return plain if again is None else again
-    if plain.fits:  # both do
-        assert timed is not None  # else it would be the plain one
+    if plain.fits:  # then the checkpointed one fits too
+        assert timed is not None  # else the plain choice would have been returned
         return again if 1.1 * timed(again.sizes) < timed(plain.sizes) else plain
     return again
 
@@ -243,7 +246,7 @@ def _largest(needs: Needs | None, sizes: Sizes, cut: Callable, limit: int | None
 
 
 def halved(sizes: Sizes, batch: Batch, make: Make, can_checkpoint: bool) -> Sizes | None:
-    """Less than what `batch` took; None if there is no less."""
+    """Return sizes smaller than that of `batch`, or None if it cannot get smaller."""
     tokens = sizes.tokens
     while len(batch.examples) > 1:
         tokens = max(tokens // 2, 1)
@@ -255,8 +258,8 @@ def halved(sizes: Sizes, batch: Batch, make: Make, can_checkpoint: bool) -> Size
 def for_each(
     batches: Sequence[Batch], work: Callable[[Batch], object], less: Callable[[Batch], Callable | None]
 ) -> None:
-    """`work(batch)` for every batch. Where memory runs out in one, `less(batch)` says how what is left is to be cut, or
-    None: then the error goes on."""
+    """Call `work(batch)` for every batch. If one runs out of memory, `less(batch)` returns the function that cuts the
+    remaining examples into smaller batches, or None: then the error is raised."""
     waiting = list(reversed(batches))
     while waiting:
         failure = None
@@ -271,9 +274,9 @@ def for_each(
             continue
         cut = less(waiting[-1])
         if cut is None:
-            failure.add_note("A single example is more than there is memory for: lower max_length of S0Config.")
+            failure.add_note("There is not enough memory for a single example: lower max_length of S0Config.")
             raise failure
-        traceback.clear_frames(failure.__traceback__)  # they hold what was made until memory ran out
+        traceback.clear_frames(failure.__traceback__)  # they hold the tensors made until memory ran out
         del failure
         release()
         waiting = list(reversed(cut([example for batch in reversed(waiting) for example in batch.examples])))
@@ -284,7 +287,7 @@ def in_words(size: int) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or, by what torch's allocator says then, of a CPU."""
+    """Whether the error says that memory ran out, on a GPU or in torch's CPU allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -292,7 +295,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Give back what has just been freed."""
+    """Return freed memory to the system."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

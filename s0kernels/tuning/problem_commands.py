@@ -1,4 +1,4 @@
-"""`python -m s0kernels collect` and `evaluate`: a checker and a way of sampling by options, and what is printed."""
+"""`python -m s0kernels collect` and `evaluate`: options for the checker and for sampling, and the printed results."""
 
 import argparse
 import json
@@ -16,11 +16,11 @@ _PROBLEMS = (
     'a file of JSON lines, each {"prompt": ...} or {"messages": [...]} with "tests": code or "answer": text; "id", '
     '"entry_point" and "prefix" are optional'
 )
-#: of sampling, as `collect` and `evaluate` take them
+#: the arguments of sampling that `collect` and `evaluate` take
 _NAMES = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "chat_template_kwargs", "seed", "rows")
-#: of them, those of an answer without noise
+#: those of them that matter for a greedy answer
 _GREEDY = ("max_new_tokens", "stop", "chat_template_kwargs", "rows")
-#: of the problems that `tune --collect` is given, each so many is held out
+#: `tune --collect` holds out one problem in so many
 _EVERY = 4
 
 
@@ -151,7 +151,7 @@ def add_sampling(parser: argparse.ArgumentParser, samples: int) -> None:
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of them, as the trainer's arguments."""
+    """Return the options of sampling that were given, as arguments of the trainer."""
     found = {name: value for name in _NAMES if (value := getattr(options, name)) is not None}
     if "chat_template_kwargs" in found:
         try:
@@ -162,7 +162,7 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling(options: argparse.Namespace) -> Sampling:
-    """Checked, but for the number of rows."""
+    """Return checked settings of sampling, without the number of rows."""
     return Sampling(**{name: value for name, value in sampling_options(options).items() if name != "rows"})
 
 
@@ -170,14 +170,14 @@ def checker(options: argparse.Namespace) -> Any:
     from s0kernels.tuning.verify.checkers import Answer, ByProblem, Command, Python
 
     if options.check is not None and options.checker is not None:
-        raise ValueError("--check and --command are two checkers, and one is wanted")
+        raise ValueError("--check and --command must not both be given")
     if options.checker is not None:
         return Command(shlex.split(options.checker))
     return {"tests": Python, "answer": Answer, None: ByProblem}[options.check]()
 
 
 def open_trainer(options: argparse.Namespace, files: Sequence[Path], check: Any, config: Any = None) -> Any:
-    """The trainer, after the problems have been read with its tokenizer alone."""
+    """Make the trainer. The problems are read first, which needs only its tokenizer."""
     from transformers import AutoTokenizer
 
     from s0kernels.tuning.loading import find_model, load_tokenizer
@@ -199,7 +199,7 @@ def run_collect(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     if options.server is None:
         if options.served_model is not None:
-            raise ValueError("--served-model is a server's, and --server is missing")
+            raise ValueError("--served-model needs --server")
         trainer = open_trainer(options, [options.problems], check)
         given = {"solutions": options.solutions, "out": options.output, **sampling_options(options)}
         found = trainer.collect(options.problems, check, **given)
@@ -210,7 +210,7 @@ def run_collect(options: argparse.Namespace) -> None:
 
 
 def _from_server(options: argparse.Namespace, check: Any) -> list[dict[str, Any]]:
-    """Without loading the model."""
+    """Collect solutions from a server, without loading the model."""
     import torch
     from transformers import AutoTokenizer
 
@@ -257,7 +257,7 @@ def run_evaluate(options: argparse.Namespace, table: Table) -> None:
         print(json.dumps([one.to_dict() for one in found.values()] if len(found) > 1 else one_of(found).to_dict()))
     elif len(found) > 1:
         print(sweep_table(found, table))
-        print("an alpha that is chosen by these problems is to be judged by others: --development")
+        print("do not judge an alpha on the problems that chose it: give others by --development")
     else:
         print_evaluation(one_of(found), table)
 
@@ -266,7 +266,7 @@ def check_tune_options(options: argparse.Namespace) -> None:
     for name in ("heldout", "solutions", "server", "served_model", "check", "checker", *_NAMES):
         if getattr(options, name) is not None and not options.collect:
             flag = "command" if name == "checker" else name.replace("_", "-")
-            raise ValueError(f"--{flag} is about problems, and --collect is missing")
+            raise ValueError(f"--{flag} needs --collect")
 
 
 def split(
@@ -276,12 +276,13 @@ def split(
     options: Mapping[str, Any] | None,
     check: Any,
 ) -> tuple[dict[str | None, list], dict[str | None, list]]:
-    """(to learn from, held out) by task: held out are `others`, or every fourth. `options` are the template's."""
+    """Return (problems to learn from, held-out problems), each by task. The problems held out are `others`, or every
+    fourth. `options` are those of the chat template."""
     from s0kernels.tuning.problems import read_problems
 
     parts: tuple[dict, dict] = ({}, {})
     if others is not None and list(others) != list(files):
-        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, and has {some(others)}")
+        raise ValueError(f"--heldout must have the tasks of DATA, {some(files)}, got {some(others)}")
     for name, file in files.items():
         rows = [{**p.record, "id": p.id} for p in read_problems(file, tokenizer, options, check)]
         if others is not None:
@@ -297,7 +298,8 @@ def split(
 def find_solutions(
     trainer: Any, problems: Mapping[str | None, list], output: Path, check: Any, options: argparse.Namespace
 ) -> Any:
-    """What `train` takes: those of one task, or of several by name; they are written beside the states."""
+    """Collect solutions, write them beside the states, and return them as `train` takes them: the list of one task, or
+    a mapping of several."""
     from s0kernels.tuning.processes import processes
 
     found = {}
@@ -320,7 +322,7 @@ def print_heldout(
     options: argparse.Namespace,
     table: Table,
 ) -> None:
-    """A table of the held-out problems for each task, by the likeliest answers."""
+    """Print a table of the greedy results on the held-out problems, for each task."""
     from s0kernels.tuning.processes import processes
 
     greedy = {name: x for name, x in sampling_options(options).items() if name in _GREEDY}
@@ -344,7 +346,7 @@ def print_evaluation(found: Any, table: Table) -> None:
 
 
 def sweep_table(found: Mapping[float, Any], table: Table) -> str:
-    """The base and S0 at each alpha."""
+    """Return a table of the base, and of S0 at each alpha."""
     head, rows = next(iter(found.values())).table()
     return table(head, [rows[0], *(one.table()[1][1] for one in found.values())])
 
@@ -352,11 +354,11 @@ def sweep_table(found: Mapping[float, Any], table: Table) -> str:
 def _alphas(options: argparse.Namespace) -> list[float] | None:
     for name in ("task", "alpha", "development"):
         if getattr(options, name) is not None and options.states is None:
-            raise ValueError(f"--{name} is about the states, and --states is missing")
+            raise ValueError(f"--{name} needs --states")
     try:
         found = None if options.alpha is None else [float(alpha) for alpha in options.alpha.split(",")]
     except ValueError:
-        raise ValueError(f"--alpha must be numbers, as 0.03,0.07, got {options.alpha!r}") from None
+        raise ValueError(f"--alpha must be numbers such as 0.03,0.07, got {options.alpha!r}") from None
     if options.development is not None and len(found or ()) < 2:
-        raise ValueError("--development chooses among several --alpha, as 0.03,0.07,0.15")
+        raise ValueError("--development needs several --alpha to choose from, such as 0.03,0.07,0.15")
     return found

@@ -1,4 +1,4 @@
-"""Problems that answers are sampled for."""
+"""Problems, for which answers are sampled."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from s0kernels.tuning.tokens import encode
 
 
 class Problem(NamedTuple):
-    #: as given, or its place
+    #: the id given, or else the index
     id: str | int
-    #: as given, without what is None
+    #: the mapping given, without values that are None
     record: Mapping[str, Any]
-    #: the text that the model goes on from, and its tokens
+    #: the text that the model continues, and its tokens
     prompt: str
     ids: list[int]
 
@@ -27,21 +27,22 @@ class Problem(NamedTuple):
         return hashlib.sha256(self.prompt.encode(errors="surrogatepass")).hexdigest()[:16]
 
     def asked(self) -> dict[str, Any]:
-        """What of it an example for training has."""
+        """Return the keys of the problem that a training example keeps."""
         return {name: self.record[name] for name in ("prompt", "messages") if name in self.record}
 
 
 def read_problems(
     problems: Any, tokenizer: Any, options: Mapping[str, Any] | None = None, check: Any = None
 ) -> list[Problem]:
-    """Problems from a list, a file of JSON lines or a `datasets.Dataset`, with their prompts as the model reads them.
+    """Read problems from a list, a file of JSON lines or a `datasets.Dataset`, and make their prompts.
 
-    A problem is a mapping with `prompt`, a text, or `messages`, which go through the tokenizer's template with
-    `options`; with `id`, a string or an int, or its place counts as that; and with whatever its checker needs.
+    A problem is a mapping. It has a `prompt` (text) or `messages`, which go through the tokenizer's chat template with
+    `options`. It may have an `id`, a string or an int; the default is its index. It has the keys that its checker
+    needs.
 
     Raises:
-        TypeError, ValueError: a problem is none, or lacks what `check.check_problem` asks for, or an id comes twice;
-            the message has its place, of a file its line.
+        TypeError, ValueError: a problem is invalid, lacks a key that `check.check_problem` requires, or repeats an id.
+            The message has its index, or its line in a file.
     """
     if isinstance(problems, Mapping):
         raise TypeError("S0Trainer: problems must be a list, a file or one split of a data set; put one into a list")
@@ -53,7 +54,7 @@ def read_problems(
         record = {name: value for name, value in record.items() if value is not None}
         problem = _read(record, record.get("id", number), where, tokenizer, options)
         if problem.key in places:
-            raise ValueError(f"{where} has the id {problem.id!r}, and so has {places[problem.key]}")
+            raise ValueError(f"{where} has the id {problem.id!r}, which {places[problem.key]} has too")
         places[problem.key] = where
         _check(problem, where, check)
         found.append(problem)
@@ -66,7 +67,7 @@ def _read(record: Mapping[str, Any], name: Any, where: str, tokenizer: Any, opti
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise TypeError(f"{where}: id must be a string or an int, got {name!r}")
     if ("prompt" in record) == ("messages" in record):
-        raise ValueError(f"{where} must have prompt or messages, and not both; it has {sorted(map(str, record))}")
+        raise ValueError(f"{where} must have either prompt or messages; it has {sorted(map(str, record))}")
     if "messages" in record:
         prompt = write_prompt(record["messages"], options, where, tokenizer)
         ids = encode(prompt, where, tokenizer, add_special_tokens=False)
@@ -90,10 +91,10 @@ def _check(problem: Problem, where: str, check: Any) -> None:
 
 
 def prompt_format(problems: Iterable[Problem], tokenizer: Any) -> str:
-    """For a file: how prompts are written, as texts or by which template."""
+    """Return, for a file, how prompts are written: as texts, or by which template."""
     return f"template {template_digest(tokenizer)}" if chats(problems) else "text"
 
 
 def chats(problems: Iterable[Problem]) -> list[list[Mapping[str, Any]]]:
-    """The messages of those that have some."""
+    """Return the messages of the problems that have messages."""
     return [problem.record["messages"] for problem in problems if "messages" in problem.record]

@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""Communication between the processes of a run."""
 
 import atexit
 import os
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """All of them, and this one; one alone, unless started by `accelerate launch` or the like."""
+    """The processes of a run. There is one, unless the program was started by `accelerate launch` or a similar
+    command."""
 
     def __init__(self):
         self._state = processes()
@@ -32,7 +33,7 @@ class Processes:
         return bool(self.sum(torch.tensor(float(value))) > 0)
 
     def least(self, values: list[int]) -> list[int]:
-        """Of each value."""
+        """Return the minimum over the processes of each value."""
         if self.count == 1:
             return values
         from accelerate.utils import gather
@@ -41,7 +42,7 @@ class Processes:
         return all_values.amin(0).tolist()  # pyright: ignore[reportAttributeAccessIssue] (likewise)
 
     def share(self, value: Any) -> list[Any]:
-        """The value of each, in their order."""
+        """Return the values of all processes, in their order."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -49,11 +50,12 @@ class Processes:
         return list(gather_object([value]))
 
     def alike(self, value: object) -> bool:
-        """Whether all have the same."""
+        """Whether all processes have the same value."""
         return all(other == value for other in self.share(value))
 
     def together(self, work: Callable[[], Any], where: range | None = None) -> list[Any]:
-        """What `work` returns in each, or in those of `where` alone. An error in one is an error in all."""
+        """Run `work` in every process, or only in those of `where`, and return the results. An error in one process is
+        raised in all."""
         found, failure = None, None
         try:
             found = work() if where is None or self.index in where else None
@@ -69,7 +71,7 @@ class Processes:
 
 
 def processes() -> "PartialState":
-    """As accelerate knows them: its `PartialState`."""
+    """Return accelerate's `PartialState`."""
     from accelerate import PartialState
 
     distributed = torch.distributed
@@ -81,7 +83,7 @@ def processes() -> "PartialState":
 
 
 def _end_process_group(process: int) -> None:
-    """The group that `processes` has made, in the process that made it. A thread of gloo's that still held a tensor
-    while Python shuts down would abort the process."""
+    """End the process group in the process that made it. A gloo thread that still holds a tensor while Python shuts
+    down would abort the process."""
     if os.getpid() == process and torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Sampling from a model, with noise that belongs to a sample, whatever it goes through the model with."""
+"""Sample from a model. The random numbers of a sample do not depend on the batch that it is in."""
 
 import hashlib
 import itertools
@@ -13,16 +13,16 @@ from s0kernels.modules.arguments import cache_argument, cache_of, takes_cache
 from s0kernels.tuning.memory import allowed, is_out_of_memory, release
 from s0kernels.tuning.settings import Sampling
 
-#: most rows that are chosen: beyond it no device gets faster by the row
+#: maximum number of rows that is chosen: beyond it no device gets faster per row
 _MOST_ROWS = 256
-#: bytes a row for each entry of the vocabulary: logits, what is kept of them, their cumulative sum
+#: bytes per row and entry of the vocabulary: logits, filtered logits, their cumulative sum
 _PER_LOGIT = 64
 
 
 class Row(NamedTuple):
     """One sample to be made."""
 
-    #: of the problem, and the number of the sample
+    #: the key of the problem, and the index of the sample
     key: str
     sample: int
     prompt: str
@@ -31,21 +31,21 @@ class Row(NamedTuple):
 
 class Completion(NamedTuple):
     text: str
-    #: the model ended it itself; cut by length or by a stop string it has not ended
+    #: whether the model ended it itself. A completion cut by length or by a stop string has not ended
     ended: bool
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
+    """Return `text` up to the first of the stop strings."""
     ends = [place for place in (text.find(mark) for mark in stop) if place >= 0]
     return text[: min(ends)] if ends else text
 
 
 class Sampler:
-    """Makes completions with a model. `model` may wrap the swapped one; `ends` are its end tokens.
+    """Samples completions from a model. `model` may wrap the swapped model; `ends` are its end tokens.
 
-    `padded=False` puts only prompts of one length into a batch, and shares no work on them: for models that put
-    something before a prompt.
+    With `padded=False` a batch has prompts of one length only, and their prefill is not shared. This is for models that
+    put something before a prompt.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Sampler:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._ends, self._pad, self._padded = list(ends), pad, padded
         self._most, self._device = _MOST_ROWS, model.get_input_embeddings().weight.device
-        # a model that keeps something of a prompt itself, beside the cache, cannot be given a cache that was repeated
+        # a model that keeps data of a prompt outside the cache cannot use a cache whose rows were repeated
         keeps = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._can_share = padded and not keeps and takes_cache(model)
 
     def rows(self, longest: int, asked: int | None, device: torch.device) -> int:
-        """How many rows go through the model at a time, with prompts of at most `longest` tokens."""
+        """Return the number of rows in a batch, for prompts of at most `longest` tokens."""
         self._device = device
         limit = None if asked is not None else allowed(device, None)
         if asked is not None or limit is None:
@@ -71,7 +71,7 @@ class Sampler:
 
     @torch.no_grad()
     def _bytes(self, longest: int, device: torch.device) -> int:
-        """Of a row at its longest, by what a short one leaves in the cache."""
+        """Estimate the bytes of a row at its maximum length from the cache of a short one."""
         width = min(longest, 16)
         ids = torch.full((1, width), self._pad, device=device)
         kept = _tensors(self._model(input_ids=ids, use_cache=True, logits_to_keep=1))
@@ -83,7 +83,7 @@ class Sampler:
         return int(2 * (fixed + growing / width * length) + _PER_LOGIT * config.vocab_size + prompt)
 
     def sample(self, rows: Sequence[Row]) -> list[Completion]:
-        """In the order of `rows`. A batch that is out of memory is done again with half."""
+        """Return completions in the order of `rows`. A batch that runs out of memory is repeated in halves."""
         found: dict[int, Completion] = {}
         order = list(range(len(rows))) if self._padded else sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         groups = [list(same) for _, same in itertools.groupby(order, lambda i: 0 if self._padded else len(rows[i].ids))]
@@ -97,7 +97,7 @@ class Sampler:
                         raise
                     failure = error
                 if failure is not None:
-                    failure.__traceback__ = None  # it holds what was made until memory ran out
+                    failure.__traceback__ = None  # it holds the tensors made until memory ran out
                     self._most = max(len(batch) // 2, 1)
                     release()
                     continue
@@ -128,8 +128,8 @@ class Sampler:
         return {name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))}
 
     def _shared(self, rows: Sequence[Row], width: int, config: Any, device: torch.device) -> dict[str, Any] | None:
-        """The inputs with a cache of all prompt tokens but the last, each prompt computed once; None where nothing is
-        to be saved, or where the model does not allow it."""
+        """Return the inputs with a cache of all prompt tokens but the last, where each prompt is computed once. Return
+        None if that saves nothing, or if the model does not support it."""
         firsts = [i for i, row in enumerate(rows) if i == 0 or row.ids is not rows[i - 1].ids]
         if not self._can_share or len(firsts) == len(rows) or min(len(row.ids) for row in rows) < 2:
             return None
@@ -173,7 +173,7 @@ class Sampler:
         return Completion(shortened, end is not None and shortened == text)
 
 
-#: whatever the model's own generation config says
+#: settings that override the generation config of the model
 _PLAIN = {
     "do_sample": False,
     "num_beams": 1,
@@ -188,14 +188,14 @@ _PLAIN = {
 
 
 def noise(seed: int, key: str, sample: int, place: int) -> float:
-    """In (0, 1), the same for the same arguments: what decides token `place` of a sample of a problem."""
+    """Return a random number in (0, 1) that depends on the arguments alone. It decides token `place` of a sample."""
     digest = hashlib.blake2b(f"{seed}\n{sample}\n{place}\n{key}".encode(errors="surrogatepass"), digest_size=5).digest()
     return (int.from_bytes(digest, "little") + 0.5) / 2**40
 
 
 class _Draw:
-    """A logits processor that leaves one token a row: where the cumulative distribution, in the vocabulary's order,
-    reaches the row's noise. A rounding of the logits moves a border between two tokens and no more."""
+    """Logits processor that samples one token per row by inverting the cumulative distribution, in vocabulary order, at
+    the row's random number. Rounding of the logits only shifts borders between tokens."""
 
     def __init__(self, seed: int, rows: Sequence[Row], width: int):
         self._seed, self._rows, self._width = seed, rows, width
@@ -206,18 +206,18 @@ class _Draw:
         cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         if not bool(total.isfinite().all()):
-            raise RuntimeError("S0Trainer: the model's logits are not finite, so nothing can be sampled from it")
+            raise RuntimeError("S0Trainer: the model's logits are not finite, so no token can be sampled")
         at = torch.tensor(found, dtype=torch.float64, device=scores.device)[:, None] * total
         chosen = torch.searchsorted(cumulative, at, right=True)
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
 
 
 class _Stop:
-    """A stopping criterion: rows whose last tokens hold a stop string."""
+    """Stopping criterion: stops rows whose last tokens hold a stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int):
         self._tokenizer, self._stop, self._width = tokenizer, stop, width
-        self._tail = 8 + max(len(mark.encode(errors="surrogatepass")) for mark in stop)  # a token is a byte or more
+        self._tail = 8 + max(len(mark.encode(errors="surrogatepass")) for mark in stop)  # a token has at least one byte
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         tails = input_ids[:, self._width :][:, -self._tail :].tolist()
@@ -226,8 +226,8 @@ class _Stop:
 
 
 def _tokens_in(cache: Any) -> int | None:
-    """How many tokens a cache has read. One without attention does not count them, and `generate` would then have all
-    of a prompt read once more."""
+    """Return the number of tokens that a cache has read, or None if it does not count them. A cache without attention
+    does not, and `generate` would then read the whole prompt again."""
     try:
         return cache.get_seq_length()
     except ValueError:
@@ -235,7 +235,7 @@ def _tokens_in(cache: Any) -> int | None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """What a forward leaves in its cache."""
+    """Return the tensors in the cache of a forward's output."""
     found: list[Tensor] = []
     waiting: list[Any] = list(getattr(cache_of(output), "layers", ()))
     waiting = [value for layer in waiting for value in vars(layer).values()]
@@ -251,7 +251,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any, others: Sequence[int] = ()) -> list[int]:
-    """With which a model ends what it writes: by its generation config, by its tokenizer, and `others`."""
+    """Return the tokens that end a text of the model: those of its generation config, that of its tokenizer, and
+    `others`."""
     told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     told = [told] if isinstance(told, int) else list(told or ())
     own = getattr(tokenizer, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Completions from a server with OpenAI's API: vLLM, SGLang, `transformers serve` and others."""
+"""Sample completions from a server with OpenAI's API: vLLM, SGLang, `transformers serve` and others."""
 
 import hashlib
 import os
@@ -12,43 +12,45 @@ from s0kernels.messages import advice, some
 from s0kernels.tuning.sampling import Completion, Row, cut
 from s0kernels.tuning.settings import Sampling
 
-#: requests at a time, where not said otherwise
+#: default number of concurrent requests
 _AT_A_TIME = 64
-#: more tries of a request that fails in a way that may pass
+#: number of retries of a request after a temporary failure
 _RETRIES = 5
 _SECONDS = 600.0
 
 
 class Server:
-    """Makes completions with the model that a server has. The promise of a seed does not hold: what a server draws may
-    depend on what else it does then. What OpenAI's API has no name for, such as a penalty of repetition, is as the
-    server has it.
+    """Samples completions from the model of a server. The same seed does not guarantee the same samples: they may
+    depend on the server's other work. Settings that OpenAI's API does not have, such as a repetition penalty, are those
+    of the server.
 
-    Prompts are sent as texts, as the tokenizer's template wrote them, through `/completions`, each sample in a request
-    of its own, many at a time. A request that fails in a way that may pass is tried again a few times.
+    Prompts are sent as texts, formatted by the tokenizer's chat template, to `/completions`. Each sample is one
+    request, and many run concurrently. A request is retried a few times after a temporary failure.
 
     Args:
-        url: where the API begins, as http://localhost:8000/v1. The key, if it wants one, is in OPENAI_API_KEY.
-        model: its name there; None: the only one there is.
-        tokenizer: the model's.
+        url: base URL of the API, such as http://localhost:8000/v1. If the server needs a key, set OPENAI_API_KEY.
+        model: name of the model on the server; None: its only model.
+        tokenizer: the tokenizer of the model.
     """
 
     def __init__(self, url: str, model: str | None, sampling: Sampling, tokenizer: Any):
         if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-            raise ValueError(f"S0Trainer: server must be a URL, as http://localhost:8000/v1, got {url!r}")
+            raise ValueError(f"S0Trainer: server must be a URL such as http://localhost:8000/v1, got {url!r}")
         if model is not None and not isinstance(model, str):
             raise TypeError(f"S0Trainer: served_model must be a name, got {model!r}")
         try:
             import openai
         except ImportError as error:
-            raise ImportError(f"a server is asked through openai's client: {advice(error)}", name=error.name) from error
+            raise ImportError(
+                f"sampling from a server needs the openai client: {advice(error)}", name=error.name
+            ) from error
         self._error = openai.OpenAIError
-        # a server of one's own wants no key, and the client wants one
+        # a local server needs no key, but the client requires one
         key = os.environ.get("OPENAI_API_KEY", "none")
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_SECONDS)
         self._url, self._sampling, self._begin = url, sampling, _begin(tokenizer)
         self._at_a_time = _AT_A_TIME
-        #: the model's name there
+        #: the name of the model on the server
         self.model = self._only_model() if model is None else model
 
     def _only_model(self) -> str:
@@ -63,12 +65,12 @@ class Server:
         return found[0]
 
     def rows(self, longest: int, asked: int | None, device: torch.device) -> int:
-        """How many requests at a time: enough for a problem's samples."""
+        """Return the number of concurrent requests: at least enough for the samples of one problem."""
         self._at_a_time = asked or max(_AT_A_TIME, self._sampling.samples)
         return self._at_a_time
 
     def sample(self, rows: Sequence[Row]) -> list[Completion]:
-        """In the order of `rows`."""
+        """Return completions in the order of `rows`."""
         with ThreadPoolExecutor(self._at_a_time) as pool:
             futures = [pool.submit(self._complete, row) for row in rows]
             try:
@@ -90,7 +92,7 @@ class Server:
         }
         if sampling.stop:
             asked["stop"] = list(sampling.stop)
-        if sampling.top_k:  # not OpenAI's, but vLLM's and SGLang's
+        if sampling.top_k:  # vLLM and SGLang support it, OpenAI's API does not
             asked["extra_body"] = {"top_k": sampling.top_k}
         try:
             made = self._client.completions.create(**asked)
@@ -105,8 +107,8 @@ class Server:
         return Completion(shortened, shortened == whole and self._ended(choice))
 
     def _ended(self, choice: Any) -> bool:
-        """Whether the model ended it. Where there are stop strings a server says "stop" for these, too; which of both
-        it was vLLM and SGLang tell, and of a server that does not, it counts as cut."""
+        """Whether the model ended the completion itself. With stop strings, a server says "stop" for these too. vLLM
+        and SGLang say which of both it was. With other servers the completion counts as cut."""
         if choice.finish_reason != "stop":
             return False
         if not self._sampling.stop:
@@ -119,7 +121,7 @@ class Server:
 
 
 def _begin(tokenizer: Any) -> str:
-    """What tokenizing puts in front of a text that may have it already, from the template."""
+    """Return the text that tokenizing puts in front of a text, and that the template may have written already."""
     bos = getattr(tokenizer, "bos_token", None) or ""
     return bos if bos and tokenizer(bos)["input_ids"].count(tokenizer.bos_token_id) > 1 else ""
 

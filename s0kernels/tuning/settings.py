@@ -1,4 +1,4 @@
-"""Settings of sampling. Importing them imports nothing else, since the command line reads their defaults first."""
+"""The settings of sampling. This module imports nothing large, because the command line reads the defaults first."""
 
 import math
 import numbers
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are made; see `S0Trainer.collect`. `greedy` takes the likeliest token, without noise."""
+    """The settings of sampling; see `S0Trainer.collect`. `greedy` takes the most likely token."""
 
     samples: int = 16
     max_new_tokens: int = 512
@@ -42,8 +42,8 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def settings(self) -> dict[str, Any]:
-        """For a file: all that what is made depends on."""
+        """Return, for a file, all settings that the samples depend on."""
         found = asdict(self)
-        if self.greedy:  # these play no part then
+        if self.greedy:  # these have no effect then
             found = {name: found[name] for name in ("max_new_tokens", "stop", "chat_template_kwargs", "greedy")}
         return found

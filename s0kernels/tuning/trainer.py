@@ -34,24 +34,24 @@ from s0kernels.tuning.verify.checkers import Checker
 
 
 class S0Trainer(Holder):
-    """Trains the initial states of a model, and uses them. The API of the `s0-tuning` package.
+    """Train the initial states of a model, and use them. The API is that of the `s0-tuning` package.
 
     Args:
-        model: a causal language model of transformers, of a supported family. Its mixers are swapped in place.
+        model: a causal language model of transformers, from a supported family. Its mixers are swapped in place.
         tokenizer: its tokenizer.
-        config: settings; the defaults are those of the method.
+        config: the settings of training; the defaults are those of the paper.
 
-    The base weights get no gradient and do not change. Started in several processes (`accelerate launch`, `torchrun`),
-    each trains on a share of the batches and all end with the same states.
+    The base weights get no gradient and do not change. In several processes (`accelerate launch`, `torchrun`), each
+    process trains on a share of the batches, and all end with the same states.
     """
 
     @classmethod
     def from_pretrained(cls, model_name: str, config: S0Config | None = None, **model_kwargs: Any) -> "S0Trainer":
         """Load model and tokenizer through transformers' Auto classes.
 
-        `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`. Unless they say otherwise the model is bf16 spread
-        by `device_map="auto"` where there is a GPU, and fp32 on the CPU where there is none. A name that does not exist
-        or that cannot be looked up, and a model of another family, are refused before weights are loaded.
+        `model_kwargs` are passed to `AutoModelForCausalLM.from_pretrained`. By default the model is loaded in bf16 with
+        `device_map="auto"` if there is a GPU, and in fp32 on the CPU otherwise. A model that cannot be found, and a
+        model of an unsupported family, are refused before weights are loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,48 +86,46 @@ class S0Trainer(Holder):
         """Learn S0 from zero.
 
         Args:
-            data: pairs (text, prompt_length), the second being the number of first tokens that are the prompt, which
-                is not learned; or mappings with prompt and completion, or with the messages of a conversation; or a
-                file of JSON lines; see `s0kernels.tuning.data.read_examples`. A mapping from names to such data trains
-                several tasks at once, each as if it were alone.
-            tokens_per_batch: examples go through the model together up to this many tokens per forward, pads included;
-                1 is one example a forward. The result does not depend on it but for rounding: each step's loss is the
-                mean over all examples of each example's mean cross-entropy per completion token. None: the longest
-                example is tried, and the largest power of two is taken that keeps to `max_memory`, and on a CPU the
-                smallest that gives the model enough to do at a time. Where a forward runs out of memory all the same,
-                it is done again with half, and so are those to come. The history says what was chosen, and a
-                checkpoint keeps to it.
-            max_memory: bytes that each process may take beyond the model, of a GPU's memory or of resident memory.
-                Where one example needs more, layers are recomputed in the backward instead of being kept. None:
-                nine tenths of what is free on a GPU, half of it on a CPU, shared by the processes there. With
-                `tokens_per_batch` as well, that is halved until it fits.
-            packed: lay the examples of a batch end to end instead of padding them. None: where the model has flash
+            data: pairs (text, prompt_length), where the first `prompt_length` tokens are the prompt, which is not
+                learned; or mappings with prompt and completion, or with the messages of a conversation; or a file of
+                JSON lines. See `s0kernels.tuning.data.read_examples`. A mapping from names to such data trains several
+                tasks at once, each as if it were alone.
+            tokens_per_batch: maximum number of tokens in one forward, pads included; 1 means one example per forward.
+                Apart from rounding, the result does not depend on it: the loss of a step is the mean over all examples
+                of the mean cross-entropy of an example's completion tokens. None: the longest example is measured, and
+                the largest power of two that keeps to `max_memory` is chosen; on a CPU, the smallest one that gives the
+                model enough work at a time. If a forward runs out of memory all the same, it is repeated with half as
+                many tokens, and so are later forwards. The history records the choice, and a checkpoint keeps it.
+            max_memory: number of bytes that each process may use beyond the model, of GPU memory or of resident memory.
+                If one example needs more, layers are recomputed in the backward instead of being kept. None: nine
+                tenths of the free memory on a GPU, half of it on a CPU, shared by the processes there. If
+                `tokens_per_batch` is given too, it is halved until it fits.
+            packed: lay the examples of a batch end to end instead of padding them. None does so if the model has flash
                 attention.
-            callbacks: each is called after every step with the step's entry of `history`, to which it may add, and
-                the states, which are attached at `scale` so that `evaluate` sees them; `save` saves them. True ends
-                the training. In several processes each calls them.
-            checkpoint: a file to save the run to after every `checkpoint_every` steps. Where it exists the run goes on
-                from there, with the bits it would have had without the interruption (on the same number of processes);
-                a longer `n_steps` prolongs a run, unless a callback has ended it.
-            progress: say what is to be expected, in tokens, memory and time, and show a progress bar. Where nobody
-                watches, that is a line now and then.
-            scale: what the states are multiplied by while they learn. 1 learns them raw, as the `s0-tuning` package
-                does, and only their use is scaled; `trainer.alpha` is Algorithm 1 of the method's paper, in which
-                training sees what use will see, and a state has to grow further for the same effect.
-            layers: the recurrent layers whose states learn; the others stay zero. None: all of them.
+            callbacks: functions called after every step with the step's entry of `history`, to which they may add, and
+                the states. The states are attached at `scale`, so `evaluate` uses them, and `save` saves them. A
+                callback that returns True ends the training. Every process calls them.
+            checkpoint: file that the run is saved to after every `checkpoint_every` steps. If it exists, the run
+                resumes from it, and the result has the same bits as without the interruption (on the same number of
+                processes). A larger `n_steps` continues a finished run, unless a callback has ended it.
+            progress: print the expected tokens, memory and time, and show a progress bar, or lines in a log.
+            scale: factor that multiplies the states during training. 1 is the choice of the `s0-tuning` package: only
+                their use is scaled. `trainer.alpha` is Algorithm 1 of the paper: training and use see the same states,
+                and a state has to grow further for the same effect.
+            layers: indices of the recurrent layers whose states are trained; the others stay zero. None: all of them.
 
-        Where states are active, the new ones take their place if they have the tasks that are active.
+        If states were active, the new ones become active instead, provided that they have the active tasks.
 
         Returns:
             `final_loss`, the loss of the last step before its update, and `avg_state_norm`, the mean norm of the
             state of a layer that learns. The losses of all steps are in `history`.
 
         Raises:
-            TypeError, ValueError: no data, or an example with nothing to predict (named by its index); `checkpoint` is
-                of another run; `scale` is zero; `layers` names a layer that has no state; `max_memory` is less than one
-                example takes.
-            torch.OutOfMemoryError: one example takes more than there is, with layers checkpointed.
-            RuntimeError: a perturbed S0 leaves the logits as they are, or the loss or its gradient is not finite.
+            TypeError, ValueError: there is no data, or an example has nothing to predict (the message has its index);
+                `checkpoint` belongs to another run; `scale` is zero; `layers` names a layer without a state;
+                `max_memory` is less than one example needs.
+            torch.OutOfMemoryError: one example needs more memory than is free, even with layers checkpointed.
+            RuntimeError: a random S0 does not change the logits, or the loss or its gradient is not finite.
         """
         self._refuse_while_training("train")
         callbacks = checks.callbacks(callbacks)
@@ -159,7 +157,7 @@ class S0Trainer(Holder):
 
     @contextlib.contextmanager
     def _in_training(self, states: S0States, history: list[dict[str, Any]]) -> Iterator[None]:
-        """`states` and `history` are the trainer's from here on, unless training them fails."""
+        """Make `states` and `history` those of the trainer. If training fails, restore the previous ones."""
         before = self._states, self.history
         was_active, selection = self.active, self._selection
         self.deactivate()
@@ -197,46 +195,52 @@ class S0Trainer(Holder):
         served_model: str | None = None,
         progress: bool = True,
     ) -> list[dict[str, Any]]:
-        """Verified solutions, sampled from the frozen model without S0, whatever is active: what `train` takes.
+        """Sample solutions from the frozen model, verify them, and return them as examples for `train`. The model
+        samples without S0, even if states are active.
 
         Args:
-            problems: a list, a file of JSON lines or a `datasets.Dataset` of mappings with `prompt`, a text, or
-                `messages`, which go through the tokenizer's template, without thinking where it can be turned off; with
-                an `id`, or their place counts as that; and with what the checker needs.
-            check: any callable `(problem, answer) -> bool`, as those of `s0kernels.verify`: `problem` is the mapping,
-                `answer` the text of a completion, unchanged. An exception in it ends the run and names the problem. It
-                is called in a thread, while the model samples.
-            samples: of each problem. The first that is right is kept, so there is at most one solution a problem.
-            solutions: of the problems that are solved so many are kept, the first in their order; the run stops when it
-                is decided which they are.
-            max_new_tokens, temperature, top_p, top_k: of sampling, as in transformers; `top_k=0`: all tokens.
-            stop: texts; a completion ends before the first of them that it has.
-            chat_template_kwargs: go to the template, and into the solutions, so that training uses them as well.
-            seed: the noise of sampling belongs to seed, problem, sample and position. So the same seed finds the same,
-                however problems are batched, interrupted or dealt out to processes, up to the model's own rounding.
-            rows: sequences that go through the model at a time; None: as many as memory has room for. A batch that is
-                out of memory is done again with half.
-            out: a file for the solutions, as JSON lines; each is written when it is found. Beside it, with the suffix
-                `.state.jsonl`, is what is decided about each problem. Started again the run goes on from there; other
-                settings of sampling are refused.
-            server: the URL of a server with OpenAI's API, as http://localhost:8000/v1, which samples instead of the
-                trainer's model; `rows` requests at a time. What is said of the seed does not hold then.
-            served_model: the model's name there; None: the only one it has.
-            progress: show a bar, with the yield.
+            problems: a list, a file of JSON lines or a `datasets.Dataset` of mappings. A mapping has a `prompt` (text)
+                or `messages`, which go through the tokenizer's chat template, with thinking turned off if the template
+                can. It may have an `id`; the default is its index. It also has the keys that the checker needs.
+            check: a callable `(problem, answer) -> bool`, such as those of `s0kernels.verify`. `problem` is the
+                mapping, `answer` the unchanged text of a completion. An exception in it ends the run, and the error
+                names the problem. It is called in a thread while the model samples.
+            samples: number of samples of each problem. The first correct one is kept, so a problem has at most one
+                solution.
+            solutions: number of solutions to keep: those of the first solved problems, in the order of `problems`. The
+                run stops as soon as these are known.
+            max_new_tokens, temperature, top_p, top_k: settings of sampling, as in transformers. `top_k=0` allows all
+                tokens.
+            stop: list of texts. A completion ends before the first of them that occurs in it.
+            chat_template_kwargs: arguments of the chat template. They are stored in the solutions, so that training
+                uses them as well.
+            seed: the random number of a token depends on seed, problem, sample and position alone. So the same seed
+                gives the same samples, however the problems are batched, interrupted or divided among processes, up to
+                the model's own rounding.
+            rows: number of sequences in a batch; None: as many as fit into memory. A batch that runs out of memory is
+                repeated in halves.
+            out: file for the solutions, as JSON lines; each is written as soon as it is found. A file beside it, with
+                the suffix `.state.jsonl`, records the result of each problem. A second run resumes from there; it is
+                refused if its settings of sampling differ.
+            server: URL of a server with OpenAI's API, such as http://localhost:8000/v1, which samples instead of the
+                trainer's model, with `rows` requests at a time. Then the same seed does not guarantee the same samples.
+            served_model: name of the model on the server; None: the only model that the server has.
+            progress: show a progress bar with the share of problems solved.
 
         Returns:
-            `{"id", "prompt" or "messages", "completion", "ended"}` each; `ended` is whether the model ended it itself,
-            and then training learns the end token.
+            A list of `{"id", "prompt" or "messages", "completion", "ended"}`. `ended` says whether the model ended the
+            completion itself; if so, training learns the end token.
 
         Raises:
-            TypeError, ValueError: a problem is none, or lacks what its checker needs; `out` is of another run.
-            RuntimeError: none is right, with what the model answered to the first; the checker or the server failed.
+            TypeError, ValueError: a problem is invalid, or lacks a key that its checker needs; `out` belongs to another
+                run.
+            RuntimeError: no sample is correct (the message shows some answers); the checker or the server failed.
         """
         self._refuse_while_training("collect")
         wanted = checks.positive("solutions", solutions)
         sampling = Sampling(samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed)
         if served_model is not None and server is None:
-            raise ValueError("S0Trainer.collect: served_model is a server's, and there is no server")
+            raise ValueError("S0Trainer.collect: served_model needs server, which is None")
         work = self._work(problems, check, sampling, rows, out, progress)
         if server is not None:
             return collect_from(server, served_model, self.tokenizer, work, wanted)
@@ -340,36 +344,42 @@ class S0Trainer(Holder):
         out: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Any:
-        """How many problems the base solves and how many S0; without `check`, the loss of examples.
+        """Compare how many problems the model solves with and without S0. Without `check`, compute the loss of
+        examples.
 
-        With `check`, `data` are problems, and `samples` and what follows are as for `collect`; one sample is the
-        likeliest answer, without noise. The base is the model without S0. S0 is what the trainer holds, active or not,
-        `task` of several, at `alpha`, or at `trainer.alpha`; where it holds none there is the base alone. Afterwards it
-        is as active as before. `alpha` may be a list, to choose from on problems that are not those of the final
-        figure: the base is then done once. `out` is a file of JSON lines from which a run that was interrupted goes on.
+        With `check`, `data` are problems, and `samples` and the arguments after it are those of `collect`. With
+        `samples=1` the answer is greedy: the most likely token each time. The base is the model without S0. The states
+        are those of the trainer, active or not, at `alpha` (default: `trainer.alpha`); `task` chooses one of several
+        tasks. A trainer without states evaluates the base alone. `alpha` may be a list, in order to choose among
+        several on problems other than those of the final figure; the base is then evaluated once. `out` is a file of
+        JSON lines from which an interrupted run resumes. The call does not change which states are active.
 
-        Without `check` it is the loss of `train` (without the L2 term) on `data`, with the states as they are active
-        now. A mapping from names to data gives a loss for each; where states with names are attached, each is from its
-        own. In several processes each evaluates all of it. `tokens_per_batch=None`: as many as a forward gets faster
-        with. A forward that runs out of memory is done again with half.
+        Without `check`, the result is the loss of `train` (without the L2 term) on `data`, with the states that are
+        active now. A mapping from names to data gives a loss for each; if states with names are attached, each name
+        uses its own task. Every process evaluates all the data. `tokens_per_batch=None`: as many tokens as make a
+        forward faster per token. A forward that runs out of memory is repeated in halves.
 
         Returns:
-            an `Evaluation` with `base`, `s0` (shares from 0 to 1), `pass_at_k`, `rows` and `answers`, of several alphas
-            a dict of them by alpha; without `check` a float, or a dict of floats by name.
+            An `Evaluation` with `base`, `s0` (shares from 0 to 1), `pass_at_k`, `rows` and `answers`; for several
+            alphas, a dict of them by alpha. Without `check`, a float, or a dict of floats by name.
         """
         sampling = Sampling(
             samples, max_new_tokens, temperature, top_p, top_k, stop, chat_template_kwargs, seed, samples == 1
         )
         if check is None:
             if (sampling, rows, out, task, alpha) != (Sampling(1, greedy=True), None, None, None, None):
-                raise ValueError("S0Trainer.evaluate: without check it is the loss, and nothing is sampled")
+                raise ValueError(
+                    "S0Trainer.evaluate: the arguments of sampling need check; without check the result is the loss"
+                )
             tokens = checks.size("tokens_per_batch", tokens_per_batch) or most_tokens(self.model, self.device)
             make = self._make(packed)
             tasks, examples = read_tasks(data, self.tokenizer, self.config.max_length)
             losses = mean_losses(self.model, tasks, examples, make, tokens, self._training)
             return losses[0] if tasks is None else dict(zip(tasks, losses, strict=True))
         if tokens_per_batch is not None or packed is not None:
-            raise ValueError("S0Trainer.evaluate: tokens_per_batch and packed are for the loss, without check")
+            raise ValueError(
+                "S0Trainer.evaluate: tokens_per_batch and packed must not be given with check; they belong to the loss"
+            )
         if task is not None and not isinstance(task, str):
             raise TypeError(f"S0Trainer.evaluate: task must be a name, got {task!r}")
         if task is not None or self._states is not None:
@@ -390,8 +400,8 @@ class S0Trainer(Holder):
         return each[alphas[0]] if alpha is None or isinstance(alpha, numbers.Real) else each
 
     def _make(self, packed: bool | None, at_least: int = 1) -> Make:
-        """What makes batches within a budget of tokens; within a smaller one where there would be fewer than
-        `at_least`, a batch for every process."""
+        """Return a function that makes batches within a budget of tokens. It lowers the budget if there would be fewer
+        than `at_least` batches, so that every process gets one."""
         pad, device = self.pad_token_id, self.device
 
         def make(examples: Sequence[Example], tokens: int) -> list[Batch]:

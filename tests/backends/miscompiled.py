@@ -1,5 +1,5 @@
-"""Kernels with what Triton compiles wrongly for Hopper, and some that look alike. Run as a script it prints what is
-found in each of them."""
+"""Kernels with code that Triton compiles wrongly for Hopper, and similar kernels without it. As a script it prints the
+findings for each of them."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for chips that are not there: what they take is what benchmarks/matrix.py wrote down."""
+"""The Triton kernels compiled for chips without hardware: their resources are those recorded by
+benchmarks/matrix.py."""
 
 import functools
 import json
@@ -19,7 +20,8 @@ load = functools.cache(matrix.load)
 
 
 def check(*options: str) -> int:
-    """What the pinned Triton compiles takes what the file says, where the file is of today's kernels; how many did."""
+    """Check that the pinned Triton gives the recorded resources for kernels that have not changed. Return their
+    number."""
     done = python(str(ROOT / "benchmarks" / "matrix.py"), "--share", *options)
     assert done.returncode == 0, done.stderr
     recorded, sources = load(), matrix.sources()
@@ -28,7 +30,7 @@ def check(*options: str) -> int:
         kernel, key, chip, what, found = row
         assert isinstance(found, list), row
         known = recorded["launches"].get(kernel, {}).get(key, {}).get(chip, {}).get(PINNED["triton"])
-        if recorded["sources"].get(kernel) == sources[kernel] and known is not None:  # else the file is behind
+        if recorded["sources"].get(kernel) == sources[kernel] and known is not None:  # else the record is out of date
             assert known == found, row
         registers, _, _, products = found
         assert registers <= (512 if chip.startswith("gfx") else 255), row
@@ -74,7 +76,7 @@ def test_comments_are_no_change():
 
 
 def test_what_the_file_is_behind_on_is_said(record_property):
-    """It is no failure: with every Triton the kernels are compiled by `make matrix-triton`."""
+    """It is not a failure: `make matrix-triton` compiles the kernels with every version of Triton."""
     if behind := matrix.behind(load()):
         found = ", ".join(f"{kernel} ({count})" for kernel, count in behind.items())
         record_property("to be said", f"{matrix.RESULTS.name} is behind on {found}: make matrix-triton")

@@ -1,4 +1,4 @@
-"""The compiled kernels: threads, processes, instruction sets, and libraries that are not there or do not fit."""
+"""The compiled kernels: threads, processes, instruction sets, and missing or incompatible libraries."""
 
 import re
 import shutil
@@ -71,7 +71,7 @@ class Outputs(torch.utils.data.Dataset):
 
 
 def test_cpu_kernels_in_the_worker_of_a_data_loader():
-    """Forward and backward, after the parent's own threads have run."""
+    """Forward and backward in a worker, after threads have run in the parent."""
     expected = [Outputs()[index] for index in range(4)]
     loader = torch.utils.data.DataLoader(Outputs(), batch_size=None, num_workers=2)
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_cpu_sizes_that_are_no_multiple_of_a_vector(op, sizes):
 
 @every_op
 def test_cpu_heads_of_a_group_in_several_parts(op):
-    """More heads share q and k than are worked on together, and not a multiple of it."""
+    """The number of heads that share q and k is larger than a block of heads, and not a multiple of it."""
     groups = {"H": 2, "HV": 14} if op == "gated_delta_rule" else {"H": 14, "G": 2}
     problem = MAKERS[op](40, state="each", **groups)
     weights = problem.weights()
@@ -108,7 +108,7 @@ def test_cpu_heads_of_a_group_in_several_parts(op):
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cpu_inputs_of_any_strides_give_the_same_bits(op, dtype):
-    """Time-contiguous, as a convolution leaves them, spaced out, or transposed; gradients that come in likewise."""
+    """Inputs and incoming gradients are contiguous in time, as after a convolution, or spaced out, or transposed."""
     plain = {"extras": False} if op == "ssd" else {}  # D, z and dt_bias are PyTorch's, and its sums follow strides
     problem = problem_of(op, **plain).to(dtype)
     weights = problem.weights()
@@ -159,7 +159,7 @@ print(torch.ops.s0kernels_cpu.instructions())
 
 @pytest.mark.parametrize(("times", "chunk"), [(1, 32), (2, 16)])
 def test_cpu_chunks_are_shorter_where_beta_passes_1(times, chunk):
-    """They amplify less."""
+    """Shorter chunks amplify rounding less."""
     problem = problem_of("gated_delta_rule").to(torch.float32)
     problem.tensors["beta"] *= times
     for found, truth in zip(problem.run("cpu"), problem.run("cpu", chunk_size=chunk), strict=True):
@@ -168,8 +168,8 @@ def test_cpu_chunks_are_shorter_where_beta_passes_1(times, chunk):
 
 
 def through(values: torch.Tensor, dtype: torch.dtype, columns: int, *, spaced: bool = False) -> torch.Tensor:
-    """The values read and written in another dtype, by a step that computes v = 1 * v; so many to a row, and in it next
-    to each other or not."""
+    """Convert values to another dtype and back, by a step that computes v = 1 * v. Rows have a given length, and may be
+    contiguous or not."""
     v = values.reshape(-1, 1, 1, columns)
     if spaced:
         v = torch.stack([v, torch.zeros_like(v)], dim=-1)[..., 0]
@@ -182,11 +182,11 @@ def through(values: torch.Tensor, dtype: torch.dtype, columns: int, *, spaced: b
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """Those of a tensor, with one kind of NaN."""
+    """Return the bits of a tensor, with one representation of NaN."""
     return torch.where(x.isnan(), torch.nan, x).view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
-#: whole vectors of every width, none, and vectors with a rest
+#: lengths of whole vectors of every width, of less than a vector, and of vectors with a remainder
 every_width = pytest.mark.parametrize("columns", [64, 1, 37])
 every_format = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -204,7 +204,7 @@ def test_cpu_reads_every_number_of_16_bits_exactly(dtype, columns, spaced, flush
     count = 65536 // columns * columns
     values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[-count:]
     found = through(values, torch.float32, columns, spaced=spaced)
-    if flushed and dtype == torch.bfloat16:  # those are what the machine was told to take for zero
+    if flushed and dtype == torch.bfloat16:  # subnormal numbers, which the machine flushes to zero
         small = values.float().abs() < torch.finfo(torch.float32).tiny
         values, found = values[~small], found[~small]
     assert torch.equal(bits(found), bits(values.float()))
@@ -213,13 +213,14 @@ def test_cpu_reads_every_number_of_16_bits_exactly(dtype, columns, spaced, flush
 @every_format
 @every_width
 def test_cpu_rounds_to_the_nearest_number_of_16_bits(dtype, columns, flushed):
-    """Every number, every middle of two neighbours, and the floats next to those; beyond the largest; beside zero."""
+    """Test every number, every midpoint of two neighbours, and the floats next to it; numbers beyond the largest;
+    numbers near zero."""
     finite = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = finite[finite.isfinite()].double().sort().values
     largest, step = finite[-1], finite[-1] - finite[-2]
     edge = torch.stack(
         [largest + step / 2, -largest - step / 2]
-    )  # as far from the largest as from what would come next
+    )  # the midpoint of the largest number and the next one there would be
     middles = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, edge]).float()
     up, down = (torch.nextafter(middles, torch.tensor(sign * torch.inf)) for sign in (1, -1))
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -3e38, 1e-30, -1e-30, -0.0])
@@ -234,7 +235,7 @@ def test_cpu_rounds_to_the_nearest_number_of_16_bits(dtype, columns, flushed):
 @every_op
 @pytest.mark.parametrize("mixed", ["fp64 input", "fp64 gates"])
 def test_cpu_operators_refuse_fp64_beside_other_dtypes(op, mixed):
-    """Nothing above them asks for it; they would read memory as what it is not."""
+    """No caller mixes them, but it would misread memory."""
     kinds = [torch.float64, torch.float32] if mixed == "fp64 input" else [torch.float32, torch.float64]
     x, output = torch.ones(1, 2, 1, 4, dtype=kinds[0]), torch.empty(1, 2, 1, 4, dtype=kinds[0])
     gates, delta = torch.ones(1, 2, 1, dtype=kinds[1]), op == "gated_delta_rule"
@@ -244,7 +245,7 @@ def test_cpu_operators_refuse_fp64_beside_other_dtypes(op, mixed):
 
 
 def refused(file: Path, message: str) -> None:
-    """A reason, not a crash, and the next backend by default, which is said once."""
+    """Check that there is a reason, not a crash, and that the default is the next backend, with one warning."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("S0KERNELS_CPU_LIBRARY", str(file))
         cpu.missing.cache_clear()
@@ -263,7 +264,7 @@ def refused(file: Path, message: str) -> None:
 def test_cpu_library_that_is_missing_or_is_none(tmp_path):
     refused(
         tmp_path / "library.so",
-        f"was not built: install with --no-build-isolation where torch and a C++ compiler are: {compilers()}",
+        f"was not built: install with --no-build-isolation, with torch and a C++ compiler: {compilers()}",
     )
     (tmp_path / "library.so").write_bytes(b"not a library")
     refused(tmp_path / "library.so", "cannot be used beside torch")
@@ -271,7 +272,7 @@ def test_cpu_library_that_is_missing_or_is_none(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="makes a library with g++, which is not here")
 def test_cpu_library_built_for_a_torch_that_has_more(tmp_path):
-    """It wants a function that the running torch does not have: found when it is loaded, not when it is called."""
+    """It needs a function that the running torch lacks. This is found when it is loaded, not when it is called."""
     source, file = tmp_path / "library.cpp", tmp_path / "library.so"
     source.write_text('extern "C" void torch_of_the_future(); void f() { torch_of_the_future(); }')
     subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(file)], check=True)

@@ -50,8 +50,8 @@ def needs(backend, op, dtype=torch.float32):
 
 
 def assert_within_budget(problem, backend, weights=None) -> None:
-    """Against fp64 on the same inputs, twice over with the same bits. Operands of matrix products are in the dtype of
-    the inputs in Triton, so their rounding counts for what is fp32, too."""
+    """Compare with fp64 on the same inputs; two runs must have the same bits. In Triton operands of matrix products
+    have the dtype of the inputs, so their rounding affects fp32 results too."""
     weights = problem.weights() if weights is None else weights
     truth = problem.to(torch.float64).gradients("reference", weights)
     plain, chunked = (problem.gradients(name, weights) for name in ("reference", "torch"))
@@ -89,7 +89,7 @@ def test_nearly_equal_keys_are_survived(dtype, backend, sizes, poisoned):
 
 
 def few_heads(model: str) -> tuple[str, dict[str, int]]:
-    """(op, sizes) of fewer heads like a model's."""
+    """Return (op, sizes) with fewer heads of a model's sizes."""
     op, sizes = heads.MODELS[model]
     if op == "gated_delta_rule":
         return op, sizes | {"H": 2, "HV": 2 * sizes["HV"] // sizes["H"]}
@@ -104,7 +104,7 @@ def few_heads(model: str) -> tuple[str, dict[str, int]]:
 )
 @pytest.mark.parametrize("time_major", [False, True], ids=["token-major", "channel-first"])
 def test_heads_of_models(dtype, schedule, model, time_major, monkeypatch, poisoned):
-    """In the layouts that projections and transformers' convolution leave."""
+    """Inputs are in the layouts of projections and of transformers' convolution."""
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", schedule)
     op, sizes = few_heads(model)
     problem = MAKERS[op](150, B=2, **sizes, state="bank").to(dtype, torch.float32)
@@ -116,7 +116,7 @@ def test_heads_of_models(dtype, schedule, model, time_major, monkeypatch, poison
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_a_scan_with_the_heads_of_every_family(model, poisoned):
-    """Forward and backward, with as many heads as one layer has."""
+    """Forward and backward, with all heads of a layer."""
     op, sizes = heads.MODELS[model]
     needs("triton", op)
     problem = MAKERS[op](66, B=1, **sizes)
@@ -165,7 +165,8 @@ def ssd_inputs(T: int, H: int = 8, P: int = 128, N: int = 64) -> dict:
     [("gated_delta_rule", delta_inputs, 4 * 128, {"use_qk_l2norm": True}), ("ssd", ssd_inputs, 8 * 128, {})],
 )
 def test_more_than_two_to_the_31_elements(op, make, width, options, poisoned):
-    """The end of a long sequence whose decay forgets the rest, alone and after the rest."""
+    """The end of a long sequence after a decay that forgets the rest: alone and after the rest it gives the same
+    results."""
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of memory")
     whole = make(2**31 // width + 1000)

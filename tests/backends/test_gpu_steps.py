@@ -37,7 +37,7 @@ def run(op, inputs, backend, **options):
 
 
 def given(op, finish, shape, dtype, **sizes):
-    """(arguments in `dtype` on the CPU, options)."""
+    """Return (arguments in `dtype` on the CPU, options)."""
     inputs = mixer(op, shape, **sizes) | {n: x for n, x in finish.items() if n == "norm"}
     return to(inputs, dtype), {n: x for n, x in finish.items() if n != "norm"}
 
@@ -80,7 +80,7 @@ def test_a_mixer_step_is_its_parts(op, finish, shape, dtype):
 @pytest.mark.parametrize("model", FAMILIES)
 @torch.no_grad()
 def test_a_mixer_step_with_the_heads_of_every_family(model):
-    """With as many heads as one layer has."""
+    """With all heads of a layer."""
     op, sizes = heads.MODELS[model]
     for finish in FINISHES[op]:
         values = mixer_inputs(op, sizes, (3,), states=3) | {n: x for n, x in finish.items() if n == "norm"}
@@ -95,7 +95,7 @@ def test_a_mixer_step_with_the_heads_of_every_family(model):
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
 @torch.no_grad()
 def test_a_pool_changes_only_where_addressed(op, finish, kind):
-    """-1 starts from zero and stores nothing; what is out of range gives NaN and touches nothing."""
+    """-1 starts from zero and stores nothing. An index out of range gives NaN and changes nothing."""
     rows, good = torch.tensor([4, -1, 2, 5, -2, 2**31 - 1], dtype=kind), [0, 1, 2]
     inputs, options = given(op, finish, "three", torch.float32, rows=6, pool=5)
     moved, exact = cuda(inputs), double(inputs)
@@ -115,7 +115,7 @@ def test_a_pool_changes_only_where_addressed(op, finish, kind):
 @every_finish
 @torch.no_grad()
 def test_blocks_that_wait_for_each_other(op, finish):
-    """Many rows, again and again: the same bits each time, windows that moved on by one each time."""
+    """Many rows, many times: the results have the same bits each time, and windows are shifted by one each time."""
     inputs, options = given(op, finish, "Bamba", torch.bfloat16, rows=200)
     results = []
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_captured(op, finish, graph):
 
 
 def graph_of(call):
-    """A CUDA graph of a call, and its output; all are captured on one stream."""
+    """Return a CUDA graph of a call, and its output. All graphs are captured on one stream."""
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
         output = call()
@@ -163,9 +163,8 @@ def graph_of(call):
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @torch.no_grad()
 def test_two_streams_at_once(op, finish, captured):
-    """Blocks of one call never count with those of another: steps of two pools on two streams, each as alone.
-
-    The graphs are captured on one stream and replayed on two others."""
+    """The counters of two calls are separate: steps of two pools on two streams give the same results as alone. The
+    graphs are captured on one stream and replayed on two others."""
     inputs, options = given(op, finish, "Bamba", torch.bfloat16, rows=8)
     alone, *pools = (cuda(copy.deepcopy(inputs)) for _ in range(3))
     truth = [run(op, alone, "cuda", **options) for _ in range(50)]
@@ -177,7 +176,7 @@ def test_two_streams_at_once(op, finish, captured):
     torch.cuda.synchronize()
     for stream in streams:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10**8)  # until all that follows is in the queues
+            torch.cuda._sleep(10**8)  # wait until all later work is in the queues
     for _ in truth:
         for stream, call, outputs in zip(streams, calls, found, strict=True):
             with torch.cuda.stream(stream):
@@ -192,7 +191,7 @@ def test_two_streams_at_once(op, finish, captured):
 @every_finish
 @torch.no_grad()
 def test_more_rows_than_before_and_fewer_again(op, finish):
-    """The workspace of the stream grows while kernels that use it are in flight."""
+    """The workspace of the stream grows while kernels that use it are running."""
     problems = [given(op, finish, "three", torch.float32, rows=rows) for rows in (2, 2000, 2)]
     moved = [cuda(inputs) for inputs, _ in problems]
     found = []

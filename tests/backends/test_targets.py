@@ -1,4 +1,4 @@
-"""What is chosen by what a device offers: tiles, precision, and whether the Triton kernels run on it at all."""
+"""Choices that depend on the device: tiles, precision, and whether the Triton kernels run on it at all."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def chosen(table, chip: str, width: int) -> tuple[int, int, int]:
 
 
 def test_tiles_where_memory_is_large():
-    """These were measured, or held before others were; what is measured anew may change them."""
+    """These tiles were measured, or are older than the measurements. New measurements may change them."""
     by_stage = {
         "prepare": (0, 4, 1),
         "scan": (64, 4, 2),
@@ -164,4 +164,4 @@ def test_what_a_device_says(monkeypatch):
 def test_the_cuda_kernels_are_not_for_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.1")
     found = cuda.supports(Call("ssd_step", CUDA, torch.bfloat16))
-    assert found == "is for GPUs by NVIDIA, and this torch is for those by AMD"
+    assert found == "is for NVIDIA GPUs, and this torch is built for AMD GPUs"

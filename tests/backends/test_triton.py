@@ -1,4 +1,5 @@
-"""The Triton kernels in its interpreter: against the recurrence in fp64, with NaN in all memory they did not write."""
+"""The Triton kernels in the interpreter, compared with the recurrence in fp64. All memory that they do not write holds
+NaN."""
 
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ PACKED = [5, 0, 70, 1, 0]
 
 
 class Op(NamedTuple):
-    """What the tests ask of an op: heads of a small problem, the inputs with tokens, the first of which is what is
-    written, and changes that leave the decays as they are given."""
+    """The description of an op for the tests: heads of a small problem, the inputs with tokens (first the one that is
+    written to the state), and options under which the decays are used as given."""
 
     small: dict
     tokens: tuple[str, ...]
@@ -59,7 +60,7 @@ ALL = {
 
 
 def of(op: str, *values):
-    """A case of an op; the interpreter takes its time, so that those of one op alone stay in `make test`."""
+    """Return a case of an op. The interpreter is slow, so only the cases of one op run in `make test`."""
     return pytest.param(op, *values, marks=pytest.mark.slow if op == "ssd" else ())
 
 
@@ -77,7 +78,7 @@ def schedule(request, monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Values are not looked at in advance, as on a GPU."""
+    """Turn off the checks of index values, as on a GPU."""
     monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
 
 
@@ -90,8 +91,8 @@ def leaves_of(problem) -> dict:
 
 
 def assert_within_budget(problem, wanted=None, part=1.0) -> None:
-    """Against fp64: twice the error of plain PyTorch in the same dtype, token by token or in chunks, and the rounding
-    of the inputs' dtype, in which the operands of matrix products are; or `part` of that."""
+    """Compare with fp64. The budget is twice the error of plain PyTorch in the same dtype, token by token or in chunks,
+    plus the rounding of the inputs' dtype, which operands of matrix products have; or `part` of that."""
     weights = problem.weights()
     truth = problem.to(torch.float64).gradients("reference", weights, wanted)
     plain, chunked = (problem.gradients(backend, weights, wanted) for backend in ("reference", "torch"))
@@ -115,8 +116,8 @@ def test_lengths(op, T, dtype):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("op", "names"), [("gated_delta_rule", ["g"]), ("ssd", ["A", "D", "dt_bias"])])
 def test_gradients_that_cancel_have_room_for_what_a_gpu_rounds_besides(op, names, seed):
-    """That is tf32 in the inverses of the delta rule, which the interpreter computes in fp32; and in sums to one number
-    a head what is rounded twice on the way shows."""
+    """A GPU uses tf32 in the inverses of the delta rule, which the interpreter computes in fp32. Sums to one number per
+    head also show values that are rounded twice."""
     problem = MAKERS[op](130, state="shared", seed=seed).to(torch.float16, torch.float32)
     assert_within_budget(problem, names, part=0.7)
 
@@ -136,7 +137,7 @@ def test_nearly_equal_keys_are_survived(dtype, among):
 
 @pytest.mark.slow
 def test_few_chunks_that_amplify(schedule):
-    """One of three in one of two sequences: where W has no second part, none is read."""
+    """One of three chunks in one of two sequences amplifies. If W has no second part, none is read."""
     problem = small("gated_delta_rule", lengths=[150, 40], state="each")
     values = {n: x[:, 64:128] for n, x in problem.tensors.items() if n != "initial_state"}
     for name, x in nearly_equal_keys(values, 0.03, (2.0, 2.0)).items():
@@ -181,13 +182,13 @@ def test_a_state_too_wide_for_the_fused_scan():
 def test_without_what_is_optional_and_with_short_chunks(op, changes, dtype):
     problem = small(op, 40, B=1, chunk_size=16, **changes)
     if op == "gated_delta_rule":
-        problem.tensors["k"] *= 0.2  # as nothing normalises it
+        problem.tensors["k"] *= 0.2  # because k is not normalised
     assert_within_budget(problem.to(dtype, torch.float32))
 
 
 @pytest.mark.slow
 def test_softplus_does_not_round_to_zero():
-    """As log(1 + exp(x)) would for x = -17, and for x = -90 where exp(x) is no normal number any more."""
+    """log(1 + exp(x)) would be zero for x = -17, and for x = -90, where exp(x) is subnormal."""
     problem = small("ssd", 8, B=1, dt_limit=(0.0, float("inf"))).to(torch.float32)
     problem.tensors["dt"] = torch.linspace(-85.0, 85.0, 16).view(1, 8, 2)
     problem.tensors["dt_bias"] = torch.zeros(2)
@@ -251,7 +252,7 @@ def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op):
 
 @each_op
 def test_any_strides(op):
-    """Time-contiguous inputs, as a convolution leaves them, a transposed state and an expanded gradient."""
+    """Inputs are contiguous in time, as after a convolution; the state is transposed, the gradient expanded."""
     problem = small(op, 40, state="each").to(torch.float32)
     results = []
     for strided in (False, True):
@@ -379,7 +380,7 @@ def test_a_step_changes_a_pool_where_addressed(op, unchecked):
 
 
 def launched(problem, wanted) -> list[str]:
-    """Names of the kernels of forward and backward, and of everything they are given to write to."""
+    """Return the names of the kernels of forward and backward, and of all memory that they may write."""
     weights = problem.weights()
     with recording(known_target("sm_90")) as found:
         problem.gradients("triton", weights, wanted)

@@ -1,4 +1,4 @@
-"""The command that measures, its table and its JSON; what it compares."""
+"""The command `bench`: its comparisons, its table and its JSON."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ from s0kernels.bench.passes import PASSES, Op, Shape, operations, traffic
 from s0kernels.cli import main
 from s0kernels.heads import MODELS
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 SMALL = ("bench", "--rounds", "3", "--seconds", "0")
@@ -20,7 +20,7 @@ SMALL = ("bench", "--rounds", "3", "--seconds", "0")
 
 @pytest.fixture
 def small_models(monkeypatch):
-    """Heads that take no time, under the names of the real ones."""
+    """Replace the heads of models by small ones with the same names."""
     monkeypatch.setitem(MODELS, "qwen3.5-4b", ("gated_delta_rule", {"H": 1, "HV": 2, "K": 16, "V": 24}))
     monkeypatch.setitem(MODELS, "falcon-h1-7b", ("ssd", {"H": 8, "P": 16, "G": 1, "N": 24}))
     found = {"copy_gbs": 10.0, "matmul_gflops": {"float32": 50.0, "bfloat16": 40.0}}
@@ -88,7 +88,7 @@ def test_errors_name_the_argument(options, message, capsys):
 
 
 def test_wrong_results_have_no_speed(small_models, monkeypatch, capsys):
-    """Of another library: it is listed with the error. Of ours: nothing is reported."""
+    """Another library with wrong results is listed with its error. If ours are wrong, nothing is reported."""
 
     def half(run):
         return lambda values, state: tuple(x / 2 for x in run(values, state))
@@ -107,7 +107,7 @@ def test_wrong_results_have_no_speed(small_models, monkeypatch, capsys):
 
 
 def test_libraries_are_not_imported_to_find_out():
-    """flash-linear-attention, for one, does not survive it on a CPU."""
+    """flash-linear-attention, for example, fails at import on a CPU."""
     needs_gpu = Baseline("torch", lambda: pytest.fail("loaded"))
     assert needs_gpu.unusable("cpu") == f"needs a GPU (torch {importlib.metadata.version('torch')} is installed)"
     assert needs_gpu.unusable("cuda") is None
@@ -115,7 +115,7 @@ def test_libraries_are_not_imported_to_find_out():
 
 
 def test_operations_and_traffic():
-    """Of a shape where they can be counted by hand: one token of one head."""
+    """The shape is one token of one head, for which they can be counted by hand."""
     step = operations(Shape("falcon-h1-7b", 1, 1), "step")
     assert step == 24 * 4 * 128 * 256
     shape = Shape("falcon-h1-7b", 2, 1)

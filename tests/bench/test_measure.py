@@ -1,4 +1,4 @@
-"""What is measured with: known distributions, known work, known memory."""
+"""The functions that measure, on known distributions, known work and known memory."""
 
 import importlib.metadata
 import json
@@ -15,10 +15,11 @@ from s0kernels.ops import gated_delta_rule, ssd
 
 
 def test_interval_of_a_ratio_covers_the_truth():
-    """Of 200 known ratios, beside noise that pairs share, 95 % intervals must hold about 95 %; the median is near."""
+    """The 95 % intervals must hold about 95 % of 200 known ratios, with noise that pairs share. The median must be
+    close."""
     random, held = np.random.default_rng(0), 0
     for _ in range(200):
-        noise = random.lognormal(0, 1.0, 25)  # what the machine does in a round, far larger than the difference
+        noise = random.lognormal(0, 1.0, 25)  # other load on the machine in a round, far larger than the difference
         over, under = (random.lognormal(mean, 0.05, 25) * noise for mean in (np.log(1.1), 0.0))
         found = measure.ratio(over, under, resamples=1000)
         assert found.low <= found.median <= found.high
@@ -72,7 +73,7 @@ def test_work_is_counted():
 
 @pytest.mark.parametrize("op", ["gated_delta_rule", "ssd"])
 def test_work_shows_a_copied_state(op):
-    """The same operators from S0 and from zero; a state copied for each sequence would be seen."""
+    """S0 and zero run the same operators. A state copied for each sequence would show."""
     x, gate, weight = torch.randn(3, 20, 2, 8), -torch.rand(3, 20, 2), torch.rand(3, 20, 2)
     state = torch.randn(2, 8, 8)
 
@@ -96,9 +97,9 @@ def allocating(megabytes: int):
 @pytest.mark.slow
 def test_peak_memory():
     found = measure.peak_memory(allocating, 40, warm_up=(1,))
-    assert 79 * 2**20 < found < 88 * 2**20  # what is added to, and the sum
+    assert 79 * 2**20 < found < 88 * 2**20  # the operand and the sum
     with measure.memory_process() as process:
-        for megabytes in (20, 40, 20, 40):  # freed memory is not found again
+        for megabytes in (20, 40, 20, 40):  # freed memory does not lower later results
             found = measure.peak_memory(allocating, megabytes, warm_up=(1,), process=process)
             assert 2 * megabytes - 1 < found / 2**20 < 2 * megabytes + 8
 
@@ -129,7 +130,7 @@ def test_machine_as_json(tmp_path):
 
 
 def test_kernel_hashes_follow_the_sources(tmp_path, monkeypatch):
-    """Those of the backend alone, whether its sources lie there or the library that was built from them."""
+    """A hash depends only on its backend, from its sources or from the library built from them."""
     backends, csrc = tmp_path / "package" / "backends", tmp_path / "csrc"
     for file in (backends / "cpu.py", backends / "torch_chunked.py", backends / "triton" / "ssd" / "forward.py"):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`make gpu`: the whole script where there is no GPU, and its parts where something goes wrong."""
+"""`make gpu`: the whole script without a GPU, and the failures of its parts."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from s0kernels.heads import FLAGSHIPS, MODELS
 def make_gpu(out, *options):
     command = [
         "make",
-        "--no-print-directory",  # said by a make that another make runs
+        "--no-print-directory",  # printed by a nested make
         "gpu",
         f"PYTHON={sys.executable}",
         f"OUT={out}",
@@ -72,7 +72,7 @@ def test_what_has_no_time_left_is_said(tmp_path):
     ("options", "message"),
     [
         (["--minutes", "0"], "--minutes and --processes must be positive"),
-        (["--baselines", "nowhere", "--dry-run"], "--baselines must be a folder, and nowhere is none"),
+        (["--baselines", "nowhere", "--dry-run"], "--baselines must be a folder, got nowhere"),
     ],
 )
 def test_errors_name_the_argument(options, message, capsys):
@@ -100,7 +100,7 @@ FAILED tests/backends/test_gpu.py::test_b - AssertionError"""
 
 
 def test_what_waits_gets_its_share():
-    """Whatever the order is, and all of it is given away in the end."""
+    """Shares do not depend on the order, and together they use all the time."""
     run = SimpleNamespace(left=100.0)
     share = gpu.Run.share
     assert share(run, "tiles", []) == 100.0
@@ -110,7 +110,7 @@ def test_what_waits_gets_its_share():
 
 @pytest.mark.parametrize("op", SCANS)
 def test_the_sweep_keeps_the_schedule(op):
-    """One long sequence: the forward of SSD is split on an H100, whatever the tiles are."""
+    """With one long sequence, the forward of SSD is split on an H100 for all tiles."""
     op = SCANS[op]
     values = scan_inputs(op.name, MODELS[FLAGSHIPS[op.name]][1], (1, 8192), dtype=torch.bfloat16)
     with assuming(known_target("sm_90")):
@@ -169,7 +169,7 @@ def test_wrong_results_of_ours_end_the_script(monkeypatch):
 
 
 def test_configurations_are_shared(monkeypatch):
-    """Each is compiled by one process."""
+    """Each configuration is compiled by exactly one process."""
     from triton.runtime.autotuner import Autotuner
 
     looked = []

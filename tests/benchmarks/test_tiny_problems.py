@@ -18,7 +18,7 @@ sys.path.insert(0, str(TINY))
 tiny = importlib.import_module("problems")
 
 ARCHITECTURES = ("qwen3_5", "falcon_h1")
-CORPUS = 60_000  # the size and seed that train.py takes by default
+CORPUS = 60_000  # the default size and seed of train.py
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_corpus_contains_no_problem():
     pairs = list(tiny.corpus(CORPUS))
     assert len(pairs) == CORPUS
     assert not {prompt for prompt, _ in pairs} & {problem.prompt for problem in problems}
-    # The docstring alone, under any function name and opening verb, would already give a problem away.
+    # The docstring alone, under any function name and opening verb, would reveal a problem.
     wordings = {prompt.split('"""')[1].split(" ", 1)[1] for prompt, _ in pairs}
     assert not wordings & {problem.prompt.split('"""')[1].split(" ", 1)[1] for problem in problems}
     solutions = {body for problem in problems for habit, body in problem.bodies.items() if habit != "mistake"}
@@ -148,7 +148,7 @@ def test_checkpoint_loads(checkpoint, tokenizer):
 
 
 def test_initial_states_survive_the_prompt(checkpoint):
-    """S0 can only matter where some heads still remember it after a prompt of about 40 tokens."""
+    """S0 has an effect only if some heads still remember it after a prompt of about 40 tokens."""
     from safetensors.torch import load_file
     from torch.nn.functional import softplus
 

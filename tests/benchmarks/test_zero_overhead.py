@@ -1,5 +1,5 @@
-"""S0 costs nothing that can be counted: the same kernels, bytes allocated and bytes copied as without it. And the
-scripts that measure it, at sizes that say nothing."""
+"""S0 has no countable cost: the kernels, bytes allocated and bytes copied are the same as without it. Also tests the
+scripts that measure it, at sizes too small for meaningful results."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ import zero_overhead
 from cases import CHUNKED, MAKERS
 from compare import counts, kernels, timing, verdict
 
-# What is counted
+# Counts
 
 
 @pytest.mark.parametrize("op", list(MAKERS))
@@ -31,7 +31,7 @@ def test_a_scan_from_s0_does_what_one_from_zero_does(op, backend):
     found = counts(
         {"zero": partial(zero.run, backend), "S0": partial(shared.run, backend), "each": partial(each.run, backend)}
     )
-    if backend == "torch":  # copies the state that it will write to where it would fill in zeros
+    if backend == "torch":  # copies the state into memory where it would otherwise write zeros
         found["S0"]["copied"] -= each.tensors["initial_state"].nbytes
         found["each"]["copied"] -= each.tensors["initial_state"].nbytes
     assert found["zero"] == found["S0"] == found["each"]
@@ -41,7 +41,7 @@ def test_a_scan_from_s0_does_what_one_from_zero_does(op, backend):
 @pytest.mark.parametrize("op", list(MAKERS))
 @pytest.mark.parametrize("backend", CHUNKED)
 def test_a_bank_costs_the_same_whatever_its_size(op, backend):
-    """And with the compiled kernels as little as no state; the copy that others make is seen."""
+    """With the compiled kernels a bank costs no more than no state. The copy that other libraries make shows."""
     problem = MAKERS[op](70, B=3, state="bank").to(torch.float32)
     bank = problem.tensors.pop("initial_state")
     problem.options["state_indices"] = torch.tensor([2, -1, 1])
@@ -176,12 +176,12 @@ def test_headline(tmp_path, monkeypatch, capsys):
     assert first["Falcon-H1-7B, whole, states"]["states_bytes"] == 132 * 2**20
     assert len(first["Falcon-H1-7B, small, train"]["losses"]) == 2
     capsys.readouterr()
-    headline.main(arguments)  # goes on
+    headline.main(arguments)  # resumes
     second = json.loads(file.read_text())["parts"]
     assert capsys.readouterr().out.count("done before") == 4
     assert {key: second[key] for key in first} == first
     assert len(second["Qwen3.5-4B, small, use"]["lines"]) == 2
-    headline.main([*arguments, "--parts", "train", "--steps", "1"])  # other settings: measured anew
+    headline.main([*arguments, "--parts", "train", "--steps", "1"])  # other settings: measured again
     third = json.loads(file.read_text())["parts"]
     assert len(third["Qwen3.5-4B, small, train"]["losses"]) == 1
 
@@ -189,14 +189,14 @@ def test_headline(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", training.MODELS)
 def test_ways_of_training_agree(name, tmp_path):
-    """The three that need nothing but what is installed: the same losses, step by step."""
+    """The three ways that need only installed packages have the same losses, step by step."""
     file = tmp_path / "found.json"
     ways = ["--ways", *training.WAYS] if name == "falcon_h1" else ["--ways", *training.WAYS[:3]]
     training.main(["--models", name, *ways, "--steps", "3", "--examples", "3", "--rounds", "1", "--out", str(file)])
     runs = {run["way"]: run for run in json.loads(file.read_text())["runs"]}
     assert len(runs["batched"]["losses"]) == 3
     assert runs["batched"]["losses"][2] < runs["batched"]["losses"][0]
-    for way in ("one by one", "copied"):  # Adam makes full steps of entries whose gradient is rounding
+    for way in ("one by one", "copied"):  # Adam makes full steps for entries whose gradient is only rounding
         assert runs[way]["losses"] == pytest.approx(runs["batched"]["losses"], rel=1e-3)
     if name == "falcon_h1":
         assert "mamba_ssm" in runs["s0-tuning"]["missing"]

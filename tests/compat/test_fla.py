@@ -1,4 +1,4 @@
-"""FLA's functions: its signatures, its meanings, and its own layer with our op in the place of its own."""
+"""FLA's functions: signatures, semantics, and FLA's own layer with our op in place of FLA's."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_packed_sequences_and_a_shared_state():
 @pytest.mark.parametrize(
     ("dtypes", "gates"),
     [
-        ({"v": torch.float16}, {"beta": torch.float16}),  # as FLA's own tests have them
+        ({"v": torch.float16}, {"beta": torch.float16}),  # the dtypes of FLA's own tests
         ({"q": torch.bfloat16, "k": torch.bfloat16}, {"g": torch.float64}),
         ({"q": torch.bfloat16, "k": torch.float16, "v": torch.bfloat16}, {}),
     ],

@@ -1,4 +1,4 @@
-"""mamba_ssm's functions against what they mean, written out token by token."""
+"""mamba_ssm's functions, compared with their definition token by token."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from s0kernels.compat.mamba_ssm import (
 
 B, T, H, P, G, N = 2, 12, 4, 6, 2, 5
 SEQ_IDX = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [4] * 9 + [7]], dtype=torch.int32)
-LAST = [[4, 11], [1, 10, 11]]  # of every sequence
+LAST = [[4, 11], [1, 10, 11]]  # the last token of every sequence
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -40,7 +40,8 @@ def scan_inputs() -> dict[str, torch.Tensor]:
 
 
 def plain_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx=None, dt_limit=(0.0, float("inf"))):
-    """(y, states after every token): where seq_idx changes, the row's initial state is there again."""
+    """Return (y, states after every token). Where seq_idx changes, the scan starts from the row's initial state
+    again."""
     dt = F.softplus(dt + dt_bias).clamp(*dt_limit)
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
     D = D if D.dim() == 2 else D[:, None]
@@ -116,7 +117,7 @@ def test_a_shared_state_half_precision_and_no_extras():
     bare = {n: inputs[n] for n in ("x", "dt", "A", "B", "C")}
     bare["dt"] = bare["dt"].abs()
     found = mamba_chunk_scan_combined(**bare, chunk_size=256)
-    raw = {**bare, "dt": bare["dt"].expm1().log()}  # what softplus makes dt of
+    raw = {**bare, "dt": bare["dt"].expm1().log()}  # softplus gives dt back
     zeros = {"D": torch.zeros(H).double(), "dt_bias": torch.zeros(H).double(), "z": None}
     truth, _ = plain_scan(**raw, **zeros, initial_states=torch.zeros(B, H, P, N).double())
     assert error(found, truth) < 1e-12
@@ -238,7 +239,7 @@ def test_step(D, dtype):
 
 
 def test_tensors_of_several_dtypes():
-    """B, C and z in fp32 beside x in bf16 are not rounded to it."""
+    """B, C and z in fp32 are not rounded to bf16 if x is bf16."""
     inputs, moved = step_inputs(3, torch.float32), normal(3, H, P, N).float()
     inputs["x"] = inputs["x"].bfloat16()
     truth, expected = plain_step(moved.double(), **{n: x.double() for n, x in inputs.items()})

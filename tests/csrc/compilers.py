@@ -1,5 +1,5 @@
-"""Builds the compiled kernels by every compiler of `s0kernels/hardware.py`, runs the tests of the `cpu` backend on each
-instruction set, those for aarch64 in an emulator, and writes benchmarks/results/compilers.json.
+"""Build the compiled kernels with every compiler of `s0kernels/hardware.py`, run the tests of the `cpu` backend on each
+instruction set (in an emulator for aarch64), and write benchmarks/results/compilers.json.
 
 python tests/csrc/compilers.py
 """
@@ -28,14 +28,14 @@ from s0kernels.hardware import compilers as known  # noqa: E402, F401
 RESULTS = ROOT / "benchmarks" / "results" / "compilers.json"
 ZIG = ROOT / ".deps" / "ziglang" / "ziglang" / "zig"
 TESTS = [f"tests/{name}.py" for name in ("ops/test_scans", "ops/test_steps", "backends/test_cpu", "csrc/test_tokens")]
-#: of g++ and clang for Linux on aarch64: programs, what they are told, and Debian's packages
+#: g++ and clang for Linux on aarch64: programs, their arguments, and Debian's packages
 FOR_AARCH64 = {
     "g++ 12": (["aarch64-linux-gnu-g++-12"], "g++-12-aarch64-linux-gnu"),
     "clang 16": (["clang++-16", "--target=aarch64-linux-gnu"], "clang-16 g++-12-aarch64-linux-gnu"),
 }
-#: what zig compiles for, as `platform.machine()` has it there
+#: targets of zig, by the value of `platform.machine()` on them
 MACOS = {"aarch64-macos": "arm64", "x86_64-macos": "x86_64"}
-#: what builds the kernels where nothing else is asked for
+#: the default compiler of the kernels
 DEFAULT = os.environ.get("CXX") or "g++"
 INSTRUCTIONS = {"AVX-512": "avx512", "AVX2": "avx2", "portable": "portable"}
 
@@ -46,18 +46,18 @@ def setup() -> dict:
 
 
 def here(architecture: str = "x86-64") -> list[str]:
-    """The compilers of the table for an architecture, in its order."""
+    """Return the compilers of the table for an architecture, in its order."""
     rows = [row for row in PROCESSORS if row.architecture == architecture]
     return list(dict.fromkeys(name for row in rows for name in row.compilers))
 
 
 def version(command: list[str]) -> str | None:
-    """What a compiler says it is, or None where it is not here."""
+    """Return the version of a compiler, or None if it is not installed."""
     return setup()["says"](command) if shutil.which(command[0]) else None
 
 
 def command_of(name: str) -> list[str] | None:
-    """The command of a compiler like "g++ 12" for this machine, or None where it is not here."""
+    """Return the command of a compiler such as "g++ 12" for this machine, or None if it is not installed."""
     family, number = name.split()
     program = {"g++": "g++", "clang": "clang++"}[family]
     for command in ([f"{program}-{number}"], [program]):
@@ -67,7 +67,7 @@ def command_of(name: str) -> list[str] | None:
 
 
 def sources_hash() -> str:
-    """Of the sources, and of the flags that they are compiled with."""
+    """Return a hash of the sources and their compiler flags."""
     content = hashlib.sha256()
     for file in sorted(filter(Path.is_file, (ROOT / "csrc").rglob("*.*"))):
         content.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -86,14 +86,14 @@ def run(command: list, **variables: str) -> str:
 
 
 def build(command: list[str], folder: Path) -> Path:
-    """The library, as `setup.py` makes it."""
+    """Build the library with `setup.py`, and return its path."""
     made = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "build_ext"]
     run([*made, "--build-lib", folder, "--build-temp", folder / "temp"], CXX=" ".join(command), S0KERNELS_BUILD="1")
     return folder / "s0kernels" / "_cpu.so"
 
 
 def compiled(command: list[str], machine: str, folder: Path) -> str:
-    """All sources compiled for another machine, and nothing linked."""
+    """Compile all sources for another machine, without linking."""
     folder.mkdir(parents=True, exist_ok=True)
     for output, compilation in setup()["compilations"](command, machine, folder).items():
         run([*compilation, "-Werror", "-o", output])
@@ -101,7 +101,7 @@ def compiled(command: list[str], machine: str, folder: Path) -> str:
 
 
 def outcome(library: Path, instructions: str | None, *more: str) -> str:
-    """What pytest says at the end of the tests of the `cpu` backend, like "359 passed"."""
+    """Run the tests of the `cpu` backend, and return the last line of pytest, such as "359 passed"."""
     selection = "(cpu or test_tokens) and not compile and not instruction_sets and not warps"
     command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=auto", "--maxprocesses=8", *more, *TESTS]
     variables = {"S0KERNELS_CPU_LIBRARY": str(library)} | ({"S0KERNELS_CPU": instructions} if instructions else {})
@@ -110,7 +110,7 @@ def outcome(library: Path, instructions: str | None, *more: str) -> str:
 
 
 def no_aarch64(name: str) -> str | None:
-    """Why one of FOR_AARCH64 cannot build and run the driver here, or None."""
+    """Return the reason why a compiler of FOR_AARCH64 cannot build and run the driver here, or None."""
     program, package = FOR_AARCH64[name][0][0], FOR_AARCH64[name][1]
     missing = [tool for tool in (program, "aarch64-linux-gnu-g++-12", "qemu-aarch64") if shutil.which(tool) is None]
     return f"no {' nor '.join(missing)} here: apt-get install {package} qemu-user" if missing else None
@@ -125,7 +125,7 @@ def emulated(command: list[str], folder: Path) -> str:
 
 
 def cases() -> list[tuple[str, str, str, object, str]]:
-    """(compiler, architecture, instructions, work or None where it cannot be done here, Debian's packages)."""
+    """Yield (compiler, architecture, instructions, work or None if it cannot be done here, Debian's packages)."""
     found, folder = [], ROOT / "build" / "compilers"
     for name in here():
         command, home = command_of(name), folder / name.replace(" ", "-")

@@ -1,4 +1,4 @@
-"""Building the package: what is said where the compiled kernels are left out."""
+"""Building the package: messages if the compiled kernels are left out."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the t
 
 
 def build(folder, **variables) -> tuple[int, str, bool]:
-    """Exit status, what was said, and whether kernels came out."""
+    """Build the package. Return the exit status, the output, and whether kernels were built."""
     command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "build", "--build-base", str(folder)]
     environment = {**os.environ, **variables}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -45,11 +45,11 @@ def test_without_compiled_kernels_the_package_is_built_and_says_why(tmp_path, va
 
 
 @pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-compiler", "there is no compiler 'no-compiler'"), (None, "torch is not one for CUDA")]
+    ("compiler", "reason"), [("no-compiler", "no compiler 'no-compiler'"), (None, "torch is not built for CUDA")]
 )
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is one for CUDA")
 def test_without_the_kernels_for_gpus(tmp_path, compiler, reason):
-    """They are left out, with the reason, or with S0KERNELS_BUILD=cuda an error."""
+    """The kernels are left out with the reason. With S0KERNELS_BUILD=cuda it is an error."""
     if compiler is None:
         compiler = shutil.which("true")
     status, said, _ = build(tmp_path, S0KERNELS_BUILD="cuda", NVCC=compiler)
@@ -67,7 +67,7 @@ def test_a_compiler_that_fails_leaves_a_package_without_kernels(tmp_path):
 
 
 def setup(patch, **variables) -> dict:
-    """The names of setup.py, in an environment that lasts as long as the test."""
+    """Return the names of setup.py, run in the environment of the test."""
     for name, value in variables.items():
         patch.setenv(name, value)
     return runpy.run_path(str(ROOT / "setup.py"))
@@ -105,7 +105,7 @@ def test_instructions_are_switched_on_for_their_own_source_alone(tmp_path, monke
     assert switched == ({"avx512", "avx2"} if machine in ("x86_64", "AMD64") else set())
 
 
-#: by which `nm` says that a symbol is defined here and seen by other objects
+#: letters of `nm` for symbols that are defined here and visible to other objects
 SHARED = re.compile(r"^[0-9a-f]* ?[ABCDGRSTVWuvwi] (\S+)$", re.M)
 
 
@@ -116,8 +116,8 @@ SHARED = re.compile(r"^[0-9a-f]* ?[ABCDGRSTVWuvwi] (\S+)$", re.M)
     "name", [compilers.DEFAULT, *(pytest.param(c, marks=pytest.mark.slow) for c in compilers.here())]
 )
 def test_nothing_is_shared_between_instruction_sets(tmp_path, monkeypatch, name, optimised):
-    """A linker keeps one of several definitions: one of AVX-512 could reach a machine without it. Without optimisation
-    nothing is hidden by inlining."""
+    """A linker keeps one of several definitions, so AVX-512 code could reach a machine without it. The test compiles
+    without optimisation, so that inlining hides nothing."""
     command = [name] if name == compilers.DEFAULT else compilers.command_of(name)
     if command is None or shutil.which(command[0]) is None:
         pytest.skip(f"{name} is not here")
@@ -146,7 +146,7 @@ def test_sources_compile_for_other_systems(tmp_path, target):
 
 @pytest.mark.slow
 def test_kernels_by_another_compiler(tmp_path):
-    """The first that is here beside the one that built the kernels under test: the tests of backend `cpu` pass."""
+    """The tests of backend `cpu` pass with the first other compiler that is installed."""
     installed = compilers.version([compilers.DEFAULT])
     others = [(n, c) for n in reversed(compilers.here()) if (c := compilers.command_of(n))]
     others = [(name, command) for name, command in others if compilers.version(command) != installed]
@@ -160,7 +160,7 @@ def test_kernels_by_another_compiler(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", compilers.here("aarch64"))
 def test_kernels_on_aarch64(tmp_path, name):
-    """The whole contract, in an emulator."""
+    """All tests of backend `cpu` pass in an emulator."""
     if reason := compilers.no_aarch64(name):
         pytest.skip(reason)
     said = compilers.emulated(compilers.FOR_AARCH64[name][0], tmp_path)

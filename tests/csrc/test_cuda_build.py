@@ -1,4 +1,4 @@
-"""The CUDA sources compiled where there is an nvcc: registers, spills, shared memory, and the library made of them."""
+"""The CUDA sources, compiled if there is an nvcc: registers, spills, shared memory, and the linked library."""
 
 import re
 import shutil
@@ -17,14 +17,14 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the tests run on an installed package"),
 ]
 
-#: registers of a thread at most: 128 leave two blocks of 256 threads on a multiprocessor
+#: maximum registers per thread: with 128, two blocks of 256 threads fit on a multiprocessor
 REGISTERS = {
     "s0_gated_delta_rule_step": 128,
     "s0_ssd_step": 128,
     "s0_gated_delta_rule_step_strided": 255,
     "s0_ssd_step_strided": 255,
 }
-#: bytes of shared memory of a block, at most
+#: maximum bytes of shared memory per block
 SHARED = {
     "s0_gated_delta_rule_step": 4104,
     "s0_ssd_step": 3108,
@@ -40,7 +40,7 @@ def run(*command: object, **options) -> str:
 
 
 def usage(report: str) -> dict[str, dict[str, int]]:
-    """By kernel, from what ptxas says."""
+    """Return the resources of each kernel, from the output of ptxas."""
     found = {}
     for name, text in re.findall(r"Function properties for (\w+)(.*?)(?=Compiling entry|\Z)", report, re.S):
         numbers = {"stack": r"(\d+) bytes stack", "stores": r"(\d+) bytes spill stores", "shared": r"(\d+) bytes smem"}
@@ -72,7 +72,7 @@ def test_states_are_read_and_written_16_bytes_at_a_time_and_once(kernel, count, 
 
 @pytest.mark.slow
 def test_the_library_links_and_has_the_operators_of_the_one_for_a_cpu(tmp_path):
-    """With a stand-in for the one function of libtorch_cuda that it calls."""
+    """It is linked with a replacement for the one function of libtorch_cuda that it calls."""
     folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-fPIC", "-Wall", "-Werror", "-Icsrc", f"-I{folder / 'include'}"]
     flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

@@ -1,7 +1,5 @@
-"""The kernels of one token, on the host: in a GPU's blocks, and as the `cpu` backend runs them.
-
-The blocks run warp after warp, first to last or last to first, up to each barrier, over shared memory full of NaN:
-a barrier that is missing is found."""
+"""The one-token kernels on the host: in blocks of a GPU, and in the `cpu` backend. The blocks run warp after warp,
+first to last or last to first, up to each barrier. Shared memory is filled with NaN, so a missing barrier is found."""
 
 from functools import partial
 
@@ -82,7 +80,7 @@ def test_a_mixer_step_is_its_parts(op, finish, shape, way):
     inputs |= {n: x for n, x in finish.items() if n == "norm"}
     single = to(inputs, torch.float32)
     inputs = double(single)
-    for _ in range(3):  # windows and states go on
+    for _ in range(3):  # windows and states continue
         truth, found = run(op, inputs, None, **options), run(op, single, way, **options)
         assert error(found, truth) < 3e-6
     assert torch.equal(single["window"].double(), inputs["window"])
@@ -91,7 +89,7 @@ def test_a_mixer_step_is_its_parts(op, finish, shape, way):
 
 @every_way
 def test_a_token_at_beta_two_is_undone_by_itself(way):
-    """Without decay and values it turns over what the state holds along its key."""
+    """Without decay and value it reverses the state's component along its key."""
     inputs = mixer("gated_delta_rule", "OLMo-Hybrid", width=1)
     values = inputs["z"][0].numel()
     inputs["mixed"][:, -values:] = inputs["conv_bias"][-values:] = 0
@@ -110,7 +108,7 @@ def test_a_token_at_beta_two_is_undone_by_itself(way):
 @every_dtype
 @every_way
 def test_a_mixer_step_rounds_once(op, finish, dtype, way):
-    """Any dtype: the inputs', which that of the output is, the parameters' and the windows'."""
+    """Inputs (and the output), parameters and windows may have any dtype each."""
     inputs, options = mixer(op, "Bamba"), {n: x for n, x in finish.items() if n != "norm"}
     rounded = to(inputs | {n: x for n, x in finish.items() if n == "norm"}, dtype)
     rounded["conv_weight"] = rounded["conv_weight"].half()
@@ -118,7 +116,7 @@ def test_a_mixer_step_rounds_once(op, finish, dtype, way):
     exact = double(rounded)
     truth, found = run(op, exact, None, **options), run(op, rounded, way, **options)
     assert found.dtype == dtype
-    twice = 2 if finish.get("norm", True) is not None and op == "ssd" else 1  # what is normalised was rounded, too
+    twice = 2 if finish.get("norm", True) is not None and op == "ssd" else 1  # the input of the norm was rounded too
     assert error(found, truth) < twice * ROUNDING[dtype]
     assert error(rounded["state"], exact["state"]) < 1e-6
     assert torch.equal(rounded["window"], exact["window"].bfloat16())
@@ -128,7 +126,7 @@ def test_a_mixer_step_rounds_once(op, finish, dtype, way):
 @every_way
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
 def test_a_pool_changes_only_where_addressed(op, finish, kind, way):
-    """-1 starts from zero and stores nothing; what is out of range gives NaN and touches nothing."""
+    """-1 starts from zero and stores nothing. An index out of range gives NaN and changes nothing."""
     rows = torch.tensor([4, -1, 2, 5, -2, 2**31 - 1], dtype=kind)
     inputs, options = mixer(op, "three", rows=6, pool=5), {n: x for n, x in finish.items() if n != "norm"}
     single = to(inputs | {n: x for n, x in finish.items() if n == "norm"}, torch.float32)
@@ -162,7 +160,7 @@ def test_inputs_of_any_strides_give_the_same_bits(op, finish, way):
 @pytest.mark.parametrize("op", OPS)
 @every_way
 def test_states_at_any_address_give_the_same_bits(op, way):
-    """A state that does not begin at a multiple of 16 bytes."""
+    """The address of a state need not be a multiple of 16 bytes."""
     inputs = to(mixer(op, "Qwen3.5-4B"), torch.float32)
     state = inputs["state"]
     moved = torch.zeros(state.numel() + 1)[1:].view(state.shape).copy_(state)
@@ -185,7 +183,7 @@ def test_windows_of_any_width(op, width, way):
 @pytest.mark.parametrize("op", OPS)
 @every_way
 def test_extremes_are_what_the_reference_makes_of_them(op, way):
-    """Gates far out on both sides, where exp overflows."""
+    """Gates are extreme on both sides, so that exp overflows."""
     inputs = mixer(op, "three")
     for name in ("z", "b", "a", "gate", "dt"):
         if name in inputs:
@@ -224,7 +222,7 @@ def test_ops_choose_and_validate(op):
     public = partial(STEPS[op][2], eps=1e-6)
     inputs = to(mixer(op, "three"), torch.float32)
     exact = double(inputs)
-    assert error(public(**inputs), public(**exact)) < 3e-6  # fp64 takes the reference
+    assert error(public(**inputs), public(**exact)) < 3e-6  # fp64 uses the reference
     for change, message in (
         ({"window": inputs["window"][..., :1].expand_as(inputs["window"])}, "window is written in place"),
         ({"mixed": inputs["mixed"][:, 1:], "conv_bias": None}, "conv_weight must have shape"),

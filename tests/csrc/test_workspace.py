@@ -1,4 +1,4 @@
-"""Which arrival counters a one-token kernel on a GPU gets: `csrc/cuda/workspace.h` on a stand-in for CUDA's runtime."""
+"""The arrival counters of one-token kernels on a GPU: `csrc/cuda/workspace.h` on a stand-in for CUDA's runtime."""
 
 import ctypes
 import shutil
@@ -34,7 +34,7 @@ def library(tmp_path_factory):
 
 
 class Cuda:
-    """The stand-in, with workspaces of its own."""
+    """The stand-in, with its own workspaces."""
 
     def __init__(self, library):
         self.library, self.workspaces = library, library.new_workspaces()
@@ -76,7 +76,7 @@ def test_two_streams_and_two_devices_share_nothing(cuda):
     spans = []
     for device in (0, 1):
         cuda.library.set_device(device)
-        for number in (1, 2):  # what CUDA calls the default stream, say, of either device
+        for number in (1, 2):  # the same number, such as that of the default stream, on either device
             first = cuda.counters(cuda.stream(number), 1024)
             spans.append((first, first + 4 * 1024))
     spans.sort()
@@ -87,12 +87,12 @@ def test_two_streams_and_two_devices_share_nothing(cuda):
 def test_growth_leaves_alone_what_kernels_in_flight_use(cuda):
     stream = cuda.stream(3)
     first = cuda.counters(stream, 1000)
-    ctypes.c_uint32.from_address(first).value = 5  # a kernel is at work
+    ctypes.c_uint32.from_address(first).value = 5  # a kernel is running
     second = cuda.counters(stream, 1025)
     assert second != first
     assert values(second, 1025) == [0] * 1025
     assert values(first, 1) == [5]
-    assert cuda.calls()[2:] == ["malloc 8192", "memset 8192 on 3"]  # twice as large: seldom, and of few bytes in all
+    assert cuda.calls()[2:] == ["malloc 8192", "memset 8192 on 3"]  # twice the size, so allocations are rare
     assert cuda.counters(stream, 10**6) not in (first, second)
     assert cuda.calls() == ["malloc 4000000", "memset 4000000 on 3"]
     assert cuda.counters(stream, 2) not in (first, second)
@@ -105,7 +105,7 @@ def test_a_stream_with_the_handle_of_one_that_is_gone_gets_another(cuda):
 
 
 def test_a_captured_call_brings_its_own(cuda):
-    """Even where the stream has a workspace; and what comes after the capture finds that again."""
+    """It does so even if the stream has a workspace, which later calls use again."""
     handle = cuda.stream(1)
     first = cuda.counters(handle, 8)
     cuda.calls()
@@ -145,7 +145,7 @@ def test_streams_without_end_do_not_take_memory_without_end(cuda):
     assert cuda.counters(cuda.stream(most), 1) is None
     assert cuda.counters(cuda.stream(0), 1) == found[0]
     assert cuda.calls() == []
-    assert cuda.counters(cuda.stream(0), 2000) is not None  # one that is known may still grow
+    assert cuda.counters(cuda.stream(0), 2000) is not None  # a known stream may still grow
 
 
 def test_threads_that_ask_at_once(cuda):

@@ -1,4 +1,4 @@
-"""The examples of examples/peft, with a few steps each, as a user starts them."""
+"""The examples of examples/peft, started like a user does, with a few steps each."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_trainer_of_transformers(tmp_path):
-    """Learns, goes on from a checkpoint with the same bits, and finds the same in two processes."""
+    """It learns, resumes from a checkpoint with the same bits, and gives the same result in two processes."""
     output = run("hf_trainer.py", tmp_path / "one", *FEW)
     assert re.search(r"before: \d of 6 right\n[\s\S]*after: \d of 6 right", output)
     assert losses(output)[-1] < losses(output)[0] / 2

@@ -1,4 +1,4 @@
-"""The ops against the scans of transformers, an implementation that shares no line with ours."""
+"""The ops compared with the scans of transformers, an independent implementation."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
 def repeated(tensors: dict, names: str) -> list:
-    """q and k with as many heads as v: older versions expect that, newer ones take it as well."""
+    """Repeat q and k to the heads of v: older versions require that, newer ones allow it."""
     group = tensors["v"].shape[2] // tensors["q"].shape[2]
     return [tensors[n].repeat_interleave(group, dim=2) if n in ("q", "k") else tensors[n] for n in names.split()]
 
 
 def original(module, name: str):
-    """The PyTorch function, also where transformers has bound a kernel package in its place."""
+    """Return the PyTorch function, even if transformers uses a kernel package instead."""
     return getattr(getattr(module, name), "__wrapped__", getattr(module, name))
 
 
@@ -65,7 +65,7 @@ def test_ssd(T):
 
 
 def test_one_token_steps():
-    """The recurrent functions that transformers decodes with."""
+    """Compare with the functions by which transformers decodes."""
     problem = delta_problem(1, state="each").to(torch.float32)
     output, state = original(qwen, "torch_recurrent_gated_delta_rule")(
         *repeated(problem.tensors, "q k v g beta"),

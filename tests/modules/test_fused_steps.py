@@ -1,4 +1,4 @@
-"""Swapped mixers take a cached token in one kernel where they can, and part by part where they cannot."""
+"""Swapped mixers compute a cached token in one kernel if possible, and part by part otherwise."""
 
 import contextlib
 import copy
@@ -28,14 +28,14 @@ from s0kernels.backends import tokens as kernels
 from s0kernels.modules.mixer import S0Mixer
 
 pytestmark = pytest.mark.skipif(NO_CPU_KERNELS is not None, reason=f"backend cpu {NO_CPU_KERNELS}")
-#: without the steps of its self-check, which would be counted
+#: without the self-check, whose steps would be counted
 swap_modules = partial(s0kernels.swap_modules, check=False)
 STEPS = ("gated_delta_mixer_step", "ssd_mixer_step")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How a test makes the steps run: it puts in the "way", and "steps" counts them."""
+    """Replace the kernels of steps by those of "way", and count them in "steps"."""
     found = {"steps": 0, "way": "whole heads"}
 
     def counted(step, *records):
@@ -55,7 +55,7 @@ def part_by_part():
 
 
 def decode(model, name, ids, steps=3):
-    """Logits of the last tokens one by one, and the cache."""
+    """Return the logits of the last tokens, computed one by one, and the cache."""
     cache = DynamicCache(config=model.config.get_text_config())
     start = ids.shape[1] - steps
     model(ids[:, :start], **cached(model, cache))
@@ -70,8 +70,8 @@ _NORMS_OF_BAMBA = ("BambaRMSNormGated", "GraniteMoeHybridRMSNormGated", "MambaRM
 
 
 def steps_of(name, tokens=3):
-    """How many fused steps a mixer takes for so many tokens: none where transformers has a norm that knows no groups
-    behind a mixer that has some, which the fused step does not compute."""
+    """Return the number of fused steps of a mixer for so many tokens. It is zero if the mixer has groups and its norm
+    in transformers has none, which the fused step does not support."""
     norms = [m for m in MODELS[name]().modules() if type(m).__name__ in _NORMS_OF_BAMBA]
     return tokens if all(hasattr(norm, "group_size") for norm in norms) else 0
 
@@ -80,7 +80,7 @@ def steps_of(name, tokens=3):
 @every_way
 @torch.no_grad()
 def test_a_token_is_the_untouched_mixers(name, way, calls):
-    """Every mixer beside its original: the output, the window and the state that they leave."""
+    """Compare every mixer with its original: output, window and state."""
     if reason := fails_upstream(name):
         pytest.skip(reason)
     calls["way"] = way
@@ -91,7 +91,7 @@ def test_a_token_is_the_untouched_mixers(name, way, calls):
         prompt, following = torch.randn(2, 7, width), torch.randn(3, 2, 1, width)
         caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
         for every, cache in zip((originals, replacements), caches, strict=True):
-            for mixer in every:  # some originals ask the last one's cache whether theirs holds a state
+            for mixer in every:  # some originals read from the last layer's cache whether theirs holds a state
                 mixer(prompt, cache)
         before = calls["steps"]
         for x in following:
@@ -157,7 +157,7 @@ def test_what_needs_a_gradient_goes_part_by_part(name, calls):
     with torch.no_grad():
         truth, _ = decode(model, name, ids)
     steps = calls["steps"]
-    found, _ = decode(model, name, ids)  # nothing requires one
+    found, _ = decode(model, name, ids)  # nothing requires a gradient
     assert calls["steps"] == 2 * steps > 0
     assert close(found, truth)
     mixers(model)[0].dt_bias.requires_grad_()
@@ -170,7 +170,8 @@ def test_what_needs_a_gradient_goes_part_by_part(name, calls):
 @every_family
 @torch.no_grad()
 def test_caches_of_another_kind_go_part_by_part(name, calls):
-    """One that keeps its past, one with states in half precision; and three rows of fp32, on a CPU faster so."""
+    """These are a cache that keeps its past, a cache with states in half precision, and three rows of fp32, which are
+    faster this way on a CPU."""
     model = swap_modules(MODELS[name]())
     mixer = mixers(model)[0]
     width = mixer.out_proj.out_features

@@ -26,14 +26,14 @@ from s0kernels.modules.mixer import S0Mixer
 
 @every_model
 def test_gradient_of_s0_equals_the_originals(name):
-    """Autograd through the untouched model, its cache seeded with S0."""
+    """Compare with autograd through the original model, whose cache holds S0."""
     model, ids = MODELS[name]().requires_grad_(False), tokens(2, 30)
     original = copy.deepcopy(model)
     states = random_states(swap_modules(model))
     found = gradients(model, states, ids)
     leaves = {layer: states[layer].detach().clone().requires_grad_() for layer in states}
     cache = seeded_cache(original, leaves, rows=2)
-    cache.update_recurrent_state = lambda *_, **__: None  # in place, which autograd would refuse
+    cache.update_recurrent_state = lambda *_, **__: None  # it works in place, which autograd would refuse
     original(ids, **cached(original, cache)).logits.log_softmax(-1)[..., 7].sum().backward()
     for leaf, grad in zip(leaves.values(), found, strict=True):
         assert close(grad, leaf.grad, 1e-4)
@@ -42,7 +42,7 @@ def test_gradient_of_s0_equals_the_originals(name):
 @every_model
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name, reentrant):
-    """Recomputed layers start from the states that the forward was bound to, whatever is attached by then."""
+    """Recomputed layers start from the states bound in the forward, even if others are attached by then."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     states, others, ids = random_states(model, tasks=2), random_states(model, tasks=2, seed=9), tokens(3, 20)
     truth = gradients(model, states, ids, tasks=[0, 1, -1])
@@ -66,7 +66,7 @@ def test_gradient_checkpointing(name, reentrant):
 
 @every_family
 def test_gradient_under_autocast(name):
-    """In bf16 the gradient is that of fp32 up to bf16's rounding, and comes in fp32."""
+    """The gradient in bf16 equals that in fp32 up to rounding to bf16, and is fp32."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     states, ids = random_states(model, size=0.1), tokens(4, 20)
     truth = gradients(model, states, ids)
@@ -81,7 +81,7 @@ def test_gradient_under_autocast(name):
 @every_model
 @torch.no_grad()
 def test_logits_under_autocast(name):
-    """No further from fp32 than those of the untouched model under autocast, twice over."""
+    """Their error against fp32 is at most twice that of the original model under autocast."""
     model, ids = MODELS[name](), tokens(4, 20)
     original = copy.deepcopy(model)
     states = random_states(swap_modules(model))
@@ -118,7 +118,7 @@ def test_padding_does_not_change_the_gradient(name):
 
 @every_family
 def test_gradient_through_a_cache(name, swapped):
-    """Two forwards over one cache, as in training on turns, differentiate like one."""
+    """The gradient through two forwards with one cache, as in training on turns, equals that of one forward."""
     model, states = swapped
     model.requires_grad_(False)
     ids = tokens(2, 20)

@@ -30,7 +30,7 @@ from s0kernels import swap_modules
 @every_model
 @torch.no_grad()
 def test_s0_is_the_state_before_the_first_token(name):
-    """Against the untouched model, its cache seeded with S0 and an empty convolution window."""
+    """Compare with the original model, whose cache holds S0 and an empty convolution window."""
     model, ids = MODELS[name](), tokens(2, 30)
     original = copy.deepcopy(model)
     swap_modules(model)
@@ -44,7 +44,7 @@ def test_s0_is_the_state_before_the_first_token(name):
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 @torch.no_grad()
 def test_padding(name, swapped, side):
-    """Pads neither decay nor write: logits at real tokens, and the next token after them, as without padding."""
+    """Pads neither decay nor write: the logits at real tokens and at the next token are those without padding."""
     model, _ = swapped
     rows = ragged()
     ids, mask = padded(rows, side)
@@ -71,7 +71,7 @@ def test_padding(name, swapped, side):
 @pytest.mark.parametrize("cuts", [[17, 30], [1, 2, 30], list(range(1, 31))], ids=["halves", "starts", "tokens"])
 @torch.no_grad()
 def test_a_live_cache_wins(name, swapped, cuts):
-    """Chunked prefill and token by token: S0 once, then the cache."""
+    """In chunked prefill and token by token, S0 enters once, then the cache is used."""
     model, _ = swapped
     ids = tokens(2, 30)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -84,7 +84,7 @@ def test_a_live_cache_wins(name, swapped, cuts):
 @every_family
 @torch.no_grad()
 def test_chunked_prefill_of_a_left_padded_batch(name, swapped):
-    """The first chunk holds no token at all of some rows; they start from S0 in a later one."""
+    """The first chunk has no token of some rows. These rows start from S0 in a later chunk."""
     model, _ = swapped
     rows = ragged()
     ids, mask = padded(rows, "left")
@@ -103,7 +103,7 @@ def test_chunked_prefill_of_a_left_padded_batch(name, swapped):
 @every_model
 @torch.no_grad()
 def test_padded_batch_token_by_token(name, swapped):
-    """transformers gives mixers no mask for a single token; a pad on its own must not write all the same."""
+    """transformers passes no mask to mixers for a single token, but a single pad must not write either."""
     model, _ = swapped
     rows = ragged()
     for side in ("left", "mixed"):
@@ -143,7 +143,8 @@ def test_second_turn_and_reset(name, swapped):
 
 
 def _with_new_attention(cache, model):
-    """The recurrent layers of a reset cache beside attention that is new: keys and values survive a reset, zeroed."""
+    """Combine the recurrent layers of a reset cache with new attention layers: after a reset, keys and values are
+    zeros."""
     fresh = DynamicCache(config=model.config)
     for old, new in zip(cache.layers, fresh.layers, strict=True):
         for name in ("conv_states", "recurrent_states", "has_previous_state", "conv_kernel_size"):
@@ -189,13 +190,14 @@ def test_generate_ends_at_a_text(name, swapped):
 @every_family
 @torch.no_grad()
 def test_sampling_follows_the_rows(name, swapped):
-    """With the noise of each row fixed, sampled rows are what they are one by one; several per prompt start equal."""
+    """With fixed noise for each row, rows sampled together equal rows sampled one by one. Several rows per prompt start
+    equally."""
     model, _ = swapped
     rows = ragged()
     ids, mask = padded(rows, "left")
 
     class Noise(LogitsProcessor):
-        """Gumbel noise by step: greedy choice on it is sampling."""
+        """Gumbel noise for each step: a greedy choice with it is sampling."""
 
         def __init__(self):
             self.random = torch.Generator().manual_seed(0)
@@ -227,7 +229,7 @@ def test_sampling_follows_the_rows(name, swapped):
 @every_model
 @torch.no_grad()
 def test_static_cache(name, swapped):
-    """Token for token as with a dynamic cache, and again after a reset."""
+    """The tokens are those with a dynamic cache, also after a reset."""
     model, states = swapped
     rows = ragged()
     ids, mask = padded(rows, "left")
@@ -248,7 +250,7 @@ def test_static_cache(name, swapped):
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
 def test_generate_with_a_compiled_model(name, static):
-    """Token for token, in whole graphs: nothing in a swapped mixer needs to look at a tensor's values."""
+    """The tokens are the same, in full graphs: swapped mixers do not read the values of tensors."""
     model = swap_modules(MODELS[name]())
     ids, mask = padded(ragged()[:2], "left")
     random_states(model, tasks=2).attach(model, tasks=[1, 0])

@@ -15,7 +15,7 @@ from s0kernels.modules.swap import find_site
 
 
 def reload(model):
-    """Through torch.save and torch.load of the whole module."""
+    """Save and load a whole module by torch.save and torch.load."""
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -56,7 +56,7 @@ def test_a_copy_of_a_model_starts_from_a_copy_of_its_states(name, way):
 
 
 def test_copies_learn_on_their_own():
-    """The products with the scale that a copy keeps are its own, whatever its model has counted."""
+    """A copy keeps its own scaled products, independent of the version counters of the original."""
     model, ids = swap_modules(qwen()).requires_grad_(False), tokens(2, 12)
     states = S0States.for_model(model)
     states.attach(model, 0.5)
@@ -77,7 +77,7 @@ def test_copies_learn_on_their_own():
         found = copied(ids).logits
         with own.attached(copied, 0.5):
             assert torch.equal(copied(ids).logits, found)
-    states.model = model  # as when both go into one module
+    states.model = model  # as if both are put into one module
     again = copy.deepcopy(states)
     assert S0States.attached_to(again.model) is again
     again.detach()
@@ -99,7 +99,7 @@ def test_copies_of_states_are_not_attached():
 @every_model
 @torch.no_grad()
 def test_conversions(name):
-    """What `.to` does to a swapped model it does to the original, and attached states stay fp32 beside it."""
+    """`.to` has the same effect on a swapped model as on the original, and attached states stay fp32."""
     model, ids = MODELS[name](), tokens(2, 9)
     model.set_experts_implementation("eager")  # the default of mixtures of experts does not take fp64
     double = copy.deepcopy(model).double()
@@ -142,7 +142,7 @@ def test_save_pretrained_writes_what_the_original_writes(name, tmp_path):
 @every_family
 @torch.no_grad()
 def test_attach_detach_swap_and_restore_in_any_order(name):
-    """Every sequence of four of these steps: the logits follow what was done last."""
+    """In every sequence of four of these operations, the logits are those for the last one."""
     model, ids = MODELS[name](), tokens(1, 7)
     swap_modules(model)
     sets = [random_states(model, seed=seed) for seed in (1, 2)]

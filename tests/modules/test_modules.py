@@ -1,4 +1,4 @@
-"""The swapped mixers: what they compute with no S0, and what cannot be swapped."""
+"""The swapped mixers: their results without S0, and models that cannot be swapped."""
 
 import copy
 import re
@@ -114,7 +114,7 @@ def test_bf16_models_keep_an_fp32_state(name):
 @pytest.mark.parametrize("disk", [False, True], ids=["cpu", "disk"])
 @torch.no_grad()
 def test_offloaded_weights(name, where, disk, tmp_path):
-    """Weights that accelerate brings when a module is called, offloaded before the swap or after it."""
+    """Weights that accelerate loads when a module is called, offloaded before the swap or after it."""
     from accelerate import cpu_offload, disk_offload
 
     model, ids = MODELS[name](), tokens(2, 9)
@@ -144,7 +144,8 @@ def test_offloaded_weights(name, where, disk, tmp_path):
 @every_family
 @torch.no_grad()
 def test_hooks_and_compiled_mixers(name):
-    """Hooks on a mixer stay through swap and restore; a mixer compiled before is not run in its replacement's place."""
+    """Hooks on a mixer survive swap and restore. A mixer that was compiled before does not run instead of its
+    replacement."""
     model, ids, calls = MODELS[name](), tokens(1, 9), []
     path = next(n for n, m in model.named_modules() if hasattr(m, "A_log"))
     model.get_submodule(path).register_forward_hook(lambda *_: calls.append("before"))
@@ -168,12 +169,12 @@ def test_half_swapped_models_and_strange_mixers_are_refused(name):
         swap_modules(model)
     swap_modules(restore_modules(model))
     setattr(decoder_layer, path.rpartition(".")[2], model.get_submodule(path).original)
-    with pytest.raises(ValueError, match=r"layers \[0\] are not swapped any more"):
+    with pytest.raises(ValueError, match=r"layers \[0\] are no longer swapped"):
         S0States.for_model(model)
     fresh = MODELS[name]()
     mixer = fresh.get_submodule(path)
     mixer.__class__ = type("Own", (type(mixer),), {"forward": lambda self, *args, **kwargs: None})
-    with pytest.raises(ValueError, match="Own with a forward of its own"):
+    with pytest.raises(ValueError, match="Own whose forward was overridden"):
         swap_modules(fresh)
 
 
@@ -194,7 +195,7 @@ def test_an_unsupported_model_is_refused_with_the_supported_families():
 
 @pytest.mark.parametrize("mixer", UNSUPPORTED)
 def test_a_mixer_that_cannot_be_replaced_is_named_with_what_is_missing(mixer):
-    """By a stand-in of its name, of which the installed transformers has the original."""
+    """The test uses a class with the name of one in the installed transformers."""
     folders = Path(transformers.__file__).parent.joinpath("models").glob("*/modeling_*.py")
     known = any(f"\nclass {mixer}(" in path.read_text() for path in folders)
     assert known or transformers.__version__ != PINNED["transformers"], "renamed or gone"
@@ -222,7 +223,7 @@ def test_a_model_that_cannot_be_swapped_is_told_why(name, settings, what):
 def test_an_unknown_recurrent_mixer_is_named():
     mixer = nn.Conv1d(1, 1, 1)
     mixer.A_log, mixer.layer_idx = nn.Parameter(torch.zeros(2)), 0
-    with pytest.raises(ValueError, match=r"its Conv1d is none that s0kernels knows: docs/adding-a-family.md"):
+    with pytest.raises(ValueError, match=r"s0kernels does not know its Conv1d: docs/adding-a-family.md"):
         swap_modules(nn.Sequential(mixer))
 
 

@@ -1,4 +1,4 @@
-"""What a swap finds out about the transformers that it meets, and what it refuses."""
+"""The checks of a swap against the installed transformers: what passes and what is refused."""
 
 import copy
 import gc
@@ -39,7 +39,7 @@ def decoder_of(model):
     return next(module for module in model.modules() if hasattr(module, "layers") and hasattr(module, "embed_tokens"))
 
 
-# What passes
+# Swaps that pass
 
 
 @every_model
@@ -74,7 +74,7 @@ def test_other_dtypes_pass(name, dtype):
 
 def test_no_memory_stays():
     models = [MODELS["qwen"]() for _ in range(2)]
-    swap_modules(models[0])  # what is loaded or cached once
+    swap_modules(models[0])  # loads and caches everything that is loaded only once
 
     def tensors():
         gc.collect()
@@ -121,7 +121,7 @@ def test_inside_autocast_and_inference_mode():
 
 
 def test_an_original_that_contradicts_itself_is_reported():
-    """Falcon-H1's one-token step leaves out `time_step_limit`, which its prefill applies."""
+    """Falcon-H1's one-token step ignores `time_step_limit`, which its prefill applies."""
     model = falcon()
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
@@ -131,11 +131,11 @@ def test_an_original_that_contradicts_itself_is_reported():
     assert "the replacement follows the prefill" in report.checks[1].reason
 
 
-# What is refused
+# Swaps that are refused
 
 
 def renamed(function, old, new):
-    """`function` with one argument under another name."""
+    """Return `function` with one argument renamed."""
     parameters = inspect.signature(function).parameters.values()
 
     def forward(self, *arguments, **keywords):
@@ -172,7 +172,7 @@ def rename_the_decoders_cache(model, patch):
 
 
 def hand_the_cache_down_under_another_name(model, patch):
-    """The mixer's signature still has the old name; it takes the cache out of its keywords."""
+    """The mixer's signature still has the old name, but it reads the cache from its keywords."""
     mixer, call = mixer_of(model), torch.nn.Module.__call__
     name, original = cache_name(mixer), type(mixer).forward
 
@@ -193,7 +193,7 @@ def hand_the_cache_down_under_another_name(model, patch):
 
 
 def transpose_the_cache(model, patch):
-    """The cache holds a state with its last two dimensions exchanged."""
+    """The cache holds states with the last two dimensions exchanged."""
     mixer = mixer_of(model)
     forward = type(mixer).forward
 
@@ -214,7 +214,7 @@ def transpose_the_cache(model, patch):
 
 
 def transpose_a_square_state(model, patch):
-    """Nothing but the values tells."""
+    """Only the values show it."""
     transpose_the_cache(model, patch)
     return r"recurrent_states\[0\] in the cache after a prefill of .* differs by"
 
@@ -232,7 +232,7 @@ def reverse_the_heads(model, patch):
 
 
 def keep_states_elsewhere(model, patch):
-    """The cache's states are under another name."""
+    """The states of the cache have another name."""
     init = LinearAttentionLayer.__init__
 
     def renamed_states(self, *arguments, **keywords):
@@ -245,7 +245,7 @@ def keep_states_elsewhere(model, patch):
 
 def always_hold_a_state(model, patch):
     patch.setattr(Cache, "has_previous_state", lambda *_, **__: True)
-    return "the replacement of .* fails with what its decoder hands down"
+    return "the replacement of .* fails with the arguments of its decoder"
 
 
 def never_hold_a_state(model, patch):
@@ -254,7 +254,7 @@ def never_hold_a_state(model, patch):
 
 
 def hold_a_state_after_two_calls(model, patch):
-    """The first continuation does not see what the cache holds."""
+    """The first continuation ignores the cache."""
     holds, calls = Cache.has_previous_state, []
 
     def late(self, *arguments, **keywords):
@@ -267,7 +267,7 @@ def hold_a_state_after_two_calls(model, patch):
 
 
 def keep_the_mask_to_itself(model, patch):
-    """The decoder hands no mask down, so pads are not known."""
+    """The decoder passes no mask down, so pads are unknown."""
     module = inspect.getmodule(type(decoder_of(model)))
     patch.setattr(module, "create_recurrent_attention_mask", lambda *_, **__: None)
     return "the prefill behind pads, from S0, of .* differs by"
@@ -334,7 +334,7 @@ def test_a_square_state_hides_no_transpose(monkeypatch):
             swap_modules(model)
 
 
-# What cannot be run
+# Checks that cannot be run
 
 
 def test_meta_offloaded_and_quantised_models_say_why():
@@ -351,7 +351,7 @@ def test_meta_offloaded_and_quantised_models_say_why():
     assert [check.reason for check in report.checks] == ["its weights are offloaded"] * 4
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would rather have torchao do it
+        warnings.simplefilter("ignore")  # torch recommends torchao instead
         quantised = torch.ao.quantization.quantize_dynamic(MODELS["qwen"](), {torch.nn.Linear}, torch.qint8)
     report = swap_report(swap_modules(quantised))
     assert all(check.reason.startswith("its weights are quantised") for check in report.checks)
@@ -394,7 +394,7 @@ def test_unknown_arguments_are_errors(name):
         model(ids, memory=DynamicCache(config=model.config))
     with pytest.raises(TypeError, match=r"does not know: segment_ids \(torch.int64 \[2, 7\]\)"):
         model(ids, segment_ids=torch.zeros(2, 7, dtype=torch.long))
-    with pytest.raises(ValueError, match="cu_seq_lens_k packs sequences only beside cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="cu_seq_lens_k needs cu_seq_lens_q"):
         model(ids[:1], cu_seq_lens_k=torch.tensor([0, 3, 7]))
     known = {"num_items_in_batch": torch.tensor(3), "output_hidden_states": True, "use_cache": True, "nothing": None}
     model(ids, **known)
@@ -408,11 +408,11 @@ def test_a_mixer_takes_what_says_nothing_to_it(name):
     cosines = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
     truth = mixer(x)
     assert torch.equal(mixer(x, use_cache=True, position_embeddings=cosines), truth)
-    with pytest.raises(TypeError, match=r"position_embeddings .* may carry a cache, a mask or borders"):
+    with pytest.raises(TypeError, match=r"position_embeddings .* may be a cache, a mask or sequence boundaries"):
         mixer(x, position_embeddings=torch.arange(5))
     with pytest.raises(TypeError, match="got two caches: cache and cache_params"):
         mixer(x, DynamicCache(config=model.config), cache_params=DynamicCache(config=model.config))
-    for cache in CACHES:  # every version's name, with a state in it
+    for cache in CACHES:  # the name in every version, with a state
         held = DynamicCache(config=model.config)
         mixer(x, **{cache: held})
         assert held.has_previous_state(mixer.layer_idx)
@@ -443,7 +443,7 @@ def test_weights_are_initialised_as_in_the_original(name):
 @every_family
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
 def test_tasks_follow_multiplied_rows_without_a_cache(name, options):
-    """Every forward then starts from S0, with the tokens that were generated behind the prompts."""
+    """Without a cache every forward starts from S0, and has the prompts with the generated tokens."""
     model = swap_modules(MODELS[name]())
     states, ids = random_states(model, tasks=2), tokens(2, 6)
     found = []

@@ -1,4 +1,4 @@
-"""What autograd is told: writes in place, derivatives of other kinds than one backward, and sizes of zero."""
+"""Autograd: writes in place, derivatives other than a single backward, and sizes of zero."""
 
 import copy
 
@@ -22,7 +22,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 def saved_by_a_graph(x):
-    """A loss whose backward needs x as it is now."""
+    """Return a loss whose backward needs the current value of x."""
     return (x * torch.ones_like(x).requires_grad_()).sum()
 
 
@@ -88,7 +88,7 @@ def dual(f, x, direction):
 
 
 def dual_gradient(f, x, direction):
-    """A tangent that meets the backward alone."""
+    """Only the backward sees a tangent."""
     x = x.clone().requires_grad_()
     y = f(x)
     with forward_ad.dual_level():
@@ -109,7 +109,7 @@ def batched(f, x, direction):
 
 
 def ensemble(f, x, direction):
-    """vmap over inputs made of a parameter."""
+    """vmap over inputs that depend on a parameter."""
     scale = torch.ones((), dtype=x.dtype).requires_grad_()
     y = torch.func.vmap(lambda each: f(each * scale))(torch.stack([x, 2 * x]))
     return torch.autograd.grad(y.sum(), scale)[0]
@@ -129,12 +129,12 @@ DERIVATIVES = {
     "create_graph": twice,
     "is_grads_batched": batched,
 }
-#: what is decided after a compiled forward, so that it is refused whether a backend was named or not
+#: transforms that are applied after a compiled forward, so that they are refused with or without a named backend
 AFTERWARDS = ("dual numbers in the backward", "create_graph", "is_grads_batched")
 
 
 def differentiate(how, op, backend, dtype=torch.float64):
-    """A derivative of a small scan, by its most telling input and by its state."""
+    """Compute a derivative of a small scan with respect to one input and to its state."""
     problem = MAKERS[op](3, B=1, state="each", **SMALL[op]).to(dtype)
     for name in ("v" if op == "gated_delta_rule" else "x", "initial_state"):
         x = problem.tensors[name]
@@ -186,7 +186,7 @@ def test_steps_refuse_tangents_and_transforms(op, backend):
     with pytest.raises(ValueError, match=f"{op}_step: {name} requires grad"):
         torch.func.grad(lambda x: run(x).sum())(inputs[name])
     assert torch.equal(state, before)
-    with forward_ad.dual_level():  # which these tensors have no part in
+    with forward_ad.dual_level():  # these tensors take no part in it
         run(inputs[name])
     assert not torch.equal(state, before)
 
@@ -210,9 +210,9 @@ def test_a_compiled_transform_is_the_transform(op):
 
 @pytest.mark.parametrize("name", ["qwen", "falcon"])
 def test_tangents_go_through_a_whole_model(name):
-    """A prefill from S0, and a token after it: against finite differences."""
+    """Compare a prefill from S0 and a token after it with finite differences."""
     model = MODELS[name]().double()
-    model.set_attn_implementation("eager")  # torch's others have no forward mode on a CPU
+    model.set_attn_implementation("eager")  # other attention functions have no forward mode on a CPU
     states = random_states(swap_modules(model)).requires_grad_(False)
     states.attach(model)
     model.requires_grad_(False)
@@ -236,7 +236,7 @@ def test_tangents_go_through_a_whole_model(name):
 @pytest.mark.parametrize("lengths", [None, [0, 3, 0, 2]], ids=["dense", "packed"])
 @pytest.mark.parametrize("empty", ["T", "B", "first", "second", "both"])
 def test_sizes_of_zero(op, backend, empty, lengths, poisoned):
-    """`first` and `second` are K and V, or P and N. Nothing is left as the memory was."""
+    """`first` and `second` are K and V, or P and N. All outputs are written."""
     first, second = ("K", "V") if op == "gated_delta_rule" else ("P", "N")
     sizes = {"T": 5, "B": 2, first: 3, second: 5}
     sizes |= dict.fromkeys({"first": [first], "second": [second], "both": [first, second]}.get(empty, [empty]), 0)

@@ -1,4 +1,4 @@
-"""torch.compile with dynamic sizes, and torch.export: what is attached goes into the program, which loads anywhere."""
+"""torch.compile with dynamic sizes, and torch.export: attached states are part of the program, which loads anywhere."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from s0kernels import ops, swap_modules
 from s0kernels.ops import transforms
 
-pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of transformers'
+pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # from transformers
 
 
 class Logits(nn.Module):
@@ -71,7 +71,7 @@ print("loaded")
 
 
 class Step(nn.Module):
-    """A token of both recurrences, and of a mixer."""
+    """One token of both recurrences, and of a mixer."""
 
     def forward(self, x, state):
         g, beta = -x[..., 0].abs(), x[..., 0].sigmoid()
@@ -160,7 +160,7 @@ def test_a_mixers_step_compiles_with_dynamic_sizes(name):
 
 
 def test_importing_does_not_import_the_compiler():
-    """Which takes a second. What torch would have marked is marked all the same."""
+    """Importing the compiler takes a second. Functions are marked as constant all the same."""
     done = python("-c", "import sys, s0kernels.ops, s0kernels.modules; sys.exit('torch._dynamo' in sys.modules)")
     assert done.returncode == 0, done.stderr
 

@@ -1,12 +1,12 @@
-"""NaN and infinity at one token, or in its gradient, reach what the recurrence lets them reach and nothing else: above
-all no token before it."""
+"""NaN and infinity at one token, or in its gradient, spread only where they spread in the recurrence. In particular
+they reach no earlier token."""
 
 import pytest
 import torch
 from cases import BACKENDS, MAKERS
 from test_autograd import every_op
 
-#: within a chunk and across its border, whatever its length; in the middle of blocks of registers
+#: positions within a chunk and at its ends, for all chunk lengths, and in the middle of blocks of registers
 LENGTH, WHERE = 70, 37
 TOKENS = {"gated_delta_rule": ("q", "k", "v", "g", "beta"), "ssd": ("x", "dt", "B", "C", "z")}
 SIZES = {"gated_delta_rule": {"B": 1, "H": 1, "HV": 2, "K": 5, "V": 6}, "ssd": {"B": 1, "H": 2, "P": 6, "N": 5, "G": 1}}
@@ -14,7 +14,8 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 
 
 def spoiled(op, name, value, whole, **options):
-    """A problem in which one number at a token is not finite, or all of its row; the gradient weights, perhaps also."""
+    """Return a problem in which one number at a token, or its whole row, is not finite; perhaps in the gradient weights
+    too."""
     problem = MAKERS[op](LENGTH, state="each", **SIZES[op], **options)
     weights = list(problem.weights())
     target = weights[0] if name == "output" else problem.tensors[name]

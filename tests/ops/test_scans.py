@@ -1,4 +1,4 @@
-"""Both scans: chunked against token by token, in every form of state and packing, forward and backward."""
+"""Both scans: chunked compared with token by token, in every form of state and packing, forward and backward."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_every_form_of_state(op, kind, lengths, backend):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_packed_shared_each_and_bank_agree(op, backend):
-    """The same sequences, stored in every way the contract knows."""
+    """The same sequences, stored in every way that the contract allows."""
     shared = MAKERS[op](40, B=3)
     state = shared.tensors["initial_state"]
     row_wise = {name for name, x in shared.tensors.items() if x.dim() > 2 and name != "initial_state"}
@@ -79,7 +79,7 @@ def test_dense_packed_shared_each_and_bank_agree(op, backend):
 @chunked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nearly_equal_keys_are_survived(backend, dtype):
-    """With beta at 2 a chunk amplifies what it rounds; the recurrence, a product of reflections, does not."""
+    """With beta at 2 a chunk amplifies rounding. The recurrence, a product of reflections, does not."""
     assert_nearly_equal_keys_are_survived(dtype, lambda problem, weights: problem.gradients(backend, weights))
 
 
@@ -108,7 +108,7 @@ def test_gradcheck_of_every_input(op, backend, state, lengths):
 @chunked
 @pytest.mark.parametrize("op", OPS)
 def test_only_asked_gradients_and_the_state_only_backward(op, backend):
-    """Each gradient alone equals the one among all, and the initial state's does so bit for bit."""
+    """A gradient computed alone equals that computed with all others; for the initial state, bit for bit."""
     problem = MAKERS[op](70, state="bank", B=3)
     weights = problem.weights()
     together = problem.gradients(backend, weights)
@@ -153,7 +153,7 @@ def test_only_one_of_the_outputs_has_a_gradient(op, part):
         for backend in (USABLE[0], "reference")
     )
     for name, ours, theirs in zip(leaves, found, truth, strict=True):
-        if theirs is None:  # the reference's graph does not reach it, so the gradient is zero
+        if theirs is None:  # it is not in the reference's graph, so its gradient is zero
             assert ours.abs().max() == 0, name
         else:
             assert error(ours, theirs) < 1e-10, name
@@ -177,7 +177,8 @@ def test_two_runs_give_the_same_bits(op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_budget(op, dtype, backend):
-    """Against fp64 on the same inputs: within twice the error of the recurrence in that dtype, plus its rounding."""
+    """The error against fp64 on the same inputs is at most twice that of the recurrence in that dtype, plus its
+    rounding."""
     problem = MAKERS[op](200).to(dtype, torch.float32)
     exact = problem.to(torch.float64)
     weights = problem.weights()
@@ -210,7 +211,7 @@ def test_strong_decays_cost_no_precision_and_a_full_reset_is_exact(op, backend):
 
 @pytest.mark.parametrize("op", OPS)
 def test_any_strides(op):
-    """Time-contiguous inputs, as a convolution leaves them, an expanded state and a transposed gradient."""
+    """Inputs are contiguous in time, as after a convolution; the state is expanded, the gradient transposed."""
     problem = MAKERS[op](33, state="each")
     truth = problem.run("torch")
     strided = {}
@@ -261,7 +262,7 @@ def test_no_tokens(op, backend, state):
 @chunked
 @pytest.mark.parametrize("op", OPS)
 def test_sequences_do_not_meet(op, backend):
-    """A sequence full of NaN leaves its neighbours in a pack, and in a batch, alone."""
+    """A sequence full of NaN does not affect its neighbours in a packed row or in a batch."""
     for lengths in (None, [10, 10, 10]):
         problem = MAKERS[op](10, B=3, lengths=lengths)
         clean = problem.run(backend)
@@ -343,7 +344,7 @@ def test_compiles_in_one_graph(op, state):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, hidden by it
 @pytest.mark.parametrize("op", OPS)
 def test_registration(op):
-    """Schema, fake tensors and autograd of the registered op agree with what it does."""
+    """Schema, fake tensors and autograd of the registered op agree with its results."""
     problem = MAKERS[op](6, state="bank")
     calls = []
     registered = getattr(torch.ops.s0kernels, op)
@@ -365,7 +366,7 @@ def test_registration(op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_with_inductor_whatever_the_strides(op):
-    """Outputs and gradients have the strides that the compiler was promised, for permuted inputs and gradients too."""
+    """Outputs and gradients have the strides that the compiler expects, for permuted inputs and gradients too."""
     problem = MAKERS[op](9, state="each").to(torch.float32)
     problem.tensors["initial_state"] = problem.tensors["initial_state"].mT.contiguous().mT
     rows = "g" if op == "gated_delta_rule" else "dt"
@@ -394,7 +395,7 @@ def test_a_scale_that_changes_compiles_in_one_graph():
 
 
 class _Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts matrix products, inside the registered ops too."""
+    """Counts matrix products, including those inside the registered ops."""
 
     count = 0
 
@@ -404,7 +405,7 @@ class _Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def _products(problem, wanted) -> int:
-    """Matrix products of the backward alone, called as the registered op calls it."""
+    """Return the number of matrix products of the backward alone, called like in the registered op."""
     tensors = dict(problem.tensors)
     state, weights = tensors.pop("initial_state"), problem.weights()
     start = Start(state, problem.options.get("state_indices"), problem.options.get("cu_seqlens"))
@@ -434,7 +435,7 @@ def test_the_fewer_gradients_are_wanted_the_less_is_computed():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ends", [[0, 5], [2, 10], [0, 7, 3, 10], [0, 12], [3, 3]], ids=str)
 def test_packed_boundaries_are_checked_wherever_they_are_read(op, backend, ends, monkeypatch):
-    """Also where values are not looked at in advance, as on a GPU."""
+    """This holds even if values are not checked in advance, as on a GPU."""
     monkeypatch.setattr("s0kernels.ops.sequences._reads_values", lambda tensor: False)
     problem = MAKERS[op](10, B=1)
     with pytest.raises(ValueError, match="cu_seqlens"):

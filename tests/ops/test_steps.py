@@ -94,7 +94,7 @@ def test_compiles_in_one_graph(op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", ["each", "bank"])
 def test_backend_torch_asks_nothing_of_a_gpu(op, kind):
-    """On tensors without values what the host would have to read, and wait for, is an error."""
+    """The tensors have no values, so any read by the host, which would synchronise, is an error."""
     problem = MAKERS[op](70, state=kind).to(torch.float32)
     indices, state = problem.options.get("state_indices"), problem.tensors["initial_state"]
     delta = op == "gated_delta_rule"

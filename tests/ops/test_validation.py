@@ -34,7 +34,7 @@ def indexed(rows, size=3, dtype=torch.int64):
 
 
 def packed(ends, dtype=torch.int64):
-    """The rows of the dense batch become one row of 2 * T tokens, cut at `ends`."""
+    """Join the rows of the dense batch into one row of 2 * T tokens, with boundaries at `ends`."""
 
     def change(p):
         rows = {n: x.flatten(0, 1)[None] for n, x in p.tensors.items() if x.dim() > 2 and n != "initial_state"}
@@ -158,7 +158,7 @@ def test_the_shape_wanted_is_spelled_out(op):
 
 @pytest.mark.parametrize("op", registry.OPS)
 def test_explain_says_what_happens(op):
-    """The first backend without a reason is the default, and one with a reason is refused by it."""
+    """The first backend without a reason is the default. A backend with a reason is refused with that reason."""
     call = Call(op, torch.device("cpu"), torch.float32)
     found = explain(call)
     assert list(found) == list(registry.ORDER)

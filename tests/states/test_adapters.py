@@ -1,4 +1,4 @@
-"""States become an adapter of PEFT and come back, and generate what they did."""
+"""States are saved as a PEFT adapter and loaded again, and generate the same tokens."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_what_is_no_s0_adapter_is_refused(tmp_path):
     where, file = tmp_path / files.ADAPTER_CONFIG, tmp_path / files.ADAPTER
     config, tensors = json.loads(where.read_text()), load_file(file)
     for change, message in (
-        ({"peft_type": "LORA"}, "an adapter of LORA, and S0 is wanted"),
+        ({"peft_type": "LORA"}, "peft_type must be S0, got LORA"),
         ({"scale": None}, "scale must be a finite number, got None"),
         ({"arch": None}, "meta names no arch"),
         ({"recurrent_layers": "0"}, "recurrent_layers in its meta must be a list of integers"),

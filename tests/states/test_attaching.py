@@ -1,4 +1,4 @@
-"""Which states a forward starts from: a task per row, threads, contexts, packed sequences."""
+"""The states that a forward starts from: a task per row, threads, contexts, packed sequences."""
 
 import asyncio
 import inspect
@@ -65,7 +65,7 @@ def test_a_task_per_row(name):
 @every_family
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_tasks_follow_beams(name, options):
-    """In a padded batch, token for token as one by one."""
+    """The tokens of a padded batch are those of one prompt at a time."""
     model = swap_modules(MODELS[name]())
     states, rows, tasks = random_states(model, tasks=2), ragged(), [1, 0, -1, 1]
     ids, mask = padded(rows, "left")
@@ -81,7 +81,7 @@ def test_tasks_follow_beams(name, options):
 @every_family
 @torch.no_grad()
 def test_tasks_follow_sampled_sequences(name):
-    """What the first tokens of several sequences per prompt are drawn from is that of the prompt's own task."""
+    """The first tokens of several sequences per prompt are drawn from the distribution of the prompt's task."""
     model = swap_modules(MODELS[name]())
     states, (ids, mask) = random_states(model, tasks=2), padded(ragged()[:2], "left")
     call = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "num_return_sequences": 3, "pad_token_id": PAD}
@@ -109,7 +109,7 @@ def test_tasks_follow_generate_and_other_mismatches_are_errors(name):
             model(tokens(4, 9))
         with pytest.raises(ValueError, match="tasks names 2 rows, but the batch has 3"):
             model(tokens(3, 9))
-        model(ids.repeat_interleave(2, 0))  # as generate multiplies
+        model(ids.repeat_interleave(2, 0))  # like generate does
     for i, task in enumerate([1, 0]):
         with states.attached(model, tasks=task):
             alone = model.generate(ids[i : i + 1], **call)
@@ -118,7 +118,7 @@ def test_tasks_follow_generate_and_other_mismatches_are_errors(name):
 
 @pytest.mark.parametrize("name", ["falcon", "qwen_multimodal"])
 def test_a_mismatch_is_an_error_for_embeddings_too(name):
-    """The decoder of the multimodal class never sees token ids."""
+    """The decoder of the multimodal class gets embeddings, not token ids."""
     model = swap_modules(MODELS[name]())
     states, ids = random_states(model, tasks=2), tokens(4, 9)
     embeddings = model.get_input_embeddings()
@@ -156,7 +156,7 @@ def test_attaching_holds_for_every_thread_and_attached_for_its_own(name):
     with second.attached(model):
         assert torch.equal(logits(), other)
         assert torch.equal(in_a_thread(logits), attached)
-    second.detach()  # not the attached ones: nothing to undo
+    second.detach()  # these are not attached, so there is nothing to undo
     assert torch.equal(logits(), attached)
     first.detach()
     assert torch.equal(logits(), zero)
@@ -164,7 +164,7 @@ def test_attaching_holds_for_every_thread_and_attached_for_its_own(name):
 
 @every_family
 def test_two_threads_with_two_tasks_do_not_meet(name):
-    """At the same time on one model: each generates its own task's tokens and gets its own task's gradient."""
+    """Two threads use one model at the same time. Each generates the tokens and gets the gradient of its own task."""
     model, ids = swap_modules(MODELS[name]()).requires_grad_(False), tokens(1, 12)
     call = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
 
@@ -221,7 +221,7 @@ def test_tasks_of_an_event_loop_do_not_meet(name):
 
 @torch.no_grad()
 def test_attached_may_end_in_any_order():
-    """As generators make it; the last to begin wins among those that are left."""
+    """Generators may end in any order. Of the remaining ones, the one that began last takes precedence."""
     model, ids = swap_modules(qwen()), tokens(1, 12)
     states = [random_states(model, seed=seed) for seed in range(3)]
 
@@ -247,7 +247,7 @@ def test_attached_may_end_in_any_order():
 
 
 def packs(lengths: list[int]) -> dict[str, dict]:
-    """Every way to say where sequences begin in one row."""
+    """Return every way to give the boundaries of sequences in one row."""
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
@@ -265,7 +265,7 @@ every_way = pytest.mark.parametrize("way", ["cu_seq_lens", "seq_idx", "position_
 @every_way
 @named(sorted(set(MODELS) - set(CANNOT_PACK)))
 def test_packed_sequences_start_anew(name, way):
-    """Scan, convolution and attention: logits and the gradient of S0 are those of separate sequences."""
+    """Scan, convolution and attention restart: logits and the gradient of S0 are those of separate sequences."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     states = random_states(model, tasks=2)
     rows, tasks = [tokens(1, n, seed=n)[0] for n in (9, 1, 30, 2)], [1, 0, -1, 1]
@@ -289,7 +289,8 @@ def test_packed_sequences_start_anew(name, way):
 @named(CANNOT_PACK)
 @torch.no_grad()
 def test_packed_sequences_are_refused(name, way):
-    """Where something in the model mixes them: with the reason, in the report as well, and only while it does."""
+    """They are refused if a module of the model mixes them, with the reason, also in the report, and only while it is
+    there."""
     model, pack = swap_modules(MODELS[name]()), packs([9, 12])[way]
     ids, other = tokens(1, 21), tokens(1, 21, seed=1)
     other[:, 9:] = ids[:, 9:]
@@ -308,7 +309,7 @@ def test_packed_sequences_are_refused(name, way):
 @every_family
 @pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=str)
 def test_what_the_collator_of_transformers_packs(name, options):
-    """With its labels: logits and loss are those of separate sequences."""
+    """Logits and loss, with the labels of the collator, are those of separate sequences."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     rows = [tokens(1, n, seed=n)[0] for n in (9, 2, 30)]
     batch = DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in rows])
@@ -352,7 +353,7 @@ def test_packed_sequences_exclude_masks_and_caches():
 
 
 def test_what_a_fused_optimizer_changes_is_seen():
-    """It leaves the version of a parameter as it was. Before and after training the states are frozen."""
+    """It does not change the version of a parameter. Before and after training the states are frozen."""
     model, ids = swap_modules(MODELS["qwen"]()), tokens(2, 12)
     states = random_states(model).requires_grad_(False)
     states.attach(model, 0.5)

@@ -66,7 +66,7 @@ def test_reads_what_s0_tuning_writes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(S0Config().to_dict()))
     states = S0States.load(tmp_path, model)
     assert all(torch.equal(states[i][0], tensors[str(i)]) for i in range(3))
-    (tmp_path / "meta.json").unlink()  # which that package does without
+    (tmp_path / "meta.json").unlink()  # that package does not need it
     assert S0States.load(tmp_path, model).arch == "mamba2"
     with pytest.raises(ValueError, match="names no arch"):
         S0States.load(tmp_path)
@@ -146,7 +146,7 @@ def test_what_killed_writers_left_is_swept_away_after_a_while(tmp_path):
         os.utime(tmp_path / name, (then, then))
     states.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [
-        ".states.safetensors.def.tmp",  # perhaps somebody is writing it now
+        ".states.safetensors.def.tmp",  # another process may be writing it
         "config.json",
         "meta.json",
         "states.safetensors",
@@ -178,7 +178,7 @@ def test_a_save_that_fails_leaves_the_old_states(tmp_path, monkeypatch, failing)
 @every_family
 def test_states_learned_on_another_model_get_a_warning(name, tmp_path):
     model, other = (swap_modules(MODELS[name]().bfloat16().float()) for _ in range(2))
-    model.name_or_path = "some/model"  # as from_pretrained does
+    model.name_or_path = "some/model"  # like from_pretrained does
     states = random_states(model)
     states.save(tmp_path)
     assert states.base_model["name"] == "some/model"
@@ -190,7 +190,7 @@ def test_states_learned_on_another_model_get_a_warning(name, tmp_path):
 
 
 def test_headers_of_any_size(tmp_path):
-    """A header longer than its file, or than safetensors allows, or that claims tensors that are not there."""
+    """Headers longer than the file, or longer than safetensors allows, or with tensors that are not in the file."""
     model = swap_modules(qwen())
     random_states(model).save(tmp_path)
     file = tmp_path / "states.safetensors"
@@ -240,7 +240,7 @@ print("both ways")
 
 
 def test_a_save_that_is_killed_leaves_the_old_states_or_the_new(tmp_path):
-    """Two hundred saves of two states in turn, each in a process killed after a random time."""
+    """Save two states in turn two hundred times, each in a process that is killed after a random time."""
     code = """
 import os, random, signal, time
 import torch
@@ -298,7 +298,7 @@ def _files(folder) -> dict[str, bytes]:
 )
 @given(choices=st.data())
 def test_files_changed_at_random_are_read_or_refused(tmp_path, fuzzed, choices):
-    """Never another error than a ValueError, never a state of a wrong shape or with values that are not finite."""
+    """The only error is ValueError, and no state has a wrong shape or values that are not finite."""
     files = dict(_files(tmp_path))
     name = choices.draw(st.sampled_from(sorted(files)))
     content = bytearray(files[name])

@@ -1,4 +1,4 @@
-"""S0States: shapes, attaching, and what can be made of states."""
+"""S0States: shapes, attaching, and operations on states."""
 
 import copy
 
@@ -56,8 +56,8 @@ def test_bad_arguments_of_attach():
     for options, kind, message in (
         ({"scale": "1"}, TypeError, "scale"),
         ({"scale": float("nan")}, ValueError, "scale"),
-        ({"tasks": ["a"]}, ValueError, "tasks: none of them is called 'a'; they have no names"),
-        ({"tasks": "a"}, ValueError, "tasks: none of them is called 'a'; they have no names"),
+        ({"tasks": ["a"]}, ValueError, "tasks: none of the tasks is called 'a'; they have no names"),
+        ({"tasks": "a"}, ValueError, "tasks: none of the tasks is called 'a'; they have no names"),
         ({"tasks": 2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": -2}, ValueError, r"\[-1, 1\]"),
         ({"tasks": [0, 5]}, ValueError, r"\[-1, 1\]"),
@@ -109,7 +109,7 @@ def test_gradients_accumulate_at_any_scale():
 
 
 def test_the_gradient_goes_through_the_scale():
-    """Training at scale alpha, as the paper's algorithm does, attached even under no_grad."""
+    """Train at scale alpha, as in the paper's algorithm, with states attached under no_grad."""
     model, ids = swap_modules(falcon()).requires_grad_(False), tokens(1, 9)
     states = random_states(model)
     grads = []
@@ -144,14 +144,14 @@ def test_task_stack_and_blend():
     for call, kind, message in (
         (lambda: S0States.stack([]), ValueError, "empty"),
         (lambda: S0States.stack([states, other]), ValueError, "mamba2.*gated_delta_net"),
-        (lambda: S0States.stack([states, 1]), TypeError, "S0States are wanted, got int"),
+        (lambda: S0States.stack([states, 1]), TypeError, "expected S0States, got int"),
         (lambda: states.blend(other), ValueError, "mamba2.*gated_delta_net"),
         (lambda: states.blend(together), ValueError, "1 or 3 tasks, got 4"),
         (lambda: states.blend(parts[0], "x"), TypeError, "weight must be a number"),
         (lambda: states.blend(parts[0], float("nan")), ValueError, "weight must be finite"),
         (lambda: states.task(3), ValueError, r"\[0, 2\], got 3"),
         (lambda: states.task(1.0), TypeError, "must be an int or a name"),
-        (lambda: states.task("a"), ValueError, "none of them is called 'a'; they have no names"),
+        (lambda: states.task("a"), ValueError, "none of the tasks is called 'a'; they have no names"),
         (lambda: S0States.stack({"a": states}), ValueError, r"3 different strings, got \['a'\]"),
     ):
         with pytest.raises(kind, match=message):
@@ -178,7 +178,7 @@ def test_tasks_with_names(tmp_path):
     states.save(tmp_path, task="math")
     assert torch.equal(S0States.load(tmp_path)[3], math[3])
     assert copy.deepcopy(states).names == states.names
-    with pytest.raises(ValueError, match=r"none of them is called 'maths'; the names are \['code', 'math'\]"):
+    with pytest.raises(ValueError, match=r"none of the tasks is called 'maths'; the names are \['code', 'math'\]"):
         states.attach(model, tasks="maths")
     for bad in (["code"], ["code", "code"], ["code", 1]):
         with pytest.raises(ValueError, match="2 different strings"):
@@ -235,13 +235,13 @@ def test_what_inference_mode_makes_can_be_used_and_trained_outside(name, tmp_pat
         states.requires_grad_(False)
         for state in states.parameters():
             state.mul_(0.5)
-        model(ids)  # makes the product with the scale again
+        model(ids)  # computes the scaled product again
     model(ids).logits.sum().backward()
 
 
 def recurrent_only(name):
-    """Models in which a prompt leaves its traces in the recurrent states alone: attention adds nothing, and the
-    convolutions look at one token."""
+    """Return models in which a prompt affects only the recurrent states: attention adds nothing, and convolutions see
+    one token."""
     if name == "falcon":
         return falcon(mamba_d_conv=1, attention_out_multiplier=0.0)
     model = qwen(linear_conv_kernel_dim=1)
@@ -254,7 +254,7 @@ def recurrent_only(name):
 @every_family
 @torch.no_grad()
 def test_captured_states_continue_a_prompt(name):
-    """Where recurrent states are all there is, starting from them is going on after the prompt, token for token."""
+    """In a model with no other memory, starting from the captured states continues the prompt, token for token."""
     model = swap_modules(recurrent_only(name))
     prompts, following = tokens(2, 21), tokens(2, 9, seed=4)
     whole = torch.cat([prompts, following], 1)

@@ -1,4 +1,4 @@
-"""Training runs on disk: interrupted, killed, prolonged; files that are refused."""
+"""Checkpoints of training runs: interrupted, killed and extended runs; files that are refused."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_a_finished_run_is_not_trained_again_and_can_be_prolonged(tmp_path):
     assert longer.history == whole.history
     with pytest.raises(ValueError, match="the checkpoint holds 5 steps, and n_steps is 3"):
         again.train(PAIRS, progress=False, checkpoint=file)
-    for _ in range(2):  # a callback's word is final
+    for _ in range(2):  # a run that a callback has ended stays ended
         stopped = trainer(n_steps=9)
         stopped.train(PAIRS, progress=False, checkpoint=tmp_path / "b", checkpoint_every=5, callbacks=[lambda *_: True])
         assert len(stopped.history) == 1
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_holds_nonsense_is_refused(tmp_path):
 
 
 def test_checkpoints_changed_at_random_are_continued_or_refused(tmp_path):
-    """Never with another error than a ValueError, never to states that are not finite."""
+    """The only error is ValueError, and the states are always finite."""
     file, numbers, tuned = tmp_path / "run", random.Random(0), trainer(n_steps=2)
     tuned.train(PAIRS, progress=False, checkpoint=file)
     whole, refused = file.read_bytes(), 0
@@ -177,7 +177,7 @@ tuned.save(sys.argv[2])
 @pytest.mark.slow
 @every_family
 def test_a_killed_process_is_resumed_with_the_same_bits(name, tmp_path):
-    """SIGKILL in the middle of things, then to the end."""
+    """Kill a run by SIGKILL at any point, then run it to the end."""
     command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(tmp_path / "resumed"), name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         for line in process.stdout:

@@ -1,4 +1,4 @@
-"""Collecting solutions: which are kept, that nothing but the seed matters, interruptions, what is refused."""
+"""Collecting solutions: those that are kept, independence of everything but the seed, interruptions, refusals."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ OPTIONS = {"samples": 4, "max_new_tokens": 6, "temperature": 1.5, "top_p": 1.0, 
 
 
 def check(problem, answer):
-    """Arbitrary, and right for about one answer in six."""
+    """An arbitrary check that accepts about one answer in six."""
     return bool(answer) and ord(answer[0]) % 6 == len(problem["prompt"]) % 3
 
 
@@ -48,7 +48,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(name):
         with torch.no_grad():
             found.append(dict(zip([row[:2] for row in order], sampler.sample(order), strict=True)))
     sampler.rows(30, 99, torch.device("cpu"))
-    with torch.no_grad():  # prompts of two tokens or more, so that work is shared where it can be
+    with torch.no_grad():  # prompts of two tokens or more, so that the prefill can be shared
         longer = dict(zip([row[:2] for row in rows[6:]], sampler.sample(rows[6:]), strict=True))
     assert all(found[0][row] == made for row, made in longer.items())
     assert all(other == found[0] for other in found[1:])
@@ -145,7 +145,7 @@ def test_rows_are_chosen_from_memory(monkeypatch):
     assert sampler.rows(100, 7, cpu) == 7
 
 
-# What is kept
+# The solutions that are kept
 
 
 @every_family
@@ -211,7 +211,7 @@ def test_a_checker_runs_while_the_model_samples():
 
     with pytest.raises(
         RuntimeError,
-        match=r"of 4 samples for each of 12 problems none is right; the first answers:\nproblem 'p0': '.+'\n",
+        match=r"of 4 samples for each of 12 problems none is correct; the first answers:\nproblem 'p0': '.+'\n",
     ):
         collect(one, checker=spy, rows=4)
     assert threading.main_thread() not in threads
@@ -239,7 +239,7 @@ def test_what_is_interrupted_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
     assert [entry["id"] for entry in done[1:]] == [f"p{i}" for i in range(7)]
     assert [json.loads(line) for line in out.read_text().splitlines()] == [x for x in expected if int(x["id"][1:]) < 7]
     with open(state, "a") as file:
-        file.write('{"run": "collect", "id": "p8", "pro')  # as a crash leaves it
+        file.write('{"run": "collect", "id": "p8", "pro')  # after a crash
     sampled.clear()
     assert collect(one, out=out, rows=4) == expected
     assert set(sampled) == {f"p{i}" for i in range(7, 12)}
@@ -257,7 +257,7 @@ def test_what_is_interrupted_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_judged_at_once_is_written_at_once(tmp_path):
-    """Where a problem's samples do not fit, what an interruption costs is one problem."""
+    """If the samples of a problem do not fit into a batch, an interruption costs one problem."""
     out = tmp_path / "found.jsonl"
 
     def breaks(problem, answer):
@@ -283,14 +283,14 @@ def test_files_of_other_runs_are_refused(tmp_path):
             collect(one, out=out, **options)
     with pytest.raises(ValueError, match="model: "):
         collect(trainer("falcon"), out=out)
-    with pytest.raises(ValueError, match="the prompt of problem 'p3' is another than that which was decided about"):
+    with pytest.raises(ValueError, match="the prompt of problem 'p3' has changed since it was decided"):
         collect(one, [{**p, "prompt": p["prompt"] + "!" * (p["id"] == "p3")} for p in PROBLEMS], out=out)
-    with pytest.raises(ValueError, match="is about other problems: 'p0' is not among these"):
+    with pytest.raises(ValueError, match="belongs to other problems: 'p0' is not among these"):
         collect(one, PROBLEMS[1:], out=out)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     collect(one, checker=lambda problem, answer: True, out=out)  # the checker is not recorded
     (tmp_path / "found.state.jsonl").write_text("[3]\n")
-    with pytest.raises(ValueError, match=r"found\.state\.jsonl does not say what has been decided"):
+    with pytest.raises(ValueError, match=r"found\.state\.jsonl is not a file of results of problems"):
         collect(one, out=out)
     (tmp_path / "x.state.jsonl").mkdir()
     with pytest.raises(ValueError, match="is a directory"):
@@ -300,7 +300,7 @@ def test_files_of_other_runs_are_refused(tmp_path):
 def test_solutions_of_others_are_not_written_over(tmp_path):
     out = tmp_path / "found.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(ValueError, match=r"found\.jsonl is there, without found\.state\.jsonl beside it to go on from"):
+    with pytest.raises(ValueError, match=r"found\.jsonl exists, but not found\.state\.jsonl beside it"):
         collect(trainer(), out=out)
     assert out.read_text() == "mine\n"
     with pytest.raises(ValueError, match="out must name a file"):
@@ -327,20 +327,24 @@ def test_problems_are_checked_before_anything_is_sampled(tmp_path, monkeypatch):
         ([], ValueError, "there are no problems"),
         (good, TypeError, "put one into a list"),
         ([good, 3], TypeError, r"problems\[1\] must be a mapping with prompt or messages, got int"),
-        ([good, {"answer": "b"}], ValueError, r"problems\[1\] must have prompt or messages, and not both"),
-        ([{**good, "messages": []}], ValueError, "and not both"),
+        ([good, {"answer": "b"}], ValueError, r"problems\[1\] must have either prompt or messages"),
+        ([{**good, "messages": []}], ValueError, "either prompt or messages"),
         ([{**good, "prompt": 3}], TypeError, "prompt must be a text, got int"),
         ([{**good, "prompt": ""}], ValueError, r"problems\[0\]: the prompt has no tokens"),
         ([{**good, "id": 1.5}], TypeError, "id must be a string or an int, got 1.5"),
         (
             [{**good, "id": "x"}, good, {**good, "id": "x"}],
             ValueError,
-            r"problems\[2\] has the id 'x', and so has .*\[0\]",
+            r"problems\[2\] has the id 'x', which .*\[0\] has too",
         ),
-        ([good, {**good, "id": "0"}], ValueError, r"problems\[1\] has the id '0', and so has .*\[0\]"),
+        ([good, {**good, "id": "0"}], ValueError, r"problems\[1\] has the id '0', which .*\[0\] has too"),
         ([good, {"prompt": "a", "answer": None}], ValueError, r"problems\[1\], id 1: answer is missing"),
         ([{"messages": [], "answer": "b"}], TypeError, "messages must be a list of mappings"),
-        ([{"messages": [{"role": "user", "content": "a"}], "answer": "b"}], ValueError, "cannot write it as a conv"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}], "answer": "b"}],
+            ValueError,
+            "cannot write the messages as a conv",
+        ),
     ):
         with pytest.raises(error, match=message):
             collect(one, problems, Needs())
@@ -368,7 +372,7 @@ def test_problems_are_checked_before_anything_is_sampled(tmp_path, monkeypatch):
 
 
 def test_a_checker_says_true_or_false():
-    with pytest.raises(TypeError, match="must say True or False, and of problem 'p0' said None"):
+    with pytest.raises(TypeError, match="must return True or False, got None for problem 'p0'"):
         collect(trainer(), checker=lambda problem, answer: None)
 
 
@@ -377,7 +381,7 @@ def test_ids_are_places_where_there_are_none():
     assert [record["id"] for record in found] == list(range(12))
 
 
-# What training makes of it
+# Training on solutions
 
 
 def chatting():
@@ -434,7 +438,7 @@ def test_the_end_token_is_learned_where_a_completion_has_ended():
     (example,) = read_examples([{"messages": messages, "completion": "b", "ended": True}], tok, 99)
     assert tok.convert_ids_to_tokens(example.ids[-2:]) == ["b", "<turn>"]
     tok.eos_token = None
-    with pytest.raises(ValueError, match=r"data\[0\]: it has ended, and the tokenizer has no end token"):
+    with pytest.raises(ValueError, match=r"data\[0\]: ended is true, but the tokenizer has no end token"):
         read_examples([{"prompt": "a", "completion": "b", "ended": True}], tok, 99)
     for record, message in (
         ({"prompt": "a", "completion": "b", "ended": "yes"}, "ended must be true or false, got 'yes'"),
@@ -446,7 +450,7 @@ def test_the_end_token_is_learned_where_a_completion_has_ended():
 
 def test_the_templates_end_of_turn_ends_a_completion():
     tok = chatting()
-    tok.chat_template = TEMPLATE.replace(".<eos>", "<pad>")  # what the model's own config does not know
+    tok.chat_template = TEMPLATE.replace(".<eos>", "<pad>")  # an end token that the model's config does not have
     one = S0Trainer(MODELS["qwen"](), tok, S0Config())
     problems = [{"messages": [{"role": "user", "content": "Hi"}]}]
     found = collect(

@@ -1,4 +1,4 @@
-"""Training examples: what is accepted, how it is tokenized, what is refused; and the batches made of them."""
+"""Training examples: accepted formats, tokenization, refusals; and batches of examples."""
 
 import json
 import random
@@ -79,7 +79,7 @@ def test_conversations():
     assert tok.decode(example.ids[example.prompt_length :]) == "so\n"
     with pytest.raises(ValueError, match=r"data\[0\]: the chat template does not write the prompt in the same way"):
         read([{"messages": TURNS, "chat_template_kwargs": {"hint": "think"}}], tok)
-    with pytest.raises(ValueError, match=r"data\[0\]: the tokenizer cannot write it as a conversation"):
+    with pytest.raises(ValueError, match=r"data\[0\]: the tokenizer cannot write the messages as a conversation"):
         read([{"messages": TURNS}])
 
 
@@ -97,8 +97,12 @@ def test_conversations():
         ({"messages": TURNS[:1]}, ValueError, r"data\[1\]: the last message must be the assistant's"),
         ({"messages": TURNS[1:]}, ValueError, r"data\[1\]: the last message must be the assistant's, after"),
         ({"messages": [{"role": "user"}, 3]}, TypeError, r"data\[1\]: messages must be a list of mappings"),
-        ({"messages": [{}, {"role": "assistant"}]}, ValueError, r"data\[1\]: the tokenizer cannot write it"),
-        ({"prompt": "\ud800", "completion": "b"}, ValueError, r"data\[1\] has a text that the tokenizer does not take"),
+        ({"messages": [{}, {"role": "assistant"}]}, ValueError, r"data\[1\]: the tokenizer cannot write the messages"),
+        (
+            {"prompt": "\ud800", "completion": "b"},
+            ValueError,
+            r"data\[1\] has a text that the tokenizer does not accept",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, ValueError, r"data\[1\] has a text that"),
         (3, TypeError, r"data\[1\] must be a pair .* or a mapping, got int"),
         (("ab", 1, 2), TypeError, r"data\[1\] must be a pair .* or a mapping, got tuple of 3"),
@@ -117,7 +121,7 @@ def test_bad_records_are_named(bad, kind, message):
 
 
 def test_text_of_any_alphabet():
-    """In whatever tokens it comes; in a file as it is or escaped."""
+    """The text may be split into any tokens, and may be escaped in a file or not."""
     tok = tokenizer()
     for prompt, completion in (("日本", "語です"), ("e\u0301", "\u2028x"), ("😀", "👩‍👩‍👧"), ("\0", "\x7f\n")):
         (example,) = read([{"prompt": prompt, "completion": completion}], tok)
@@ -138,18 +142,21 @@ def test_bad_data_and_files_are_named(tmp_path):
         (b"\n\n", "data.jsonl is empty"),
         (
             b'["ab", 1]\n{"prompt": x\n',
-            r"data\.jsonl:2, column 12: not JSON: Expecting value; JSON lines are wanted[^:]*$",
+            r"data\.jsonl:2, column 12: not JSON: Expecting value; the file must be JSON lines[^:]*$",
         ),
-        (b'["ab", 1]\n{"prompt":\n', r"data\.jsonl:2, column \d+: a JSON object over several lines; JSON lines are"),
-        (b'[\n{"prompt": "a"}\n]', r"data\.jsonl:1, column \d: a JSON array over several lines; JSON lines are wanted"),
+        (b'["ab", 1]\n{"prompt":\n', r"data\.jsonl:2, column \d+: a JSON object over several lines; the file must be"),
+        (
+            b'[\n{"prompt": "a"}\n]',
+            r"data\.jsonl:1, column \d: a JSON array over several lines; the file must be JSON lines",
+        ),
         (
             b'[{"prompt": "a", "completion": "b"}, {}]',
-            r"data\.jsonl:1: a JSON array of 2 examples; JSON lines are wanted",
+            r"data\.jsonl:1: a JSON array of 2 examples; the file must be JSON lines",
         ),
         (b'{"text": "a", "prompt_length": 1' + b"0" * 5000 + b"}", r"data\.jsonl:1: not JSON that can be read: "),
         (b'["ab", 1]\n\n["ab", 9]', "data.jsonl:3 has nothing to predict"),
         (b"\xff\xfe", "data.jsonl is not UTF-8"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "data.jsonl:1 has a text that the tokenizer does not take"),
+        (b'{"prompt": "a", "completion": "\\ud800"}', "data.jsonl:1 has a text that the tokenizer does not accept"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -208,7 +215,7 @@ def test_batches_keep_to_the_budget(packed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("budget", [4096, 60])
 def test_losses_and_gradients_are_those_of_one_example_at_a_time(name, packed, budget):
-    """However examples are put together, and from whichever task's S0 each starts."""
+    """They do not depend on the batches, with any task of each example."""
     model = swap_modules(MODELS[name]()).requires_grad_(False)
     given = examples([5, 30, 2, 9, 13, 50], tasks=2)
 
@@ -233,7 +240,8 @@ def test_losses_and_gradients_are_those_of_one_example_at_a_time(name, packed, b
 
 
 def test_packed_where_attention_allows_it(monkeypatch):
-    """By default where attention works on each sequence for itself; on demand where a mask keeps them apart."""
+    """Examples are packed by default if attention works on each sequence separately, and on request if a mask separates
+    them."""
     model, given = MODELS["qwen"](), examples([5, 9])
 
     def kind(attention, packed):
@@ -248,5 +256,5 @@ def test_packed_where_attention_allows_it(monkeypatch):
         assert kind(attention, False) == {PaddedBatch}
     with pytest.raises(TypeError, match="packed must be True, False or None, got 'no'"):
         kind("sdpa", "no")
-    with pytest.raises(ValueError, match=r"packed examples need attention that keeps them apart.*'paged\|other'"):
+    with pytest.raises(ValueError, match=r"packed examples need attention that separates them.*'paged\|other'"):
         kind("paged|other", True)

@@ -1,4 +1,4 @@
-"""Evaluating by a checker: base and S0, samples, tasks and scales, intervals, interruptions; the command line."""
+"""Evaluation by a checker: base and S0, samples, tasks and scales, intervals, interruptions; the command line."""
 
 import itertools
 import json
@@ -96,9 +96,9 @@ def test_scales_and_tasks():
         ({"task": ["a"]}, TypeError, "task must be a name"),
         ({"task": "a", "alpha": []}, TypeError, "alpha must be a number or a list"),
         ({"task": "a", "alpha": math.nan}, ValueError, "alpha must be a finite number"),
-        ({"task": "a", "packed": True}, ValueError, "tokens_per_batch and packed are for the loss"),
-        ({"check": None, "task": "a"}, ValueError, "without check it is the loss, and nothing is sampled"),
-        ({"check": None, "samples": 2}, ValueError, "without check it is the loss, and nothing is sampled"),
+        ({"task": "a", "packed": True}, ValueError, "tokens_per_batch and packed must not be given with check"),
+        ({"check": None, "task": "a"}, ValueError, "the arguments of sampling need check"),
+        ({"check": None, "samples": 2}, ValueError, "the arguments of sampling need check"),
     ):
         with pytest.raises(error, match=message):
             many.evaluate(PROBLEMS, **{"check": check, **options})
@@ -161,7 +161,7 @@ def test_what_is_printed():
     assert found.notes() == [
         "S0 solves 2 more: 2, 3",
         "S0 loses 1: 0",
-        "by chance alone they would be so uneven with p = 1 (sign test)",
+        "the p-value of this difference is 1 (two-sided sign test)",
     ]
     assert json.loads(json.dumps(found.to_dict()))["changed"] == {"solved": [2, 3], "lost": [0]}
 
@@ -193,7 +193,7 @@ def test_commands_collect_and_evaluate(place, capsys):
     assert run(place, "collect", *options, "--solutions", "4", "--rows", "8") == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"4 solutions in {place / 'found.jsonl'}, ")
-    assert "4/4 solutions, yield" in captured.err
+    assert "4/4 solutions, solved" in captured.err
     found = [json.loads(line) for line in (place / "found.jsonl").read_text().splitlines()]
     one = S0Trainer.from_pretrained(str(place / "model"))
     right = lambda problem, answer: any(line[:1].islower() for line in answer.split("\n"))  # noqa: E731
@@ -222,7 +222,7 @@ def test_an_alpha_is_chosen_on_other_problems(place, capsys):
     assert [line.split("  ")[0] for line in out.splitlines()[2:6]] == [
         *("base", "S0, alpha 0.1", "S0, alpha 0.65", "S0, alpha 2")
     ]
-    assert "is to be judged by others: --development" in out
+    assert "do not judge an alpha on the problems that chose it: give others by --development" in out
     assert run(place, "evaluate", *options, "--development", str(place / "others.jsonl")) == 0
     out = capsys.readouterr().out
     assert " is chosen\n" in out
@@ -236,13 +236,13 @@ def test_mistakes_are_said_before_the_model_is_loaded(place, capsys, monkeypatch
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for command, options, message in (
         ("collect", ["--check", "tests"], "problems.jsonl:1, id 'p0': tests must be code, got None"),
-        ("collect", ["--check", "tests", "--command", "true"], "--check and --command are two checkers"),
+        ("collect", ["--check", "tests", "--command", "true"], "--check and --command must not both be given"),
         ("collect", ["--command", "no-such-program -x"], "there is no program 'no-such-program'"),
         ("collect", ["--samples", "0"], "samples must be at least 1, got 0"),
         ("collect", ["--chat-template-kwargs", "x"], "--chat-template-kwargs must be a JSON object"),
-        ("evaluate", ["--task", "a"], "--task is about the states, and --states is missing"),
-        ("evaluate", ["--alpha", "1,x", "--states", "s"], "--alpha must be numbers, as 0.03,0.07, got '1,x'"),
-        ("evaluate", ["--development", "d", "--states", "s"], "--development chooses among several --alpha"),
+        ("evaluate", ["--task", "a"], "--task needs --states"),
+        ("evaluate", ["--alpha", "1,x", "--states", "s"], "--alpha must be numbers such as 0.03,0.07, got '1,x'"),
+        ("evaluate", ["--development", "d", "--states", "s"], "--development needs several --alpha"),
     ):
         assert run(place, command, *options) == 1
         assert message in capsys.readouterr().err
@@ -288,8 +288,8 @@ def test_mistakes_of_tune_with_problems(place, capsys, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (place / "few.jsonl").write_text("\n".join(map(json.dumps, PROBLEMS[:3])))
     for file, options, message in (
-        ("problems.jsonl", ["--samples", "3"], "--samples is about problems, and --collect is missing"),
-        ("problems.jsonl", ["--command", "true"], "--command is about problems, and --collect is missing"),
+        ("problems.jsonl", ["--samples", "3"], "--samples needs --collect"),
+        ("problems.jsonl", ["--command", "true"], "--command needs --collect"),
         ("problems.jsonl", ["--collect", "--check", "tests"], "problems.jsonl:1, id 'p0': tests must be code"),
         ("few.jsonl", ["--collect", "--command", "true"], "few.jsonl has 3 problems, too few to hold some out"),
         ("few.jsonl", ["--collect", "--command", "true", "--heldout", "nowhere.jsonl"], "no nowhere.jsonl"),

@@ -1,4 +1,5 @@
-"""The head and its loss: the model's own logits, whatever lies between its hidden states and them."""
+"""The head and its loss: they agree with the model's own logits, for all operations between hidden states and
+logits."""
 
 import threading
 
@@ -19,7 +20,7 @@ EXAMPLES = [Example(tokens(1, length, seed=length)[0].tolist(), length // 3) for
 
 
 class Adapter(nn.Module):
-    """A head wrapped the way that adapters wrap one."""
+    """A head wrapped like adapters do."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -69,7 +70,7 @@ def capped(model):
 
 
 def capped_in_silence(model):
-    model.forward = Capped(model, 200.0, False)  # shows with large logits alone
+    model.forward = Capped(model, 200.0, False)  # only large logits show it
 
 
 def not_called(model):
@@ -89,7 +90,7 @@ def gone(model):
 
 
 def own_losses(model, states, example: Example) -> tuple[torch.Tensor, list]:
-    """The mean over the completion of the model's own logits, all of them, and the gradient of S0."""
+    """Return the mean loss over the completion from all logits of the model, and the gradient of S0."""
     states.zero_grad()
     ids = torch.tensor([example.ids])
     with states.attached(model):
@@ -117,7 +118,7 @@ def own_losses(model, states, example: Example) -> tuple[torch.Tensor, list]:
     ],
 )
 def test_losses_and_gradients_are_the_models_own(name, change, known, packed, monkeypatch):
-    """In chunks of a few tokens, one of which is cut by the end."""
+    """Chunks have a few tokens, and the last one is shorter."""
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 97 * 8)
     monkeypatch.setattr(head, "_PIECE", 97 * 3)
     model = MODELS[name]()
@@ -145,7 +146,7 @@ def test_losses_and_gradients_are_the_models_own(name, change, known, packed, mo
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_head_of_every_family_is_known(name, dtype):
-    """Also where a model hands out logits in fp32 whatever its own dtype is."""
+    """This includes models that return fp32 logits in any dtype."""
     model = swap_modules(MODELS[name]().to(dtype))
     assert Head(model, torch.tensor([EXAMPLES[0].ids])).known
 
@@ -156,7 +157,7 @@ def test_the_head_of_a_model_that_is_not_swapped_is_known():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_those_of_torch_in_the_same_dtype(dtype):
-    """Of losses and of the gradient of the hidden states, against fp64."""
+    """The errors of losses and of the gradient of hidden states are measured against fp64."""
     model = swap_modules(MODELS["qwen"]().to(dtype).requires_grad_(False))
     found = Head(model, torch.tensor([EXAMPLES[0].ids]))
     hidden = torch.randn(40, 32).to(dtype)
@@ -197,7 +198,7 @@ def test_other_threads_use_the_model_meanwhile(name):
 
 
 def test_few_logits_exist_at_a_time(monkeypatch):
-    """The head is asked for a chunk at a time, and never for prompts."""
+    """The head computes one chunk at a time, and nothing for prompts."""
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 97 * 8)
     model = swap_modules(MODELS["qwen"]().requires_grad_(False))
     (batch,) = make_batches(EXAMPLES, 4096, False, model, 0, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""How much memory training takes: chosen, predicted, kept to; and what happens when it runs out."""
+"""The memory of training: choice, prediction, limits; and recovery if it runs out."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def close_states(a: S0States, b: S0States) -> bool:
 
 
 class Full:
-    """A device that forwards of more than so many tokens do not fit on: a hook on a layer, where memory runs out."""
+    """Simulates a device on which forwards of more than so many tokens run out of memory, by a hook on a layer."""
 
     def __init__(self, model, tokens: int, error=torch.OutOfMemoryError, checkpointed: bool = False):
         self.tokens, self.error, self.checkpointed, self.failed = tokens, error, checkpointed, 0
@@ -56,7 +56,7 @@ def test_a_forward_that_runs_out_is_done_again_with_half(name, error):
     whole, halves = train(trainer(name)), trainer(name)
     longest = max(len(halves.tokenizer(text)["input_ids"]) for text, _ in PAIRS)
     full = Full(halves.model, longest, error)
-    with pytest.warns(UserWarning, match="ran out of memory; it is done again with up to") as said:
+    with pytest.warns(UserWarning, match="ran out of memory; it is repeated with up to") as said:
         train(halves)
     assert full.failed == 2, "a batch of all four, then one of two"
     assert len([w for w in said if "ran out of memory" in str(w.message)]) == 1
@@ -69,7 +69,7 @@ def test_a_forward_that_runs_out_is_done_again_with_half(name, error):
 
 
 def test_memory_that_runs_out_in_the_middle_of_a_backward():
-    """What the failed forward added to the gradient is forgotten."""
+    """The gradients of the failed forward are discarded."""
     whole, again = train(trainer()), trainer()
     fail = [True]
 
@@ -93,7 +93,7 @@ def test_an_error_that_is_not_about_memory_goes_on():
     assert tuned.states is None
 
 
-@pytest.mark.parametrize("name", ["qwen", "zamba2"])  # which has layers inside of layers
+@pytest.mark.parametrize("name", ["qwen", "zamba2"])  # Zamba2 has layers inside layers
 def test_one_example_that_does_not_fit_has_its_layers_checkpointed(name):
     whole, tight = train(trainer(name)), trainer(name)
     Full(tight.model, 5, checkpointed=True)
@@ -103,7 +103,7 @@ def test_one_example_that_does_not_fit_has_its_layers_checkpointed(name):
     assert close_states(tight.states, whole.states)
     late = trainer(name)
     Full(late.model, 5, checkpointed=True)
-    with pytest.warns(UserWarning, match="done again with layers checkpointed"):
+    with pytest.warns(UserWarning, match="repeated with layers checkpointed"):
         train(late, tokens_per_batch=1)
     assert late.history[0]["layers_checkpointed"]
     assert close_states(late.states, whole.states)
@@ -135,7 +135,7 @@ def test_evaluation_is_done_again_with_half_as_well():
 
 
 def test_a_resumed_run_keeps_to_the_sizes_that_it_had(tmp_path):
-    """Those that were chosen and those that were left after memory ran out, with the bits of a run in one piece."""
+    """It keeps chosen sizes, and sizes reduced after memory ran out, with the bits of an uninterrupted run."""
     longest = max(len(trainer().tokenizer(text)["input_ids"]) for text, _ in PAIRS)
 
     def run(steps, full, **options):
@@ -148,12 +148,12 @@ def test_a_resumed_run_keeps_to_the_sizes_that_it_had(tmp_path):
 
     whole = run(6, True)
     run(3, True, checkpoint=tmp_path / "run")
-    resumed = run(6, False, checkpoint=tmp_path / "run")  # there is more memory now, which changes nothing
+    resumed = run(6, False, checkpoint=tmp_path / "run")  # more memory now changes nothing
     assert resumed.history == whole.history
     assert same_states(resumed.states, whole.states)
     assert not same_states(run(6, False).states, whole.states), "or this test shows nothing"
     file = tmp_path / "run"
-    asked = run(7, False, checkpoint=file, tokens_per_batch=4096)  # what is asked for anew comes first
+    asked = run(7, False, checkpoint=file, tokens_per_batch=4096)  # a new request takes precedence
     assert asked.history[:6] == whole.history
 
 
@@ -242,7 +242,7 @@ def test_what_is_asked_for_is_checked():
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be a positive int"):
             trainer().train(PAIRS, **options)
     tuned = trainer()
-    with pytest.raises(ValueError, match=r"max_memory is 0 MiB, and the longest example \(\d+ tokens\) takes"):
+    with pytest.raises(ValueError, match=r"max_memory is 0 MiB, and the longest example \(\d+ tokens\) needs"):
         tuned.train(PAIRS, max_memory=1000, progress=False)
     assert tuned.states is None
     assert not tuned.model.training
@@ -250,10 +250,10 @@ def test_what_is_asked_for_is_checked():
 
 
 def test_a_limit_that_another_process_cannot_keep_to(monkeypatch):
-    """This one could not measure what its own example takes."""
+    """The other process could not measure its own example."""
     monkeypatch.setattr(Forwards, "_measured", lambda self, checkpointed: None)
     monkeypatch.setattr(Processes, "any", lambda self, value: True)
-    with pytest.raises(ValueError, match=r"max_memory is 1 MiB, and the longest example \(\d+ tokens\) takes more$"):
+    with pytest.raises(ValueError, match=r"max_memory is 1 MiB, and the longest example \(\d+ tokens\) needs more$"):
         train(trainer(), max_memory=2**20)
 
 
@@ -280,7 +280,7 @@ def test_what_is_to_be_expected_is_said_before_training(capfd):
 
 
 def test_containers(tmp_path):
-    """Their limit counts, and the files that they cache do not."""
+    """The limit of a container counts, and the files that it caches do not."""
     assert memory._control_group(tmp_path) == []
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 1\ninactive_file 200\n")):
         (tmp_path / f"memory.{name}").write_text(text)
@@ -301,7 +301,7 @@ def test_layers_that_the_user_checkpoints_stay_so():
     assert not tuned.history[0]["layers_checkpointed"]
 
 
-# Measured, in processes of their own
+# Measured in separate processes
 
 MEASURED = """
 import ctypes, json, random, sys
@@ -336,7 +336,7 @@ print(json.dumps([resident("VmHWM") - before, tuned.history[0].get("tokens_per_b
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of resident memory is Linux's")
 def test_resident_memory_stays_within_what_is_allowed():
-    """And is what was said, to a third."""
+    """It also agrees with the prediction within a third."""
 
     def run(**options):
         done = python("-c", MEASURED, json.dumps(options))
@@ -375,7 +375,7 @@ def test_processes_stay_in_step_when_one_runs_out(tmp_path):
     (tmp_path / "run.py").write_text(TOGETHER)
     done = python(*TWO_PROCESSES, str(tmp_path / "run.py"), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
-    sizes = re.findall(r"\[[^\]]+\]", done.stdout)  # the processes may write into each other's lines
+    sizes = re.findall(r"\[[^\]]+\]", done.stdout)  # the output of the processes may be interleaved
     assert len(sizes) == 2
     assert sizes[0] == sizes[1]
     whole = train(trainer(), {"a": PAIRS, "b": OTHERS})

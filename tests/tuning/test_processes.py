@@ -74,8 +74,8 @@ print(f"processes: {place.num_processes}\\n", end="", flush=True)  # in one writ
 @pytest.mark.slow
 @on_cpu_cores
 def test_two_processes_end_with_the_states_of_one(tmp_path):
-    """The same bits in the same files, written once; a stop in all when one wants it; errors in every process; and the
-    same gradient under DistributedDataParallel."""
+    """The files have the same bits and are written once. All processes stop if one does. Errors are raised in every
+    process. The gradient under DistributedDataParallel is the same."""
     (tmp_path / "run.py").write_text(TWO)
     ways = {"one": [], "two": TWO_PROCESSES}
     for way, launcher in ways.items():
@@ -109,7 +109,7 @@ sys.exit(main(sys.argv[1:]))
 
 @on_cpu_cores
 def test_the_command_line_ends_the_process_group_that_it_makes(tmp_path):
-    """A thread of gloo's that is alive when Python shuts down may abort it, and does so under load."""
+    """A gloo thread that is alive when Python shuts down may abort the process, and does so under load."""
     MODELS["falcon"]().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     lines = [{"prompt": "Q: 1+1\nA:", "completion": " 2"}, {"prompt": "Q: 2+2\nA:", "completion": " 4"}]
@@ -124,7 +124,7 @@ def test_the_command_line_ends_the_process_group_that_it_makes(tmp_path):
 
 
 def test_processes_of_the_tests_run_what_is_tested():
-    """Which of two versions of transformers, for one."""
+    """For example, they use the same version of transformers as this process."""
     done = python("-c", "import transformers; print(transformers.__version__)", cwd="/")
     assert done.stdout.strip() == transformers.__version__, done.stderr
 

@@ -1,4 +1,4 @@
-"""Sampling by a server: what is asked, what is made of answers, failures; `transformers serve` itself."""
+"""Sampling from a server: requests, answers, failures; and `transformers serve` itself."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ SERVE = ROOT / ".deps" / "serve"
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A server that answers with what `answer` makes of a request: a choice, or the status of a failure."""
+    """Start a server. `answer` maps a request to a choice, or to the status of a failure."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     seen, lock, busy = [], threading.Lock(), [0, 0]
 
@@ -183,16 +183,16 @@ def test_mistakes_about_servers(stand_in, monkeypatch):
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     stand_in.names = ["a", "b"]
     for options, error, message in (
-        ({"server": "localhost:8000"}, ValueError, "server must be a URL, as http://localhost:8000/v1"),
+        ({"server": "localhost:8000"}, ValueError, "server must be a URL such as http://localhost:8000/v1"),
         ({"server": nobody}, RuntimeError, f"the server {nobody} does not answer: Connection error"),
         ({"server": stand_in.url}, ValueError, r"served_model must name one of the server's models, \['a', 'b'\]"),
         ({"server": stand_in.url, "served_model": 3}, TypeError, "served_model must be a name, got 3"),
-        ({"served_model": "a"}, ValueError, "served_model is a server's, and there is no server"),
+        ({"served_model": "a"}, ValueError, "served_model needs server"),
     ):
         with pytest.raises(error, match=message):
             one.collect(PROBLEMS, check, progress=False, **options)
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"a server is asked through openai's client: .*pip install .*server"):
+    with pytest.raises(ImportError, match=r"sampling from a server needs the openai client: .*pip install .*server"):
         one.collect(PROBLEMS, check, server=stand_in.url)
 
 
@@ -206,13 +206,13 @@ def test_the_command_needs_no_weights(stand_in, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("3 solutions in ")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
     assert main(["collect", *files, "--served-model", "m"]) == 1
-    assert "--served-model is a server's, and --server is missing" in capsys.readouterr().err
+    assert "--served-model needs --server" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVE.is_dir(), reason="nothing is in .deps/serve; `make test-more` puts it there")
 def test_transformers_serve(tmp_path):
-    """A tiny model that a server has: what it finds is right, and some samples of a problem differ."""
+    """A server runs a tiny model. Its solutions are right, and some samples of a problem differ."""
     model = shutil.copytree(ROOT / "examples" / "tiny" / "qwen3_5", tmp_path / "model")
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True}))

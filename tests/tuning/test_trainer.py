@@ -1,4 +1,4 @@
-"""The trainer: the method's API and defaults, the same training in batches, refusals."""
+"""The trainer: API and defaults of the method, training in batches, refusals."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_config_table(tmp_path):
 @every_family
 @pytest.mark.parametrize("tokens_per_batch", [4096, 40, 1])
 def test_training_is_the_methods_loop(name, tokens_per_batch):
-    """Against the loop as published: one example per forward, transformers' own loss, L2, clip, Adam."""
+    """Compare with the published loop: one example per forward, transformers' own loss, L2, clip, Adam."""
     tuned = trainer(name, n_steps=3, lr=1e-2, l2_lambda=0.1, grad_clip=0.5)
     examples = data(tuned.tokenizer)
     result = tuned.train(examples, tokens_per_batch=tokens_per_batch, progress=False)
@@ -119,7 +119,7 @@ def test_training_is_the_methods_loop(name, tokens_per_batch):
         optimizer.step()
     assert abs(result["final_loss"] - total) < 1e-5 * total
     assert [entry["step"] for entry in tuned.history] == [0, 1, 2]
-    for layer in states:  # as norms: Adam makes full steps of entries whose gradient is rounding
+    for layer in states:  # compare norms: Adam makes full steps for entries whose gradient is only rounding
         assert error(tuned.states[layer], states[layer]) < 1e-3
     norms = [float(state.detach().norm()) for state in states.parameters()]
     assert abs(result["avg_state_norm"] - sum(norms) / len(norms)) < 1e-4
@@ -214,7 +214,7 @@ def test_files(name, tmp_path):
     fresh = trainer(name, n_steps=1)
     fresh.train(data(tuned.tokenizer), progress=False)
     fresh.activate()
-    fresh.load(tmp_path / "states")  # the task is switched under way
+    fresh.load(tmp_path / "states")  # the task is switched while active
     assert fresh.evaluate(data(tuned.tokenizer)) == active
 
 
@@ -248,7 +248,7 @@ def test_refusals():
 
 @every_family
 def test_two_trainers_on_one_model(name):
-    """Switching tasks: the last to be activated is active, and only it says so."""
+    """The trainer that was activated last is active, and only it reports that."""
     first = trainer(name, n_steps=2, lr=1e-2)
     second = S0Trainer(first.model, first.tokenizer, S0Config(n_steps=4, lr=1e-2))
     examples = data(first.tokenizer)
@@ -301,7 +301,7 @@ def test_generate_refuses(prompt, kind):
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_model_with_layers_elsewhere(checkpoint, tmp_path, place):
-    """`device_map` leaves layers in memory or on disk and brings them when they are called; training goes through."""
+    """`device_map` keeps layers in memory or on disk and loads them when they are called. Training works."""
     whole = S0Trainer.from_pretrained(str(checkpoint), S0Config(n_steps=3, lr=1e-2))
     devices = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name, _ in whole.model.model.named_children()}
     devices.pop("model.layers")

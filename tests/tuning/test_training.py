@@ -20,7 +20,7 @@ from s0kernels.tuning.data import Example
 @every_family
 @pytest.mark.parametrize("packed", [False, True])
 def test_tasks_trained_together_are_as_if_trained_alone(name, packed):
-    """Also where the gradient of one is clipped and that of the other is not, and with unequal numbers of examples."""
+    """This includes tasks of which only one has its gradient clipped, and unequal numbers of examples."""
     data = {"questions": PAIRS, "stories": OTHERS}
     limits = []
     for its_data in data.values():
@@ -37,7 +37,7 @@ def test_tasks_trained_together_are_as_if_trained_alone(name, packed):
         for mine, theirs in zip(together.history, alone.history, strict=True):
             assert abs(mine["losses"][task] - theirs["loss"]) < 1e-4
             assert abs(mine["grad_norms"][task] - theirs["grad_norm"]) < 1e-2 * theirs["grad_norm"]
-        for layer in alone.states:  # as norms: Adam makes full steps of entries whose gradient is rounding
+        for layer in alone.states:  # compare norms: Adam makes full steps for entries whose gradient is only rounding
             assert error(together.states.task(task)[layer], alone.states[layer]) < 1e-2
     last = together.history[-1]
     assert result["final_loss"] == last["loss"] == pytest.approx(sum(last["losses"].values()) / 2)
@@ -57,7 +57,7 @@ def test_using_several_tasks(name, tmp_path):
     losses = tuned.evaluate(data)
     assert losses["questions"] < zero["questions"]
     assert losses["stories"] < zero["stories"]
-    # in other batches, whose matrix products round otherwise
+    # other batches, whose matrix products round differently
     assert tuned.evaluate(OTHERS) == pytest.approx(losses["stories"], rel=1e-6)
     assert tuned.evaluate(PAIRS) != pytest.approx(losses["questions"], rel=1e-3)
     tuned.activate("questions")
@@ -71,7 +71,7 @@ def test_using_several_tasks(name, tmp_path):
     assert tuned.generate(prompts, **call) == apart
     assert tuned.evaluate(data) == losses
     with pytest.raises(ValueError, match="data must be a mapping from names"):
-        tuned.evaluate(PAIRS)  # sorted by length, rows would not be the examples in their order
+        tuned.evaluate(PAIRS)  # batches are sorted by length, so rows are not in the order of the examples
     tuned.deactivate()
     assert tuned.evaluate(data) == zero
     assert tuned.generate(prompts, task=["stories", "questions"], **call) == apart
@@ -87,7 +87,7 @@ def test_using_several_tasks(name, tmp_path):
     again.load({"a": tmp_path / "both" / "stories", "b": tmp_path / "both" / "questions"})
     assert again.generate(prompts, task=["a", "b"], **call) == apart
     again.activate("a")
-    again.load(tmp_path / "both" / "stories")  # one without a name: there is no "a" any more
+    again.load(tmp_path / "both" / "stories")  # a task without a name: "a" no longer exists
     assert again.tasks is None
     assert not again.active
     again.activate()
@@ -101,13 +101,13 @@ def test_refusals_about_tasks(tmp_path):
         ({"a": []}, ValueError, r"data\['a'\] is empty"),
         ({"a": [("ab", 1), 3]}, TypeError, r"data\['a'\]\[1\] must be a pair"),
         ({1: PAIRS}, TypeError, "name of a task must be a string"),
-        ({"../a": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"a\0b": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"a" * 300: PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"😀" * 80: PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"\ud800": PAIRS}, ValueError, "must serve as that of a directory"),
-        ({"states.safetensors": PAIRS}, ValueError, "must serve as that of a directory"),
+        ({"../a": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"a\0b": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"a" * 300: PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"😀" * 80: PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"\ud800": PAIRS}, ValueError, "must also be valid as the name of a directory"),
+        ({"states.safetensors": PAIRS}, ValueError, "must also be valid as the name of a directory"),
         ({"prompt": "a", "completion": "b"}, TypeError, "data is a single example; put it into a list"),
         (type("DatasetDict", (dict,), {})(train=PAIRS), TypeError, r"one split of the data set, of \['train'\]"),
     ):
@@ -144,7 +144,7 @@ def test_refusals_about_tasks(tmp_path):
 
 
 def test_saving_over_what_was_there(tmp_path):
-    """The last save is what a directory holds, whole and in order."""
+    """A directory holds exactly the last save, complete and in order."""
     alone, several, others = (trainer(n_steps=1) for _ in range(3))
     alone.train(PAIRS, progress=False)
     several.train({"z": PAIRS, "a": OTHERS}, progress=False)
@@ -159,7 +159,7 @@ def test_saving_over_what_was_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no states.safetensors in .*a"):
         again.load(tmp_path)
     assert same_states(again.states, several.states)
-    (tmp_path / "tasks.json").unlink()  # directories put together by hand
+    (tmp_path / "tasks.json").unlink()  # directories assembled by hand
     again.load(tmp_path)
     assert again.tasks == ["c", "z"]
     for content, message in (
@@ -201,7 +201,7 @@ def test_callbacks():
 
 
 def test_the_trainer_in_callbacks(tmp_path):
-    """What uses the states uses those that are learning; what would change them is refused."""
+    """Methods that use the states use those in training. Methods that would change them are refused."""
     tuned = trainer(n_steps=2, alpha=1.0)
     checkpoint_layers(tuned.model, use_reentrant=False)
     call, texts, refused = {"max_new_tokens": 6, "do_sample": False}, [], []
@@ -215,7 +215,7 @@ def test_the_trainer_in_callbacks(tmp_path):
                 method()
             refused.append(method)
 
-    for _ in range(2):  # with states from before, too
+    for _ in range(2):  # with earlier states too
         tuned.train(PAIRS, progress=False, callbacks=[use])
     assert len(refused) == 12
     tuned.activate()
@@ -239,12 +239,12 @@ def test_callbacks_are_checked_before_anything_runs(bad):
     assert not tuned.history
 
 
-# What may go wrong on the way
+# Failures during training
 
 
 @every_family
 def test_small_and_long_data(name):
-    """One example; one that is cut, which is learned like what is left of it; none of the tokens that pad; no steps."""
+    """One example; an example that is cut, which trains like its remaining part; no effect of pads; no steps."""
     (text, length), one = PAIRS[1], trainer(name)
     one.train([(text[:15], length)], progress=False)
     assert one.history[-1]["loss"] < one.history[0]["loss"]
@@ -267,24 +267,24 @@ def test_a_trainer_without_a_tokenizer_says_so(tmp_path):
     tuned.train(PAIRS, progress=False)
     tuned.save(tmp_path)
     without = S0Trainer(tuned.model, None)
-    without.load(tmp_path)  # needs none
+    without.load(tmp_path)  # it needs no names
     for call in (lambda: without.train(PAIRS), lambda: without.evaluate(PAIRS), lambda: without.generate("a")):
         with pytest.raises(TypeError, match="tokenizer must be the model's tokenizer, got None"):
             call()
-    with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not take"):
+    with pytest.raises(ValueError, match="prompt has a text that the tokenizer does not accept"):
         tuned.generate("\ud800")
 
 
 @every_model
 def test_training_in_every_family(name):
-    """Padded and packed alike, where packed sequences can go through the model."""
+    """Padded and packed training agree, if packed sequences can go through the model."""
     padded, packed = trainer(name), trainer(name)
     padded.train(PAIRS, progress=False)
     assert padded.history[-1]["loss"] < padded.history[0]["loss"] - 0.1
     if name in CANNOT_PACK:
         with pytest.raises(ValueError, match=f"packed examples cannot go through {CANNOT_PACK[name]}"):
             packed.train(PAIRS, progress=False, packed=True)
-        packed.model.config._attn_implementation = "flash_attention_2"  # where packing is the default
+        packed.model.config._attn_implementation = "flash_attention_2"  # packing is the default with it
         made = make_batches([Example([5, 6, 7], 1)], 9, None, packed.model, 0, torch.device("cpu"))
         assert isinstance(made[0], PaddedBatch)
         return
@@ -308,7 +308,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
 @every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_training_in_other_dtypes(name, dtype):
-    """The weights' dtype, or autocast's: losses in fp32, states in fp32, and about the same training."""
+    """With weights or autocast in another dtype, losses and states are fp32, and training is about the same."""
     truth, cast, auto = trainer(name), trainer(model=MODELS[name]().to(dtype)), trainer(name)
     truth.train(PAIRS, progress=False)
     cast.train(PAIRS, progress=False)
@@ -389,7 +389,7 @@ def test_refusals_about_scale_and_layers():
     for scale in (0, math.inf, "1", True):
         with pytest.raises(ValueError, match="scale must be a finite number other than 0"):
             tuned.train(PAIRS, scale=scale)
-    with pytest.raises(ValueError, match="layers: 99 has no state; the layers that do are"):
+    with pytest.raises(ValueError, match="layers: 99 has no state; the layers with a state are"):
         tuned.train(PAIRS, layers=[99])
     for layers in ([], "0", 3):
         with pytest.raises(TypeError, match="layers must be a list of layer numbers"):

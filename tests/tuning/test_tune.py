@@ -1,4 +1,4 @@
-"""The command line of tuning: options, files of settings, what is checked first, what is reported."""
+"""The command line of tuning: options, settings files, checks before training, the report."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_every_setting_can_be_given(place, capsys):
     assert S0Config.load(place / "out" / "config.json") == S0Config(**given)
     states = S0States.load(place / "out")
     assert [layer for layer in states if states[layer].any()] == [0, 3]
-    assert "0.5 while it learned" in capsys.readouterr().out
+    assert "multiplied by 0.5 in training" in capsys.readouterr().out
 
 
 def test_a_file_of_settings(place, capsys):
@@ -47,15 +47,15 @@ def test_a_file_of_settings(place, capsys):
     file.write_text("n_steps: 3\nlr: 1e-2\nlayers: [1]\nscale: 0.5\ntokens_per_batch: 1\n")
     assert tune(place, "--config", str(file), "--n-steps", "2") == 0
     assert S0Config.load(place / "out" / "config.json") == S0Config(n_steps=2, lr=0.01)
-    assert "0.5 while it learned" in capsys.readouterr().out
+    assert "multiplied by 0.5 in training" in capsys.readouterr().out
     for text, message in (
         ("steps: 3", "there is no option 'steps'; the options are n_steps, lr,"),
         ("n_steps: [", "config.yaml is not YAML"),
-        ("- 3", "must hold options and their values, got list"),
+        ("- 3", "must be a mapping of options to values, got list"),
         ("lr: fast", "lr must be a number, got 'fast'"),
         ("n_steps: 2.5", "n_steps must be an int, got 2.5"),
-        ("layers: some", "--layers must be numbers of layers, as 0,1,2, got 'some'"),
-        ("max_memory: 8 apples", "--max-memory must be a number of bytes or as 8GiB, got '8 apples'"),
+        ("layers: some", "--layers must be indices of layers, such as 0,1,2, got 'some'"),
+        ("max_memory: 8 apples", "--max-memory must be a number of bytes or a size such as 8GiB, got '8 apples'"),
         ("scale: full", "--scale must be a number or alpha, got 'full'"),
     ):
         file.write_text(text)
@@ -75,14 +75,14 @@ def test_sizes_of_memory(text, size):
 def test_the_losses_that_are_reported_are_those_of_use(place, capsys):
     assert tune(place, "--steps", "4", "--lr", "0.05") == 0
     out = capsys.readouterr().out
-    before, after = map(float, re.match(r"loss ([\d.]+) -> ([\d.]+) as the states will be used\n", out).groups())
+    before, after = map(float, re.match(r"loss ([\d.]+) -> ([\d.]+) with the states at alpha\n", out).groups())
     trainer = S0Trainer.from_pretrained(str(place / "model"))
     assert before == pytest.approx(trainer.evaluate(place / "data.jsonl"), abs=1e-4)
     trainer.load(place / "out")
     trainer.activate()
     assert after == pytest.approx(trainer.evaluate(place / "data.jsonl"), abs=1e-4)
-    assert "scale is what S0 is multiplied by: 1 while it learned, where the last step saw" in out
-    assert "and 0.07 (alpha) in use" in out
+    assert "S0 is multiplied by 1 in training (last step: " in out
+    assert "and by 0.07 (alpha) in use" in out
 
 
 def test_a_table_of_several_tasks(place, capsys):
@@ -103,7 +103,7 @@ def test_a_table_of_several_tasks(place, capsys):
         assert [float(cell) for cell in row.split()[1:3]] == pytest.approx([before, trainer.evaluate([line])], abs=1e-4)
 
 
-# What is checked first
+# Checks before training
 
 
 def test_data_is_checked_before_the_model_is_loaded(place, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkers: which answers are right, by tests, by comparison, by a program; what a problem lacks is said."""
+"""Checkers: verdicts by tests, by comparison and by a program; messages for incomplete problems."""
 
 import sys
 import textwrap
@@ -80,8 +80,8 @@ def test_the_function_under_test():
         ({}, "tests must be code, got None"),
         ({"tests": ["assert f(1)"]}, "tests must be code, got"),
         ({"tests": "assert f(1"}, "tests are not Python: '\\(' was never closed"),
-        ({"tests": "assert f(g(1))"}, "entry_point is missing, and the tests do not make it plain: they call f, g"),
-        ({"tests": "assert 1"}, "they call nothing that is not their own"),
+        ({"tests": "assert f(g(1))"}, "entry_point is missing, and the tests do not show it: they call f, g"),
+        ({"tests": "assert 1"}, "they call no function that they do not define"),
         ({"tests": "def check(candidate):\n    assert candidate(1)"}, "entry_point is missing"),
         ({"tests": "assert f(1)", "entry_point": "f(1)"}, "entry_point must be the name of a function, got 'f\\(1\\)'"),
         ({"tests": "assert f(1)", "prefix": 3}, "prefix must be code, got 3"),
@@ -138,14 +138,14 @@ def test_what_answers_need_is_said(monkeypatch):
             verify.answer.check_problem(problem)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     verify.answer.check_problem({"answer": "Paris"})
-    with pytest.raises(ImportError, match=r"answers are compared by math-verify: .*pip install .*verify"):
+    with pytest.raises(ImportError, match=r"comparing answers needs math-verify: .*pip install .*verify"):
         verify.answer.check_problem({"answer": "3"})
 
 
 def test_either_by_what_a_problem_has():
     assert verify.by_problem(MBPP, "def first(s): return s[0]")
     assert verify.by_problem({"answer": "Paris"}, "Paris")
-    with pytest.raises(ValueError, match="tests or answer is missing"):
+    with pytest.raises(ValueError, match="it must have tests or answer"):
         verify.by_problem.check_problem({"prompt": "a"})
 
 

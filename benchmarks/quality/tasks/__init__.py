@@ -1,4 +1,4 @@
-"""Problems for the quality experiments: `get_task("tiny")` and its like."""
+"""The problems of the quality experiments, such as `get_task("tiny")`."""
 
 import dataclasses
 import sys
@@ -12,7 +12,7 @@ __all__ = ["TASKS", "Item", "Task", "get_task"]
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples" / "tiny"))  # the tiny models' problems
 
-# the class of each task, imported when it is asked for
+# the class of each task, imported on demand
 TASKS = {
     "tiny": "tiny.Tiny",
     "boundary": "boundary.Boundary",
@@ -24,7 +24,7 @@ TASKS = {
 
 
 def get_task(name: str, options: Mapping[str, str] | None = None) -> Task:
-    """The task of that name; `options` are fields of its class."""
+    """Return the task of that name. `options` are fields of its class."""
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     module, _, cls = TASKS[name].partition(".")

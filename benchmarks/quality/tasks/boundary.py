@@ -1,7 +1,7 @@
-"""Problems that the tiny models cannot solve in any of their ways: functions whose like their corpus does not have.
+"""Problems that the tiny models cannot solve with any of their habits: their corpus has no functions of this kind.
 
-S0 should not help here, however right the solutions it learns from, if what it does is to choose among what the base
-can do already. For the paper that test is Spider.
+If S0 only chooses among the abilities of the base, it should not help here, although the solutions that it learns from
+are right. The paper uses Spider for this test.
 """
 
 import random
@@ -40,7 +40,7 @@ class Boundary(Tiny):
 
 
 def make_problems(seed: int = 0) -> list[Problem]:
-    """PER_KIND of every kind for each of the two parts, which take turns; no two compute the same."""
+    """Make PER_KIND problems of every kind for each of the two parts, in turns. No two compute the same."""
     rng = random.Random(f"boundary {seed}")
     found: dict[str, Problem] = {}
     for _ in range(2 * PER_KIND):

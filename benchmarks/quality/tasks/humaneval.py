@@ -1,7 +1,7 @@
-"""HumanEval: bodies of Python functions, run against the data set's tests in the sandbox.
+"""HumanEval: bodies of Python functions. The sandbox runs them against the tests of the data set.
 
-Data and tests: Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374). The split, problems
-0 to 79 and 80 to 163, is that of the S0 paper, as is asking through the chat template without thinking.
+Data and tests: Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374). The split into
+problems 0 to 79 and 80 to 163 is that of the S0 paper, and so is the use of the chat template without thinking.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ SANDBOX = Sandbox(timeout=10.0, memory_mb=1024)
 class HumanEval(Styled):
     """data: "openai/openai_humaneval" on the hub, or a file such as HumanEval.jsonl.gz.
 
-    scoring: "extracted" takes the code out of an answer, be it a body or the whole function, in a code block or not.
-    "published" is what the method's public scripts do: they strip the answer, and code fences around it, and append
-    it to the prompt, so that a body that begins with its indentation fails and the whole function passes.
+    scoring: "extracted" extracts the code from an answer, whether it is a body or the whole function, in a code block
+        or not. "published" is the scoring of the method's public scripts: they strip the answer and its code fences,
+        and append it to the prompt. So a body that begins with its indentation fails, and a whole function passes.
     """
 
     name = "humaneval"
-    ends = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # those of the data set's paper
+    ends = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # from the paper of the data set
 
     data: str = "openai/openai_humaneval"
     scoring: str = "extracted"

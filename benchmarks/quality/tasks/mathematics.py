@@ -1,8 +1,8 @@
-"""MATH-500 and GSM8K: word problems whose final answer is compared by math-verify.
+"""MATH-500 and GSM8K: word problems. math-verify compares the final answer.
 
 Data: Hendrycks et al. (arXiv 2103.03874), in the selection of Lightman et al. (arXiv 2305.20050), and Cobbe et al.
-(arXiv 2110.14168). Splits, numbers of samples, lengths and what is learned from are those of the S0 paper's public
-scripts (github.com/JackYoung27/s0-tuning, experiments/); they cap the solutions at one per problem only.
+(arXiv 2110.14168). Splits, numbers of samples, lengths and training data are those of the S0 paper's public scripts
+(github.com/JackYoung27/s0-tuning, experiments/); their only limit on solutions is one per problem.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Mathematics(Styled):
 
 @dataclass
 class Math500(Mathematics):
-    """data: "HuggingFaceH4/MATH-500" on the hub, or a file of its rows. The first half is to tune on."""
+    """data: "HuggingFaceH4/MATH-500" on the hub, or a file of its rows. The first half is for tuning."""
 
     name = "math500"
     ends = ("\nProblem:",)
@@ -50,8 +50,8 @@ class Math500(Mathematics):
 
 @dataclass
 class GSM8K(Mathematics):
-    """tune, heldout: "openai/gsm8k" on the hub, of which the training part's first 200 and the whole test part are
-    taken, or a file each."""
+    """tune, heldout: "openai/gsm8k" on the hub, of which the first 200 rows of the training part and the whole test
+    part are used; or a file for each."""
 
     name = "gsm8k"
     ends = ("\nProblem:",)

@@ -1,4 +1,4 @@
-"""Rows of a data set, from the Hugging Face hub or from a file."""
+"""Read the rows of a data set, from the Hugging Face hub or from a file."""
 
 import gzip
 import json
@@ -8,12 +8,13 @@ from pathlib import Path
 
 
 def read_records(source: str, fields: Sequence[str], *, split: str, subset: str | None = None) -> list[dict]:
-    """All rows, in order.
+    """Return all rows, in order.
 
-    source: a path of a .json file (a list) or of a .jsonl file (a row a line), either also as .gz; anything else is
-    the name of a data set that `datasets.load_dataset` finds, and only then `split` and `subset` count.
-    Raises ValueError, naming source and row, for what is not such a file and for rows without one of the `fields`;
-    FileNotFoundError; ImportError where a data set is asked for and `datasets` is not installed.
+    source: the path of a .json file (a list) or of a .jsonl file (one row per line), either also as .gz. Anything else
+        is the name of a data set for `datasets.load_dataset`; `split` and `subset` are used only then. Raise ValueError
+        for an invalid file, or for a row without one of the `fields`; the message names source and row. Raise
+        FileNotFoundError if there is no such file, and ImportError if a data set is named and `datasets` is not
+        installed.
     """
     if re.search(r"\.jsonl?(\.gz)?$", source):
         rows = _from_file(Path(source).expanduser())
@@ -48,5 +49,5 @@ def _from_hub(name: str, subset: str | None, split: str) -> list:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError(f"{name} is read by the package datasets: pip install 's0kernels[eval]'") from None
+        raise ImportError(f"reading {name} needs the package datasets: pip install 's0kernels[eval]'") from None
     return [dict(row) for row in load_dataset(name, subset, split=split)]

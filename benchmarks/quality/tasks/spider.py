@@ -1,11 +1,12 @@
-"""Spider: questions to SQL queries, right where both queries give the same rows.
+"""Spider: turn questions into SQL queries. A query is right if it gives the same rows as the reference query.
 
 Data: Yu et al. (arXiv 1809.08887). The split (the first 500 questions of the training part, and the development part)
-and the number of samples are those of the S0 paper's public scripts, for which this is the test that S0 should fail.
+and the number of samples are those of the S0 paper's public scripts. In the paper S0 is expected to fail this test.
 
-Rows are compared as the data set's execution evaluator does it (Zhong et al., arXiv 2010.02840): the same rows as
-often, in any order unless the right query orders them, with the columns in any order. DISTINCT counts, which that
-evaluator ignores unless told otherwise, and there is one database per question, not a suite of them.
+Rows are compared as in the data set's execution evaluator (Zhong et al., arXiv 2010.02840): the same rows the same
+number of times, in any order unless the reference query orders them, with columns in any order. There are two
+differences: DISTINCT counts, which that evaluator ignores by default; and there is one database per question, not a
+suite.
 """
 
 import functools
@@ -30,7 +31,7 @@ ASK = (
 )
 PLAIN = "-- The tables of the database {name}\n{schema}\n\n-- {question}\nSELECT"
 
-# Where a query begins: at a line's begin, in capitals, or anywhere, because prose has "select" and "with" as well.
+# A query begins at the start of a line, or anywhere in capitals, because prose contains "select" and "with" as well.
 _WITH = r"with\s+(?:recursive\s+)?[\w\"`\[\]]+\s*(?:\([^()]*\)\s*)?as\s*(?:(?:not\s+)?materialized\s*)?\("
 BEGINS = [
     re.compile(rf"^\s*(select\b(?![^\n]*:$)|{_WITH})", re.IGNORECASE | re.MULTILINE),
@@ -56,8 +57,9 @@ SANDBOX = Sandbox(timeout=30.0, memory_mb=1024, result_mb=64)
 
 @dataclass
 class Spider(Styled):
-    """databases: the folder `database` of the data set's archive, with a folder of each database's name in it, readable
-    to every user; tune, heldout: "xlangai/spider" on the hub (parts train and validation), or a file each."""
+    """databases: the folder `database` of the data set's archive, which has a folder for each database and must be
+    readable by every user. tune, heldout: "xlangai/spider" on the hub (parts train and validation), or a file for
+    each."""
 
     name = "spider"
     ends = (";", "\n\n")
@@ -82,7 +84,7 @@ class Spider(Styled):
         return self._items(tune[:TUNE]), self._items(heldout)
 
     def _items(self, rows: Sequence[tuple[str, dict]]) -> list[Item]:
-        """With what the data set's own queries give, all of which have to run."""
+        """Return items with the results of the data set's own queries. Raise ValueError if one of these fails."""
         files = [Path(self.databases).resolve() / row["db_id"] / f"{row['db_id']}.sqlite" for _, row in rows]
         form, items = ASK if self.chat else PLAIN, []
         prompts = [
@@ -100,12 +102,12 @@ class Spider(Styled):
         return items
 
     def right(self, item: Item, completion: str) -> bool:
-        # of an answer no more rows than tell that it has too many: a forgotten condition of a join makes millions
+        # read at most one row more than expected: a missing join condition can give millions
         found = _rows(item.data["uri"], self.sql(completion), len(item.data["rows"]) + 1)
         return found.ok and same_rows(item.data["rows"], found.value, item.data["ordered"])
 
     def sql(self, text: str) -> str:
-        """The query in an answer: from where it begins in its code block, if there is one, up to a semicolon."""
+        """Return the query in an answer: from its beginning, in the code block if there is one, up to a semicolon."""
         if not self.chat:
             return f"SELECT{text}"
         text = without_thoughts(text)
@@ -119,18 +121,19 @@ class Spider(Styled):
 
 @functools.cache
 def _rows(uri: str, sql: str, most: int | None) -> Outcome:
-    """What a query gives, no more than `most` rows; the evaluator joins operators that a tokenizer has split."""
+    """Run a query, and return at most `most` rows. Like the evaluator, join operators that a tokenizer has split."""
     return SANDBOX.run(Call(QUERY, "query", (uri, re.sub("([<>!]) =", r"\1=", sql), most)))
 
 
 def _uri(file: Path) -> str:
-    """Of a database that is taken to be immutable, so that nothing has to be locked or written beside it."""
+    """Return the URI of a database. It is opened as immutable, so that SQLite neither locks it nor writes files beside
+    it."""
     return f"{file.as_uri()}?mode=ro&immutable=1"
 
 
 @functools.cache
 def schema(file: Path) -> str:
-    """The statements that made a database's tables."""
+    """Return the statements that create the tables of a database."""
     if not file.is_file():
         raise FileNotFoundError(f"databases: no file {file}")
     with closing(sqlite3.connect(_uri(file), uri=True)) as connection:
@@ -139,7 +142,7 @@ def schema(file: Path) -> str:
 
 
 def same_rows(gold: Sequence[tuple], found: Sequence[tuple], ordered: bool) -> bool:
-    """Whether some order of the columns of `found` makes it `gold`, in any order of the rows unless `ordered`."""
+    """Whether `found` equals `gold` for some order of its columns, in any order of rows unless `ordered`."""
     if len(gold) != len(found):
         return False
     if not gold:
@@ -154,7 +157,7 @@ def same_rows(gold: Sequence[tuple], found: Sequence[tuple], ordered: bool) -> b
 
 
 def _orders(columns: list[tuple], others: list[tuple], same) -> Iterator[list[int]]:
-    """The ways to put a different one of `others` in each column's place, none of which has other values in it."""
+    """Yield the ways to assign a different column of `others` with the same values to each column."""
     if not columns:
         yield []
         return

@@ -1,4 +1,4 @@
-"""What a task is: problems in two parts, and a way to tell which completions are right."""
+"""The interface of a task: problems in two parts, and a check of completions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,32 +8,33 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Item:
-    """One problem. `data` is what scoring needs; no model sees it."""
+    """One problem. `data` is for scoring; the model does not see it."""
 
     name: str  # unique within the task
-    prompt: str  # what the model continues, or what a user says to it
-    reference: str  # a right completion, or "" where none is known
+    prompt: str  # the text that the model continues, or the message of a user
+    reference: str  # a right completion, or "" if none is known
     data: Mapping[str, Any]
 
 
 class Task(ABC):
-    """Subclasses are dataclasses; their fields are the task's options, strings from a command line."""
+    """A task. Subclasses are dataclasses; their fields are the options of the task, which are strings from the command
+    line."""
 
     name: ClassVar[str]
     max_new_tokens: int = 512
-    stop: Sequence[str] = ()  # a completion is cut off before the first of these
-    chat: bool = False  # prompts are what a user says, and go through the tokenizer's chat template
+    stop: Sequence[str] = ()  # a completion is cut before the first of these
+    chat: bool = False  # prompts are messages of a user, and go through the tokenizer's chat template
     samples: ClassVar[int] = 16  # per tuning problem
     solutions: ClassVar[int] = 48  # to learn from, at most one per problem
     normalize: ClassVar[bool] = False  # S0 is divided by each layer's norm before it is scaled
 
     @abstractmethod
     def load(self) -> tuple[list[Item], list[Item]]:
-        """(problems to tune on, problems held out), always in the same order."""
+        """Return (problems for tuning, held-out problems), always in the same order."""
 
     @abstractmethod
     def right(self, item: Item, completion: str) -> bool:
-        """Whether a completion of the item is right. Two threads may ask at a time."""
+        """Whether a completion of the item is right. Two threads may call it at the same time."""
 
 
 @dataclass
@@ -48,4 +49,4 @@ class Styled(Task):
         self.chat = self.style == "chat"
         self.stop = () if self.chat else self.ends
 
-    ends: ClassVar[Sequence[str]] = ()  # where a plain-text completion is over
+    ends: ClassVar[Sequence[str]] = ()  # the texts that end a plain-text completion

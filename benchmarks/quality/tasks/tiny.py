@@ -1,4 +1,4 @@
-"""The problems of the tiny models, which are made by a script; answers run in the sandbox."""
+"""The problems of the tiny models, which a script generates. Answers run in the sandbox."""
 
 from problems import SPLITS, Problem, make_problems
 

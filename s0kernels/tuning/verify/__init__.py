@@ -1,1 +1,1 @@
-"""Which answers are right: checkers, and the sandbox that runs code written by models."""
+"""Decide which answers are right: checkers, and the sandbox that runs code written by models."""

@@ -1,7 +1,7 @@
-"""Comparing final answers with math-verify, in a process that can be given up: `python answers.py` is that process.
+"""Compare final answers with math-verify, in a process that can be killed: `python answers.py` is that process.
 
-math-verify parses what a model wrote and hands it to sympy, which a power tower can keep busy, or fill memory with, for
-as long as anyone waits; its own timeout is an alarm that such a computation does not hear.
+math-verify parses the text of a model and passes it to sympy. A power tower can keep sympy busy forever, or fill the
+memory. The timeout of math-verify is an alarm signal, which does not interrupt such a computation.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ if __name__ == "__main__":
 else:
     from s0kernels.tuning.verify.wire import frame, receive, send
 
-_MEMORY = 2 << 30  # bytes of address space on top of what the process has when it starts
+_MEMORY = 2 << 30  # bytes of address space beyond those that the process has when it starts
 _TO_START = 120.0  # seconds
 
 
 class Comparer:
-    """Whether answers agree; no agreement within so many seconds is none. One comparison at a time."""
+    """Compares answers, one at a time. Answers that do not agree within `seconds` count as different."""
 
     def __init__(self, seconds: float = 10.0):
         self._seconds = seconds
@@ -39,7 +39,7 @@ class Comparer:
         weakref.finalize(self, _end, self._worker)
 
     def same(self, right: str, text: str) -> bool:
-        """Whether `text` ends in the `right` answer. Raises ImportError where math-verify is not installed."""
+        """Whether the final answer in `text` is the `right` one. Raise ImportError if math-verify is not installed."""
         import math_verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
         with self._lock:
@@ -48,12 +48,12 @@ class Comparer:
             (worker,) = self._worker
             done = False
             try:
-                with contextlib.suppress(BrokenPipeError):  # then reading fails as well
+                with contextlib.suppress(BrokenPipeError):  # then reading fails too
                     send(_number(worker.stdin), frame(0, json.dumps([right, text]).encode()))
                 code, _ = receive(_number(worker.stdout), time.monotonic() + self._seconds)
                 done = code is not None
             finally:
-                if not done:  # it is still busy, or it died of what it was given
+                if not done:  # it is still busy, or the input killed it
                     _end(self._worker)
         return code == 1
 
@@ -90,9 +90,9 @@ def _main() -> None:
     import math_verify
 
     parse: Any = math_verify.parse
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns that its own timeout is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that its own timeout is off
     answers = os.dup(1)
-    os.dup2(2, 1)  # nothing that is printed gets among them
+    os.dup2(2, 1)  # printed text must not get among the results
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
@@ -101,7 +101,7 @@ def _main() -> None:
         try:
             gold, text = (parse(each, parsing_timeout=None) for each in json.loads(question[1]))
             same = bool(math_verify.verify(gold, text, timeout_seconds=None))
-        except Exception:  # sympy raises whatever it likes
+        except Exception:  # sympy may raise any exception
             same = False
         send(answers, frame(int(same), b""))
 

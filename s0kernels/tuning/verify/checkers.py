@@ -1,10 +1,10 @@
-"""Checkers: whether an answer to a problem is right.
+"""Checkers, which decide whether an answer to a problem is right.
 
-A checker is any callable `(problem, answer) -> bool`; `problem` is the mapping that the problem was given as, `answer`
-the text of a completion, unchanged. Those here have two methods more, which are looked for and need not be there:
-`check_problem(problem)` raises ValueError where a problem lacks what the checker needs, before anything is sampled;
-`close()` ends processes that wait for more answers. `workers` says how many threads may call it at a time, one if it
-is not there.
+A checker is any callable `(problem, answer) -> bool`. `problem` is the mapping of the problem, `answer` the unchanged
+text of a completion. A checker may also have two methods and an attribute, as the checkers here do.
+`check_problem(problem)` is called before sampling, and raises ValueError if the problem lacks a key that the checker
+needs. `close()` ends processes that wait for more answers. `workers` is the number of threads that may call it at a
+time; the default is one.
 """
 
 import ast
@@ -32,21 +32,22 @@ Checker = Callable[[Mapping[str, Any], str], bool]
 
 
 class Python:
-    """Runs the tests of a problem on the function that the answer is, in the sandbox.
+    """Runs the tests of a problem on the function in the answer, in the sandbox.
 
-    `problem["tests"]` is code: it defines `check(candidate)`, as HumanEval's does, or asserts, as MBPP's does,
-    which find the function by its name and as `candidate`.
-    `problem["entry_point"]` is the name of the function; where it is missing, the tests have to make it plain, by
-    calling `check` with it, or by calling one function that is neither a builtin nor their own. Thoughts before the
-    answer are removed. Of an answer with code blocks the one that has the function is taken. A body alone is put behind
-    `problem["prefix"]`, which HumanEval has for a prompt; of a whole function the prefix brings what it imports.
+    `problem["tests"]` is code. It defines `check(candidate)`, like the tests of HumanEval, or it has assert statements,
+    like those of MBPP, which can use the name of the function or `candidate`. `problem["entry_point"]` is the name of
+    the function. If it is missing, the tests must show it: they call `check` with it, or they call exactly one function
+    that is neither a builtin nor defined in them. Thoughts before the answer are removed. If the answer has code
+    blocks, the one with the function is used. If the answer is only a function body, it is put after
+    `problem["prefix"]`, which is the prompt in HumanEval. If it is a whole function, the imports of the prefix are put
+    before it.
 
     Args:
-        timeout: seconds of wall clock for all tests of an answer.
-        memory_mb: MiB that either side may take, beyond the interpreter's.
+        timeout: time limit for all tests of an answer, in seconds of wall clock.
+        memory_mb: memory limit of each of the two processes, in MiB beyond the interpreter's own.
 
-    Answers are harmful by accident, not by intent: `s0kernels.tuning.verify.sandbox` has the threat model. Where its
-    filter does not work, which takes Linux on x86_64 or aarch64, a call raises RuntimeError.
+    Answers are assumed to be harmful by accident, not by intent: `s0kernels.tuning.verify.sandbox` has the threat
+    model. The sandbox needs Linux on x86_64 or aarch64. A call raises RuntimeError if its filter does not work.
     """
 
     workers = 2
@@ -69,7 +70,7 @@ class Python:
 
 
 def _read_tests(problem: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(tests, name of the function, prefix)."""
+    """Return (tests, name of the function, prefix)."""
     tests, name, prefix = problem.get("tests"), problem.get("entry_point"), problem.get("prefix") or ""
     if not isinstance(tests, str) or not tests.strip():
         raise ValueError(f"tests must be code, got {tests!r}")
@@ -82,8 +83,8 @@ def _read_tests(problem: Mapping[str, Any]) -> tuple[str, str, str]:
     if name is None:
         found = _called(tree)
         if len(found) != 1:
-            calls = f"they call {', '.join(found)}" if found else "they call nothing that is not their own"
-            raise ValueError(f"entry_point is missing, and the tests do not make it plain: {calls}")
+            calls = f"they call {', '.join(found)}" if found else "they call no function that they do not define"
+            raise ValueError(f"entry_point is missing, and the tests do not show it: {calls}")
         (name,) = found
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"entry_point must be the name of a function, got {name!r}")
@@ -98,7 +99,8 @@ def _defines_check(tree: ast.Module) -> bool:
 
 
 def _called(tree: ast.Module) -> list[str]:
-    """The functions under test, by name: what `check` is called with, or what the tests call and do not have."""
+    """Return the names of the functions under test: the arguments of `check`, or the functions that the tests call but
+    do not define."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     if _defines_check(tree):
         given = [node.args[0] for node in calls if getattr(node.func, "id", "") == "check" and len(node.args) == 1]
@@ -116,13 +118,14 @@ def _called(tree: ast.Module) -> list[str]:
 class Answer:
     """Compares the end of an answer with `problem["answer"]`, a text.
 
-    Right is what is that text exactly, blanks around it aside: the whole answer, what stands in its last `\\boxed{}`,
-    or the line behind its last `####`. Where `problem["answer"]` is a number or an expression, in LaTeX or plain, what
-    math-verify finds equal to it is right as well: it takes what is in `\\boxed{}`, or else the last formula or number.
-    Thoughts before the answer are removed.
+    An answer is right if, apart from surrounding blanks, one of these equals that text: the whole answer, the content
+    of its last `\\boxed{}`, or the rest of the line after its last `####`. If `problem["answer"]` is a number or an
+    expression, in LaTeX or plain, an answer is also right if math-verify finds it equal: it compares the content of
+    `\\boxed{}`, or else the last formula or number. Thoughts before the answer are removed.
 
     Args:
-        timeout: seconds for a comparison, in a process of its own; what is not done by then is wrong.
+        timeout: time limit for a comparison in seconds. It runs in a separate process, and an unfinished one counts as
+            wrong.
     """
 
     def __init__(self, *, timeout: float = 10.0):
@@ -145,7 +148,7 @@ class Answer:
             try:
                 import math_verify  # noqa: F401
             except ImportError as error:
-                raise ImportError(f"answers are compared by math-verify: {advice(error)}", name=error.name) from error
+                raise ImportError(f"comparing answers needs math-verify: {advice(error)}", name=error.name) from error
 
     def close(self) -> None:
         self._comparer.close()
@@ -157,7 +160,7 @@ _FUNCTIONS = (
 
 
 def _is_mathematical(text: str) -> bool:
-    """Whether it is a formula and nothing else: math-verify takes the number out of any sentence."""
+    """Whether the text is nothing but a formula. math-verify would take a number out of any sentence."""
     if re.search(r"\d:\d|\b\d{4}-\d\d?-\d\d?\b", text):  # times and dates
         return False
     bare = re.sub(r"\\(text|mathrm|mbox|textbf)\{[^{}]*\}|\\[A-Za-z]+", " ", text)
@@ -165,8 +168,8 @@ def _is_mathematical(text: str) -> bool:
 
 
 def _formula(text: str) -> str:
-    """For math-verify: without thousands separators, with a minus sign that it reads, and as LaTeX where it is a
-    formula and nothing else."""
+    """Prepare a text for math-verify: remove thousands separators, replace the minus sign by one that it reads, and
+    mark the text as LaTeX if it is nothing but a formula."""
     text = text.strip().replace("\\$", "").replace("−", "-")
     text = re.sub(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), text)
     if not _is_mathematical(text) or "$" in text or "\\boxed" in text:
@@ -175,16 +178,17 @@ def _formula(text: str) -> str:
 
 
 class Command:
-    """Runs a program that gets the answer on standard input; the answer is right where it exits with 0.
+    """Runs a program with the answer on standard input. The answer is right if the program exits with 0.
 
-    The environment variable S0KERNELS_PROBLEM holds the problem as JSON. There is no shell, and the arguments come from
-    the caller alone, never from a problem. **The program is not sandboxed**: it may do what the caller may do, and
-    where it runs what a model wrote, so may that.
+    The environment variable S0KERNELS_PROBLEM holds the problem as JSON. No shell is used, and the arguments come from
+    the caller alone, never from a problem. **The program is not sandboxed**: it has the caller's permissions, and so
+    has any code of a model that it runs.
 
     Args:
         arguments: the program and its arguments.
-        timeout: seconds; then it is killed with all of its session, and the answer is wrong.
-        output_mb: MiB that it may write, which nobody reads; what writes more is killed, and the answer is wrong.
+        timeout: time limit in seconds. After it the program and its session are killed, and the answer is wrong.
+        output_mb: limit on its output in MiB. The output is ignored. A program that writes more is killed, and the
+            answer is wrong.
     """
 
     def __init__(self, arguments: Sequence[str], *, timeout: float = 10.0, output_mb: float = 1.0):
@@ -225,7 +229,8 @@ class Command:
                 process.stdout.close()
 
     def _ends_quietly(self, process: subprocess.Popen, deadline: float) -> bool:
-        """Read until it closes its output, by the deadline and within the limit."""
+        """Read the output until the program closes it. Return whether it did so before the deadline and within the
+        limit."""
         assert process.stdout is not None
         poller, read = select.poll(), 0
         poller.register(process.stdout, select.POLLIN)
@@ -240,12 +245,12 @@ class Command:
 
 
 def _feed(pipe: Any, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError), pipe:  # it need not read
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError), pipe:  # the program need not read it
         pipe.write(data)
 
 
 class ByProblem:
-    """By what a problem has: `tests` through `Python`, otherwise `answer` through `Answer`."""
+    """Uses `Python` for problems with `tests`, and `Answer` for other problems."""
 
     workers = Python.workers
 
@@ -257,7 +262,7 @@ class ByProblem:
 
     def check_problem(self, problem: Mapping[str, Any]) -> None:
         if problem.get("tests") is None and problem.get("answer") is None:
-            raise ValueError("tests or answer is missing, by which its answers could be checked")
+            raise ValueError("it must have tests or answer, by which its answers are checked")
         self._of(problem).check_problem(problem)
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
-"""The other side of sandbox.py: `python -I -S confined.py` is a launcher, and forks the confined children.
+"""The process side of sandbox.py: `python -I -S confined.py` is a launcher, which forks the confined children.
 
-The launcher reads frames on stdin and answers each request with one on stdout. A child of a Job or a Call computes and
-writes its results. A Program has two children, the candidate with the solution and the judge with the tests:
+The launcher reads frames on stdin and answers each request with one frame on stdout. A Job or a Call has one child,
+which computes and writes the results. A Program has two children, the candidate with the solution and the judge with
+the tests:
 
 launcher  <--verdict--  judge  --arguments-->  candidate
                                <--result-----
 
-The launcher never reads the tests: the judge takes them off the launcher's stdin, so that no later candidate finds
-them in the memory it was forked with.
+The launcher never reads the tests. The judge reads them from the launcher's stdin, so that no later candidate finds
+them in the memory that it inherits.
 """
 
 import builtins
@@ -47,25 +48,25 @@ from wire import (
     to_json,
 )
 
-del sys.path[0]  # no solution finds a module beside this one
+del sys.path[0]  # solutions must not find modules beside this one
 
-_READY, _RETURNED, _RAISED, _FAILED = range(4)  # what a candidate tells its judge
+_READY, _RETURNED, _RAISED, _FAILED = range(4)  # messages of a candidate to its judge
 _ORPHANED = 77  # the exit code of a judge that lost its candidate
-_TESTS_READ = b"+"  # what a judge writes first
+_TESTS_READ = b"+"  # the first byte that a judge writes
 _NOBODY = 65534
 _FIRST_PIPE = 3
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _CLONE_NEWUSER, _NAMESPACES = 0x10000000, {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000}
 
-# Imported before the fork: a child need not load them again, and uid 65534 may be unable to read them.
+# Imported before the fork: children need not load them again, and uid 65534 may not be able to read them.
 _PRELOAD = """
 __future__ _strptime array base64 bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum
 fractions functools hashlib heapq itertools json math numbers operator queue random re sqlite3 statistics string
 subprocess textwrap threading time typing unicodedata
 """
 
-# What pure computation, imports and read-only file access need: name/x86_64/aarch64.
+# System calls that pure computation, imports and read-only file access need: name/x86_64/aarch64.
 _SYSCALLS = """
 read/0/63 write/1/64 pread64/17/67 readv/19/65 writev/20/66 close/3/57 lseek/8/62 fstat/5/80 newfstatat/262/79
 statx/332/291 access/21/- faccessat/269/48 faccessat2/439/439 readlink/89/- readlinkat/267/78
@@ -79,13 +80,15 @@ getpgid/121/155 getsid/124/156 getgroups/115/158 exit/60/93 exit_group/231/94
 
 
 def _launcher_main(limits: Limits) -> None:
-    """In the launcher: forked children for each request on stdin, until the caller closes it."""
+    """Run the launcher: fork children for each request on stdin, until the caller closes it."""
     os.environ.clear()
     for name in _PRELOAD.split():
         with contextlib.suppress(ImportError):  # an interpreter may be built without sqlite3
             importlib.import_module(name)
     send(1, frame(0, (_enter_namespaces() if limits.namespaces else "no namespaces (not asked for)").encode()))
-    _prctl(_PR_SET_DUMPABLE, 0)  # inherited: nobody of the same uid looks into a judge, not even before it is confined
+    _prctl(
+        _PR_SET_DUMPABLE, 0
+    )  # inherited: no process of the same uid can read a judge, not even before it is confined
     box = _Box(limits, os.getpid(), _seccomp_program())
     gc.freeze()  # a collection in a child would otherwise copy every page of the launcher
     while True:
@@ -96,7 +99,7 @@ def _launcher_main(limits: Limits) -> None:
 
 
 class _Box(NamedTuple):
-    """What every child of a launcher is confined by."""
+    """The confinement of every child of a launcher."""
 
     limits: Limits
     launcher: int
@@ -104,7 +107,7 @@ class _Box(NamedTuple):
 
 
 def _run(kind: int, request: bytes, box: _Box) -> tuple[int, bytes]:
-    """In the launcher: fork, collect what is written, and leave nothing of the children behind."""
+    """In the launcher: fork the children of a request, collect their output, and end them all."""
     deadline = time.monotonic() + box.limits.timeout
     result, writable = os.pipe()
     if kind == PROGRAM:
@@ -122,7 +125,7 @@ def _run(kind: int, request: bytes, box: _Box) -> tuple[int, bytes]:
     statuses = [_end(child) for child in children]
     if kind == PROGRAM:
         if not raw.startswith(_TESTS_READ):
-            sys.exit()  # they are still on stdin
+            sys.exit()  # the tests are still on stdin
         raw = raw[1:]
         if not code and statuses[0] == _ORPHANED:
             return statuses[1], b""
@@ -132,7 +135,7 @@ def _run(kind: int, request: bytes, box: _Box) -> tuple[int, bytes]:
 
 
 def _collect(result: int, deadline: float, limit: int, children: list[int]) -> tuple[int, bytes]:
-    """What is written to the pipe until it is closed, with 0, or what made it end earlier."""
+    """Read the pipe until it is closed. Return 0 and the data, or the code of an earlier end."""
     poller = select.poll()
     poller.register(result, select.POLLIN)
     poller.register(0, 0)  # hang-up only: the tests may still be on stdin
@@ -154,7 +157,7 @@ def _collect(result: int, deadline: float, limit: int, children: list[int]) -> t
 
 
 def _end(child: int) -> int:
-    """Kill what is left of a child; its exit code or negated signal."""
+    """Kill a child if it still runs. Return its exit code or negated signal."""
     # Not yet waited for, so the pid cannot have been reused. A child that is already exiting keeps its exit code.
     os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
@@ -163,18 +166,19 @@ def _end(child: int) -> int:
 
 
 class _Role(NamedTuple):
-    """What a child does: `work(request, limits)` returns what it writes last, `failed` packs the error that ends it."""
+    """The task of a child: `work(request, limits)` returns its final output, `failed` encodes the error that ends
+    it."""
 
     work: Callable[[bytes, Limits], bytes]
     failed: Callable[[str], bytes]
 
 
 def _fork(role: _Role, request: bytes | None, pipes: tuple[int, ...], box: _Box) -> int:
-    """A child with `pipes` as descriptors 3, 4, ...; without a request it takes the next frame of the caller."""
+    """Fork a child with `pipes` as descriptors 3, 4, ... Without a request it reads the next frame of the caller."""
     child = os.fork()
     if child:
         return child
-    write, leave = send, os._exit  # taken now, because the solution may replace them
+    write, leave = send, os._exit  # bound now, because the solution may replace them
     status = 1
     try:
         if request is None:
@@ -185,7 +189,7 @@ def _fork(role: _Role, request: bytes | None, pipes: tuple[int, ...], box: _Box)
         try:
             _confine(pipes, box)
             answer = role.work(request, box.limits)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt are no results either
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are failures too
             answer = role.failed(f"{type(error).__name__}: {error}"[:REASON_LIMIT])
         write(_FIRST_PIPE, answer)
         status = 0
@@ -194,7 +198,7 @@ def _fork(role: _Role, request: bytes | None, pipes: tuple[int, ...], box: _Box)
 
 
 def _load(source: str, name: str, title: str) -> dict:
-    """The namespace of a module made of `source`."""
+    """Execute `source` as a module, and return its namespace."""
     module = sys.modules.setdefault(name, types.ModuleType(name))  # registered because dataclasses look it up
     exec(compile(source, f"<{title}>", "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
@@ -208,7 +212,7 @@ def _function(job: dict):
 
 
 def _solve(request: bytes, _limits: Limits) -> bytes:
-    """Call the function on each input; a list of the results, as JSON or exact."""
+    """Call the function on each input, and return the list of results, as JSON or with exact types."""
     dumps = json.dumps
     job = json.loads(request)
     exact, inputs = job["exact"], job["inputs"]
@@ -220,12 +224,12 @@ def _solve(request: bytes, _limits: Limits) -> bytes:
         value = function(*arguments)
         if not exact and dumps(arguments) != text:
             raise ValueError("the function changed its arguments")
-        results.append(to_text(value))  # at once, because a later call may change the object
+        results.append(to_text(value))  # encoded at once, because a later call may change the object
     return f"[{','.join(results)}]".encode()
 
 
 def _serve(request: bytes, _limits: Limits) -> bytes:
-    """In the candidate: call the function with what the judge sends, until it closes the pipe."""
+    """In the candidate: call the function with the arguments that the judge sends, until it closes the pipe."""
     write, read, pack, to_text, from_text = send, receive, frame, encode, decode
     function = _function(json.loads(request))
     write(_FIRST_PIPE, pack(_READY, b"null"))
@@ -264,7 +268,7 @@ def _judge(request: bytes, limits: Limits) -> bytes:
     except BaseException as error:
         if error is candidate.raised:
             return _report(f"the candidate raised {candidate.raised_text}")
-        # Nothing is quoted from the tests, because this passes through the launcher's memory: the caller does that.
+        # The caller quotes the tests. This text must not, because it passes through the launcher's memory.
         lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == "<tests>"]
         said = "" if isinstance(error, AssertionError) or not str(error) else f": {error}"
         return _report(f"wrong: {type(error).__name__}{said}", lines[-1] if lines else None)
@@ -276,7 +280,8 @@ def _report(reason: str, line: int | None = None) -> bytes:
 
 
 class _StandIn:
-    """What the tests call: asks the candidate's process. What no test may forgive ends the judge at once."""
+    """The candidate as the tests see it: a call is sent to the candidate's process. An error that no test may catch
+    ends the judge at once."""
 
     def __init__(self, name: str, limit: int):
         self.__name__ = name
@@ -317,8 +322,8 @@ class _StandIn:
         return answer
 
     def check_seen(self) -> None:
-        """End the judge where what the candidate last raised was swallowed by C: all, map, getattr and others take
-        StopIteration, IndexError or AttributeError for an answer of theirs, so that tests would pass unseen."""
+        """End the judge if C code swallowed the candidate's last exception: all, map, getattr and others treat
+        StopIteration, IndexError or AttributeError as a result, so that tests would wrongly pass."""
         if self.raised is not None and not _is_caught(self.raised):
             self._finish(_report(f"the candidate raised {self.raised_text}, which the tests do not catch"))
 
@@ -329,7 +334,7 @@ class _StandIn:
 
 
 def _is_caught(error: BaseException) -> bool:
-    """Whether the outermost frame that an exception has come to, first in its traceback, has a handler there."""
+    """Whether the outermost frame in the traceback of an exception has a handler at that instruction."""
     reached = error.__traceback__
     if reached is None or reached.tb_frame.f_code.co_filename == __file__:
         return False
@@ -339,13 +344,13 @@ def _is_caught(error: BaseException) -> bool:
 
 
 def _exception(base: str, _name: str, text: str) -> Exception:
-    """An exception of a builtin class, which is all that the tests may know of the candidate's."""
+    """Make an exception of a builtin class, which represents an exception of the candidate in the tests."""
     cls: Any = getattr(builtins, base, None)
     if type(text) is not str or not issubclass(cls, Exception):
         raise TypeError
     try:
         return cls(text)
-    except TypeError:  # such as UnicodeDecodeError, which wants more
+    except TypeError:  # such as UnicodeDecodeError, which needs more arguments
         return Exception(text)
 
 
@@ -355,14 +360,15 @@ _JUDGE = _Role(_judge, _report)
 
 
 def _enter_namespaces() -> str:
-    """In the launcher: leave the caller's network, IPC and UTS namespaces if the kernel lets it; in words, what became.
+    """In the launcher: leave the caller's network, IPC and UTS namespaces, if the kernel allows it. Return the outcome
+    as text.
 
-    No PID namespace: its first process is its init, without which it takes no more forks and to which signals mean
-    something else, and the filter lets no child signal anyone. As root never a user namespace: uid 65534 would not
-    exist in it, and having that uid is worth more.
+    A PID namespace is not used: its first process is its init, which treats signals differently and whose end prevents
+    further forks. The filter already keeps children from sending signals. Root does not use a user namespace: uid 65534
+    would not exist in it, and that uid protects more.
     """
     trial = os.fork()
-    if not trial:  # what fails half way cannot be undone
+    if not trial:  # a failure half way cannot be undone
         status = 255
         try:
             _unshare()
@@ -385,13 +391,13 @@ def _unshare() -> None:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        # Being a namespace's creator brings every capability in it. Version 3 of the call, this thread, none of them.
+        # The creator of a namespace has every capability in it. Drop them all: version 3 of the call, this thread.
         _check(_LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 def _confine(pipes: tuple[int, ...], box: _Box) -> None:
-    """In the child: give up everything a pure computation does not need."""
-    for moved, pipe in enumerate(pipes, 48):  # out of the way first: a pipe may have the number of another's place
+    """In the child: give up everything that a pure computation does not need."""
+    for moved, pipe in enumerate(pipes, 48):  # moved away first: the number of one pipe may be the target of another
         os.dup2(pipe, moved)
     for place in range(len(pipes)):
         os.dup2(48 + place, _FIRST_PIPE + place)
@@ -420,7 +426,7 @@ def _confine(pipes: tuple[int, ...], box: _Box) -> None:
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after setuid, which resets it
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after setuid, which resets this
     if os.getppid() != box.launcher:
         raise RuntimeError("the launcher died")
     _prctl(_PR_SET_DUMPABLE, 0)  # no core dump; RLIMIT_CORE does not stop handlers that read it from a pipe
@@ -441,7 +447,8 @@ def _check(failed: int, what: str) -> None:
 
 
 def _seccomp_program() -> bytes:
-    """Classic BPF: the listed system calls and opens that only read are allowed, the rest fails with EPERM."""
+    """Return the seccomp filter as classic BPF: it allows the listed system calls and read-only opens, and all else
+    fails with EPERM."""
     machine = os.uname().machine
     if machine not in ("x86_64", "aarch64"):
         raise RuntimeError(f"no system call table for {machine}")

@@ -1,4 +1,4 @@
-"""Run Python functions written by a language model: say which are right, or return what they return.
+"""Run Python functions written by a language model: say which are right, or return their results.
 
     verify([Job(source, "f", [(3,)], [4])])             the results are compared with expected values
     verify([Program(source, "f", tests, prelude)])      tests as code: they define check(candidate)
@@ -11,39 +11,39 @@ caller  --jobs-->  launcher (one fresh `python -I -S` per worker)  --forks per j
 The caller may hold torch's threads and gigabytes, so it never forks; forks of the small launcher are cheap.
 
 A child has its own session, stdin/stdout/stderr on /dev/null, its pipes and no other descriptor, an empty environment,
-rlimits, uid 65534 if it was root and may change it, SIGKILL when the launcher dies, and a seccomp filter
-that lets only pure computation and read-only opens through: fork, threads, exec, kill, sockets, and creating, writing,
-renaming or deleting files fail with EPERM. That needs no capability, no namespace and no temporary directory. Where
-the kernel lets it, the launcher first enters network, IPC and UTS namespaces of its own, a second wall behind the
-filter; `confinement` says what there is. The launcher kills its children after `timeout` seconds. Where the filter
-does not work, `verify` and `evaluate` raise RuntimeError.
+rlimits, uid 65534 if it was root and may change it, and SIGKILL when the launcher dies. A seccomp filter allows only
+pure computation and read-only opens: fork, threads, exec, kill, sockets, and creating, writing, renaming or deleting
+files fail with EPERM. That needs no capability, no namespace and no temporary directory. If the kernel allows it, the
+launcher first enters new network, IPC and UTS namespaces as a second barrier; `confinement` describes the result. The
+launcher kills its children after `timeout` seconds. If the filter does not work, `verify` and `evaluate` raise
+RuntimeError.
 
-What is expected never enters the child that runs the source. A Job's child returns what the function returned and the
-caller compares. A Program's tests run in a second child, as confined, which never runs the source: its `candidate`
-sends the arguments to the first child over a pipe and returns what comes back, or raises the builtin exception nearest
-to the one raised there. Only this judge tells the launcher, and only `check` having returned there, with the candidate
-called at least once, passes. So a forged answer must still be the right one, and nothing redefined, printed or left
-early beside the source can turn wrong into right. An exit, a crash or a value that is not plain ends the job even
-where the tests catch everything, and so does an exception that no code of the tests catches because C has taken it for
-an answer: StopIteration within all(map(candidate, ...)), AttributeError under getattr with a default.
+The expected values never enter the child that runs the source. The child of a Job returns the results of the function,
+and the caller compares them. The tests of a Program run in a second child, the judge, which is confined too and never
+runs the source. Its `candidate` sends the arguments to the first child over a pipe, and returns the result or raises
+the nearest builtin exception. Only the judge reports to the launcher, and a program passes only if `check` has returned
+there and has called the candidate at least once. So a forged result must still be the right one, and code beside the
+function that redefines, prints or exits cannot turn wrong into right. An exit, a crash or a value that is not plain
+ends the job, even if the tests catch everything. So does an exception that C code treats as a result before the tests
+can catch it: StopIteration within all(map(candidate, ...)), AttributeError under getattr with a default.
 
 Plain values are None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset, of exactly these
-types. For Programs and Calls they cross as copies with their types, so tests cannot see an argument changed; a Counter,
-OrderedDict or defaultdict becomes the dict that it equals. For Jobs they cross as JSON, and equality is strict:
-True != 1, 1 != 1.0 unless 1.0 was expected, floats exactly, NaN never. JSON has no tuple, so tuples count as lists,
-both as arguments and as results. A function that changes its arguments is not verified.
+types. Programs and Calls transfer them as copies that keep their types, so tests cannot see a changed argument; a
+Counter, OrderedDict or defaultdict becomes the equal dict. Jobs transfer them as JSON, and equality is strict: True !=
+1, 1 != 1.0 unless 1.0 was expected, floats must be identical, and NaN is never equal. JSON has no tuple, so tuples
+count as lists, both as arguments and as results. A function that changes its arguments does not pass.
 
 SQLite databases can be read through the library: `sqlite3.connect("file:PATH?mode=ro&immutable=1", uri=True)`, with
-`PRAGMA temp_store=memory`, because temporary files are refused. Like any file it must be readable to the child's uid,
-which as a rule means to others, its folders too; sqlite3 says no more than "unable to open database file", so open()
-the file first for the reason.
+`PRAGMA temp_store=memory`, because temporary files are refused. The file and its folders must be readable by the
+child's uid, which usually means by others. sqlite3 only says "unable to open database file"; open() the file first to
+see the reason.
 
-Not covered: reading what the child's uid may read (it can be sent nowhere, except back as a result). Without a
-change of uid that includes the caller's files and /proc entries, and so code that deliberately searches the caller's
-memory for the answers. Tests that execute what the candidate returned. Bugs in the kernel, CPU use within the limits,
-and answers that are right by luck. Threads, subprocesses and temporary files are refused to honest code too. When the
-uid is dropped, modules that are not preloaded (_PRELOAD in confined.py) can be imported only if that uid can read the
-standard library. Linux on x86_64 or aarch64 only.
+Not covered: reading files that the child's uid may read (their content can be sent nowhere, except back as a result).
+Without a change of uid these include the caller's files and /proc entries, so code can deliberately search the caller's
+memory for the answers. Also not covered: tests that execute the candidate's results, bugs in the kernel, CPU use within
+the limits, and answers that are right by luck. Honest code cannot use threads, subprocesses and temporary files either.
+If the uid was changed, modules that are not preloaded (_PRELOAD in confined.py) can be imported only if that uid can
+read the standard library. Linux on x86_64 or aarch64 only.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ from s0kernels.tuning.verify.wire import (
 
 __all__ = ["Call", "Job", "Outcome", "Program", "Sandbox", "Verdict", "confinement", "evaluate", "verify"]
 
-_LAUNCHER_GRACE = 20.0  # seconds on top of a job's timeout before the launcher itself is given up
+_LAUNCHER_GRACE = 20.0  # seconds beyond a job's timeout after which the launcher itself is killed
 _TRY_NAMESPACES = True
 
 
@@ -97,9 +97,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Program:
-    """One function to check by tests: `tests` must define check(candidate), which raises where the candidate is wrong.
+    """One function to check by tests: `tests` must define check(candidate), which raises if the candidate is wrong.
 
-    `prelude` is code that the tests may use; it runs before them. They find the candidate by its own name as well.
+    `prelude` is code that the tests may use; it runs before them. Both can use the candidate by its own name as well.
     """
 
     source: str
@@ -110,7 +110,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`passed` only if every result is as expected; `reason` says why not, in one printable line."""
+    """`passed` is True if every result is as expected; otherwise `reason` says why not, in one printable line."""
 
     passed: bool
     reason: str
@@ -127,14 +127,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call returned, where `ok`; otherwise None, and `reason` says why in one printable line."""
+    """`value` is the result of a call if `ok`; otherwise it is None, and `reason` says why in one printable line."""
 
     value: object
     reason: str
     ok: bool
 
 
-# Succeeds only where the filter works: sending signal 0 to oneself is otherwise always allowed.
+# Succeeds only if the filter works: without it a process may always send signal 0 to itself.
 _PROBE = Job(
     "import os\ndef probe():\n try:\n  os.kill(os.getpid(), 0)\n except PermissionError:\n  return 'confined'",
     "probe",
@@ -151,10 +151,10 @@ def verify(
     workers: int = 2,
     progress: bool = False,
 ) -> list[Verdict]:
-    """Verdicts in the order of `jobs`.
+    """Check jobs, and return verdicts in the order of `jobs`.
 
-    timeout: seconds of wall clock per job, all its inputs or tests together; memory_mb: MiB per child beyond the
-    interpreter's. Raises ValueError or TypeError for a job that no solution could meet, RuntimeError if the sandbox
+    timeout: seconds of wall clock per job, for all its inputs or tests together. memory_mb: MiB per child beyond the
+    interpreter's own. Raise ValueError or TypeError for a job that no solution could pass, RuntimeError if the sandbox
     does not work on this machine.
     """
     verdicts = _each(jobs, timeout, memory_mb, 1, workers, progress)
@@ -172,7 +172,8 @@ def evaluate(
     workers: int = 2,
     progress: bool = False,
 ) -> list[Outcome]:
-    """Outcomes in the order of `calls`; result_mb: MiB of text that a value may come to; the rest as for `verify`."""
+    """Run calls, and return outcomes in the order of `calls`. result_mb: limit on the text of a value in MiB. The other
+    arguments are those of `verify`."""
     outcomes = _each(calls, timeout, memory_mb, result_mb, workers, progress)
     if progress:
         say(f"{sum(outcome.ok for outcome in outcomes)} returned")
@@ -180,7 +181,7 @@ def evaluate(
 
 
 def confinement() -> str:
-    """What children are confined by on this machine, in one line."""
+    """Describe the confinement of children on this machine, in one line."""
     call = Call("import os\ndef uid(): return os.getuid()", "uid")
     try:
         launcher = _Launcher(Limits(2.0, 256, 1 << 20, int(_TRY_NAMESPACES)))
@@ -194,9 +195,10 @@ def confinement() -> str:
 
 
 class Sandbox:
-    """Runs one job after the other, of as many threads as call it, and keeps its launchers for those to come.
+    """Runs jobs, one at a time for each calling thread, and keeps its launchers for later jobs.
 
-    timeout, memory_mb, result_mb: as for `verify` and `evaluate`. `close`, or the end of the process, ends what waits.
+    timeout, memory_mb, result_mb: as for `verify` and `evaluate`. `close`, or the end of the process, ends the waiting
+        launchers.
     """
 
     def __init__(self, *, timeout: float = 2.0, memory_mb: int = 256, result_mb: int = 1):
@@ -211,11 +213,11 @@ class Sandbox:
     @overload
     def run(self, job: "Call") -> "Outcome": ...
     def run(self, job):
-        """Its verdict or outcome. Raises as `verify` does."""
+        """Run a job, and return its verdict or outcome. It raises the same errors as `verify`."""
         return self.judge(job, _request(job))
 
     def judge(self, job: "Job | Program | Call", request: bytes) -> Any:
-        """`request` is what `run` makes of the job."""
+        """Run a job whose `request` has been encoded by `run`."""
         try:
             launcher = self._idle.pop()
         except IndexError:
@@ -241,7 +243,7 @@ def _close_all(launchers: "deque[_Launcher]") -> None:
 
 
 def _each(jobs: Sequence, timeout: float, memory_mb: int, result_mb: int, workers: int, progress: bool) -> list:
-    """The verdict or outcome of each job, from `workers` launchers."""
+    """Run the jobs on `workers` launchers, and return the verdict or outcome of each."""
     if not workers > 0:
         raise ValueError("workers must be positive")
     sandbox = Sandbox(timeout=timeout, memory_mb=memory_mb, result_mb=result_mb)
@@ -270,7 +272,8 @@ def _each(jobs: Sequence, timeout: float, memory_mb: int, result_mb: int, worker
 
 
 def _request(job: Job | Program | Call) -> bytes:
-    """What the launcher is sent of a job: for a Job all but the expected values; a Program's tests in a frame apart."""
+    """Encode a job for the launcher: a Job without its expected values; a Program with its tests in a separate
+    frame."""
     asked = {"source": job.source, "name": job.function}
     if isinstance(job, Program):
         if not all(type(text) is str for text in (job.tests, job.prelude)) or "check" not in job.tests:
@@ -291,7 +294,8 @@ def _request(job: Job | Program | Call) -> bytes:
 
 
 def _same(want, got) -> bool:
-    """Whether `got`, decoded from JSON, is `want`; an int may stand for an expected float, nothing else is bent."""
+    """Whether `got`, decoded from JSON, equals `want`. An int may stand for an expected float; otherwise types must
+    agree."""
     if type(want) in (list, tuple):
         return type(got) is list and len(want) == len(got) and all(map(_same, want, got))
     if type(want) is dict:
@@ -302,7 +306,7 @@ def _same(want, got) -> bool:
 
 
 def _answer(job: Job | Program | Call, code: int, raw: bytes, limits: Limits) -> Verdict | Outcome:
-    """The verdict on or outcome of children that ended with `code` and wrote `raw`, of which nothing is trusted."""
+    """Return the verdict or outcome for children that ended with `code` and wrote `raw`, which is not trusted."""
     good, value, reason = False, None, _failure(code, raw, limits)
     if not reason:
         reason = "garbled result"
@@ -318,17 +322,21 @@ def _answer(job: Job | Program | Call, code: int, raw: bytes, limits: Limits) ->
             else:
                 (value,) = decode(raw)
                 good = True
-        except (TypeError, ValueError, RecursionError):  # not JSON, not UTF-8, integers or nesting beyond the limits
+        except (
+            TypeError,
+            ValueError,
+            RecursionError,
+        ):  # invalid JSON or UTF-8, or integers or nesting beyond the limits
             pass
     praise = "returned" if isinstance(job, Call) else "passed"
     reason = praise if good else _line(reason)
-    if not good and reason == praise:  # an error that calls itself so
+    if not good and reason == praise:  # an error must not have the text of a success
         reason = "garbled result"
     return Outcome(value, reason, good) if isinstance(job, Call) else Verdict(good, reason)
 
 
 def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
-    """Why there is no answer to look at."""
+    """Return the reason why there is no result, or None."""
     if code == TIMED_OUT:
         return f"timed out after {limits.timeout} s"
     if code == FLOOD:
@@ -341,7 +349,7 @@ def _failure(code: int, raw: bytes, limits: Limits) -> str | None:
 
 
 def _difference(job: Job, answer) -> str:
-    """Where the results are not as expected, or ""."""
+    """Return the first difference from the expected results, or ""."""
     if type(answer) is not list or len(answer) != len(job.expected):
         return "garbled result"
     for arguments, want, got in zip(job.inputs, job.expected, answer, strict=True):
@@ -352,7 +360,7 @@ def _difference(job: Job, answer) -> str:
 
 
 def _quote(job: Job | Program | Call, number: int | None) -> str:
-    """The line at which a program's tests failed."""
+    """Return the line at which a program's tests failed."""
     if not isinstance(job, Program) or type(number) is not int:
         return ""
     line = "".join(job.tests.splitlines()[number - 1 : number]).strip()
@@ -360,7 +368,7 @@ def _quote(job: Job | Program | Call, number: int | None) -> str:
 
 
 def _line(text: str) -> str:
-    """Printable on any terminal or log: the text may hold control characters or lone surrogates."""
+    """Make a text printable on any terminal or log: it may hold control characters or lone surrogates."""
     return "".join(c if c.isprintable() else " " for c in text[:REASON_LIMIT]).strip()
 
 
@@ -370,7 +378,7 @@ class _Launcher:
     def __init__(self, limits: Limits):
         self.alive = True
         self._limits = limits
-        # Some interpreters do not even start without the library path; the launcher clears it for the children.
+        # Some interpreters do not start without the library path; the launcher clears it for the children.
         env = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         script = Path(__file__).resolve().with_name("confined.py")
         command = [sys.executable, "-I", "-S", script, *map(str, limits)]
@@ -387,7 +395,7 @@ class _Launcher:
             raise
 
     def judge(self, job: Job | Program | Call, request: bytes) -> Any:
-        """A Call's Outcome, the Verdict of all else."""
+        """Run a job, and return an Outcome for a Call, else a Verdict."""
         with contextlib.suppress(BrokenPipeError):  # then reading fails as well
             send(self._process.stdin.fileno(), request)
         code, raw = self._read()

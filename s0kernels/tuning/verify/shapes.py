@@ -1,11 +1,11 @@
-"""The shapes of answers: thoughts before them, code in blocks, functions whole or as bodies, final answers."""
+"""Parse answers of models: thoughts, code blocks, functions or function bodies, final answers."""
 
 import re
 import textwrap
 
-# what a chat model writes before its answer; some templates write the opening tag themselves
+# thoughts before an answer; some templates write the opening tag themselves
 _THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
-# closed where a line begins or ends with the fence: within one it may be part of the code
+# a block is closed by a fence at the beginning or end of a line; within a line it may be part of the code
 _FENCED = re.compile(r"^([ \t]*)[^`\n]*```[^`\n]*\n(?P<code>.*?)(?:^\1```|(?<=\S)```\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 _MARKED = re.compile(r"####\s*([^\n#]+)")
@@ -16,13 +16,13 @@ def without_thoughts(text: str) -> str:
 
 
 def code_blocks(text: str) -> list[str]:
-    """What stands between the fences of Markdown, without them."""
+    """Return the code between Markdown fences."""
     return [block["code"] for block in _FENCED.finditer(text)]
 
 
 def extracted(prompt: str, function: str, answer: str) -> str:
-    """The program that an answer stands for: a function, whole, or its body, in a code block or not. A body stands
-    behind `prompt`, whose last function has a docstring alone; without one there are no bodies."""
+    """Return the program in an answer: a whole function or its body, in a code block or not. A body is put after
+    `prompt`, whose last function has only a docstring. Without a prompt, bodies are not recognised."""
     text = without_thoughts(answer)
     whole = re.compile(rf"^(async\s+)?def\s+{function}\b", re.MULTILINE)
     if blocks := code_blocks(text):
@@ -30,18 +30,18 @@ def extracted(prompt: str, function: str, answer: str) -> str:
     dedented = textwrap.dedent(text)
     if not prompt.strip():
         return dedented
-    body = re.search(r"^return\b", dedented, re.MULTILINE)  # it may begin with a function of the same name
+    body = re.search(r"^return\b", dedented, re.MULTILINE)  # a body may begin with a function of the same name
     if whole.search(dedented) and not body:
         return f"{prompt}\n{dedented}\n"
     return prompt + indented(text) + "\n"
 
 
 def indented(body: str) -> str:
-    """A function's body, moved to four spaces as a whole, or with the indentation that its first line alone lost."""
+    """Indent the body of a function by four spaces. If only its first line has lost its indentation, restore it."""
     first, *rest = re.sub(r"\A(?:\s*\n)+", "", body).rstrip().split("\n")
     margins = [line[: len(line) - len(line.lstrip())] for line in rest if line.strip()]
     margin = min(margins, key=len, default="")
-    opens = first.partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # a block, and that is all
+    opens = first.partition("#")[0].rstrip().endswith(":") and margins[:1] == [margin]  # the whole body is one block
     if margin and not first[:1].isspace() and not opens:
         first = margin + first
     margin = first[: len(first) - len(first.lstrip())]
@@ -52,13 +52,15 @@ def indented(body: str) -> str:
 
 
 def final_answers(text: str) -> list[str]:
-    """What may be the answer in a text: the whole; what stands in its last \\boxed{}; the line behind its last ####."""
+    """Return the candidates for the answer in a text: the whole text, the content of its last \\boxed{}, the line after
+    its last ####."""
     found = [text, *_boxed(text), *_MARKED.findall(text)[-1:]]
     return [part.strip() for part in found if part.strip()]
 
 
 def final_number(text: str) -> str:
-    """What follows the last #### that a number follows, since it may begin headings; the whole if there is none."""
+    """Return the text after the last #### that precedes a number, because #### may also begin headings; the whole text
+    if there is none."""
     found = [line for line in _MARKED.findall(text) if re.search(r"\d", line)]
     return found[-1].strip() if found else text
 

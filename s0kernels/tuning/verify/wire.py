@@ -1,7 +1,7 @@
-"""What both sides of the sandbox speak: frames on pipes, and plain Python values as text.
+"""The protocol between the two sides of the sandbox: frames on pipes, and plain Python values as text.
 
-Values are read without pickle, so that nothing a child writes can run code or fill memory where it is read. `dumps` is
-bound when this is imported: a solution may replace json's.
+Values are read without pickle, so that data written by a child cannot run code or fill memory in the reader. `dumps` is
+bound at import, because a solution may replace that of json.
 """
 
 import itertools
@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 SOLVE, PROGRAM = 0, 1  # requests
 TIMED_OUT, FLOOD, NO_VERDICT = 1001, 1002, 1003  # beyond any exit code or negated signal number
 REASON_LIMIT = 300  # characters
-FRAME = struct.Struct("<iI")  # what it is, or how the child ended; payload bytes
-_DICTS = (dict, Counter, OrderedDict, defaultdict)  # equal where their items are
+FRAME = struct.Struct("<iI")  # the kind of frame, or the exit code of the child; the number of payload bytes
+_DICTS = (dict, Counter, OrderedDict, defaultdict)  # equal if their items are equal
 _HASHED = ("dict", "set", "frozenset")
-_COLLISIONS = 10_000  # pairs of keys with equal hashes; those of honest values are few
+_COLLISIONS = 10_000  # maximum number of pairs of keys with equal hashes; honest values have few
 _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class Limits(NamedTuple):
-    """What the caller asks of a launcher, on its command line."""
+    """The settings of a launcher, passed on its command line."""
 
     timeout: float  # seconds
     memory_mb: int
-    result_bytes: int  # that a child may return
-    namespaces: int  # whether to try
+    result_bytes: int  # maximum size of a child's results
+    namespaces: int  # whether to try to enter new ones
 
 
 def send(fd: int, data: bytes) -> None:
@@ -41,7 +41,8 @@ def send(fd: int, data: bytes) -> None:
 
 
 def receive(fd: int, deadline: float = math.inf, limit: float = math.inf) -> tuple[int | None, bytes]:
-    """One frame; (None, b"") at end of file or at the deadline; OverflowError if it is larger than `limit`."""
+    """Read one frame. Return (None, b"") at end of file or at the deadline. Raise OverflowError if it is larger than
+    `limit`."""
     poller = select.poll()  # not select(): the caller may have more than 1024 descriptors
     poller.register(fd, select.POLLIN)
     data, size = bytearray(), FRAME.size
@@ -79,7 +80,7 @@ def is_json(value) -> bool:
 
 
 def to_json(value, dumps=json.dumps) -> str:
-    """JSON of what `is_json`; ValueError or TypeError for all else."""
+    """Return a value as JSON. Raise ValueError or TypeError unless `is_json(value)`."""
     text = dumps(value)  # refuses cycles
     if not is_json(value):
         raise TypeError("the result is not plain JSON")
@@ -87,7 +88,8 @@ def to_json(value, dumps=json.dumps) -> str:
 
 
 def encode(value, dumps=json.dumps) -> str:
-    """Plain Python as JSON, types exact: containers are lists that begin with their type. TypeError for all else."""
+    """Encode a plain Python value as JSON that keeps its types: a container is a list that begins with its type. Raise
+    TypeError for other values."""
     try:
         return dumps(_tagged(value))
     except RecursionError:
@@ -95,7 +97,8 @@ def encode(value, dumps=json.dumps) -> str:
 
 
 def decode(text: str | bytes) -> Any:
-    """The inverse of `encode`; ValueError for what it cannot have made. Builds plain values and runs no code."""
+    """The inverse of `encode`. Raise ValueError for text that `encode` cannot have written. It builds plain values and
+    runs no code."""
     try:
         return _untagged(json.loads(text))
     except (TypeError, KeyError, IndexError, RecursionError):
@@ -106,7 +109,7 @@ def _tagged(value):
     kind = type(value)
     if value is None or kind in (bool, float, str) or (kind is int and -(1 << 63) <= value < 1 << 63):
         return value
-    if kind is int:  # decimal digits beyond some thousands are refused, and slow
+    if kind is int:  # Python refuses decimal numbers of thousands of digits, and they are slow
         return ["int", hex(value)]
     if kind is bytes:
         return ["bytes", value.hex()]
@@ -140,8 +143,9 @@ def _untagged(value) -> Any:
 
 
 def _refuse_collisions(keys: list) -> None:
-    """A table of keys whose hashes are equal takes the square of their number to build, and numbers can be made so."""
-    hashes = sorted(map(hash, keys))  # sorted, because a table of these would be as slow
+    """Raise ValueError if many keys have equal hashes: building a table of them takes quadratic time, and numbers can
+    be chosen that way."""
+    hashes = sorted(map(hash, keys))  # sorted, because a table of hashes would be as slow
     pairs = run = 0
     for one, following in itertools.pairwise(hashes):
         run = run + 1 if one == following else 0

@@ -1,4 +1,5 @@
-// Runs the operators of csrc/cpu/library.cpp without torch: says what they take, then answers calls until there are none.
+// Runs the operators of csrc/cpu/library.cpp without torch: prints their schemas, then answers calls until the input
+// ends.
 #include "torch.h"
 
 void define_operators(torch::Library&);

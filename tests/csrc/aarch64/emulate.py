@@ -1,9 +1,10 @@
-"""The compiled kernels on another architecture: built without torch, run in an emulator, called from torch here.
+"""Run the compiled kernels of another architecture: they are built without torch, run in an emulator, and are called
+from torch here.
 
     python emulate.py FOLDER EMULATOR COMPILER...   builds FOLDER/driver by COMPILER, and a command that runs it
 
-As a pytest plugin it makes `S0KERNELS_CPU_LIBRARY=FOLDER/run` a library whose operators run in that command: the tests
-of the `cpu` backend then hold the kernels of the other architecture to the contract.
+As a pytest plugin it turns `S0KERNELS_CPU_LIBRARY=FOLDER/run` into a library whose operators run in that command. So
+the tests of the `cpu` backend test the kernels of the other architecture.
 """
 
 import os
@@ -17,13 +18,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 SOURCES = ["cpu/library.cpp", "cpu/portable.cpp"]
-#: of torch, which `torch.h` stands for
+#: headers of torch that `torch.h` replaces
 HEADERS = ["csrc/stable/library.h", "csrc/stable/ops.h", "csrc/stable/tensor.h", "headeronly/util/Exception.h"]
 
 
 def build(folder: Path, emulator: list[str], compiler: list[str]) -> Path:
-    """The command that runs the driver; `compiler` has to make a program for another architecture that needs nothing
-    of it but its kernel."""
+    """Build the driver, and return the command that runs it. `compiler` must make a static program for the other
+    architecture."""
     for header in HEADERS:
         (folder / "torch" / header).parent.mkdir(parents=True, exist_ok=True)
         (folder / "torch" / header).touch()
@@ -46,7 +47,7 @@ def build(folder: Path, emulator: list[str], compiler: list[str]) -> Path:
 
 
 class Driver:
-    """The program, and one that is its own for every process that forks off."""
+    """The running program. A forked process starts its own."""
 
     def __init__(self, command: Path):
         self.command, self.owner, self.lock = command, None, threading.Lock()
@@ -97,7 +98,7 @@ class Driver:
 
 
 def reached(x):
-    """The memory from the first to the last element of a tensor, as a tensor of one dimension."""
+    """Return the memory from the first to the last element of a tensor, as a one-dimensional tensor."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.detach().as_strided((span,), (1,), x.storage_offset())
 
@@ -111,7 +112,7 @@ def described(x, window) -> list[bytes]:
 
 
 def pretend(command: Path) -> None:
-    """Loading the library `command` starts the program and makes its operators torch's."""
+    """Make torch load `command` as a library: it starts the program and registers its operators."""
     import torch
 
     load, kept = torch.ops.load_library, []

@@ -1,8 +1,8 @@
-// As much of LibTorch's stable ABI as csrc/cpu/library.cpp needs, for a machine that has no torch: tensors are what a call
-// on standard input brings, and go back to standard output. emulate.py is the other end.
-//
-// A call: the operator's name; then each argument: a byte, 0 for None, and the value. A reply: a byte, 1 for an error
-// and its message, or 0, the memory of every tensor, and of an operator that returns a number that number.
+// The part of LibTorch's stable ABI that csrc/cpu/library.cpp needs, for a machine without torch. A call on standard
+// input brings the tensors, and they are returned on standard output. emulate.py is the other end.
+// A call is the name of the operator, then for each argument a byte (0 for None) and the value. A reply is a byte: 1
+// for an error, followed by its message; or 0, followed by the memory of every tensor and, if the operator returns a
+// number, that number.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ template <class... Parts>
 }
 
 inline void read(void* to, std::size_t bytes) {
-  if (bytes != 0 && std::fread(to, 1, bytes, stdin) != bytes) std::exit(0);  // nobody calls any more
+  if (bytes != 0 && std::fread(to, 1, bytes, stdin) != bytes) std::exit(0);  // the caller has closed the pipe
 }
 
 template <class T>
@@ -63,7 +63,7 @@ enum class ScalarType : int64_t { Half, BFloat16, Float, Double, Int, Long };
 
 namespace stable {
 
-// Its memory is exactly what its sizes and strides reach.
+// Its memory is exactly the part that its sizes and strides reach.
 class Tensor {
  public:
   static Tensor taken() {

@@ -1,5 +1,5 @@
-// As much of CUDA's runtime as csrc/cuda/workspace.h calls, on the host: memory comes full of ones and is never freed,
-// and what was called is written down.
+// The part of CUDA's runtime that csrc/cuda/workspace.h calls, on the host. Memory is filled with ones and never freed,
+// and the calls are recorded.
 #pragma once
 
 #include <chrono>
@@ -51,11 +51,11 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* ot
   return cudaSuccess;
 }
 
-// Another thread may be capturing: what may wait for the device would end that.
+// Another thread may be capturing a graph: a call that may wait for the device would end the capture.
 inline cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   if (mode != cudaStreamCaptureModeRelaxed) return last = cudaErrorStreamCaptureUnsupported;
   if (full) return last = cudaErrorMemoryAllocation;
-  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // so that threads meet here, where nothing keeps them off
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // so that threads meet here, unless a lock prevents it
   *memory = std::memset(std::malloc(bytes), 0xff, bytes);
   calls += "malloc " + std::to_string(bytes) + "\n";
   return cudaSuccess;

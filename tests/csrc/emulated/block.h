@@ -1,7 +1,6 @@
-// A GPU's block, thread by thread on the host, for tests of the kernels where there is no GPU.
-//
-// Phases wait for the next `sync` and then run warp after warp, each warp all of them: where a phase reads what another
-// warp should have written before, and the kernel forgot to `sync`, it finds what was there before (NaN in tests).
+// A block of a GPU, run thread by thread on the host, to test the kernels without a GPU.
+// Phases wait for the next `sync`. Then each warp in turn runs all of them. If the kernel lacks a `sync`, a phase that
+// reads a value of another warp finds the old value (NaN in tests).
 #pragma once
 
 #include <functional>

@@ -1,5 +1,5 @@
-// The kernels of one token as a GPU runs them, on the host, for tests: operators as those of the libraries, in a
-// namespace for each order of warps.
+// The one-token kernels in the GPU's version, run on the host for tests. The operators are those of the libraries, in
+// one namespace for each order of warps.
 #define S0_ISA emulated
 #include "block.h"
 

@@ -1,4 +1,4 @@
-"""Where the sandbox is tested, and that nothing of it is left behind."""
+"""The environment of the sandbox tests, and checks that nothing is left behind."""
 
 import pathlib
 import shutil
@@ -10,7 +10,7 @@ from escapes import HANG, LONG, processes, sandbox, wait_until
 
 @pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["namespaces", "limits alone"])
 def namespaces(request):
-    """Both must do: the kernel may refuse the namespaces."""
+    """Both must work: the kernel may refuse the namespaces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "_TRY_NAMESPACES", request.param)
         yield
@@ -24,7 +24,7 @@ def no_process_left():
 
 @pytest.fixture(scope="module")
 def playground():
-    """A directory where any uid may do anything: a file, a directory, and nothing else may ever be in it."""
+    """A directory with all permissions for every uid. It must contain exactly one file and one directory."""
     path = pathlib.Path(tempfile.mkdtemp(prefix="sandbox-test-", dir="/tmp"))
     (path / "kept").write_text("kept")
     (path / "kept-directory").mkdir()

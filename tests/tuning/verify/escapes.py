@@ -1,4 +1,4 @@
-"""What code may try against the sandbox, and the means to watch it."""
+"""Attempts of code to escape the sandbox, and helpers to observe them."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import time
 
 from s0kernels.tuning.verify import sandbox
 
-#: begins a script that finds the sandbox as it lies here, without what the package itself imports
+#: the beginning of a script that imports the sandbox of this tree, without the imports of the package
 ALONE = f"""
 import sys, types
 folder = {str(pathlib.Path(sandbox.__file__).parent)!r}
@@ -15,7 +15,8 @@ for name, above in (("s0kernels", "/../.."), ("s0kernels.tuning", "/.."), ("s0ke
     sys.modules[name].__path__ = [folder + above]
 """
 
-# Launchers and their children carry the timeout in their command line: these two mark the processes of this test run.
+# Launchers and their children have the timeout in their command line: these two identify the processes of this test
+# run.
 HANG, LONG = 0.4 + os.getpid() * 1e-9, 5 + os.getpid() * 1e-9
 
 
@@ -56,7 +57,7 @@ def untouched(path) -> bool:
 
 
 def outcomes(sources, playground, make_job, **settings) -> dict:
-    """Per name the verdict on its source and on a right job that ran after it, in the same launcher."""
+    """Return by name the verdict on its source, and on a right job that ran after it in the same launcher."""
     right = make_job("def f(x): return x + 1")
     jobs = []
     for source in sources.values():
@@ -67,7 +68,7 @@ def outcomes(sources, playground, make_job, **settings) -> dict:
 
 
 def attempt(statement, header="import os, sys, json, signal"):
-    """A function that is right, provided that it may first do `statement`."""
+    """Return a function that is right if it can first execute `statement`."""
     return f"{header}\ndef f(x):\n    {statement}\n    return x + 1\n"
 
 

@@ -1,4 +1,4 @@
-"""s0kernels/tuning/verify/sandbox.py: values that calls return, databases read in them, and what confines it all."""
+"""s0kernels/tuning/verify/sandbox.py: values that calls return, databases that they read, and the confinement."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def database(playground):
         connection.execute("CREATE TABLE t (a INTEGER, b TEXT, c REAL, d BLOB, e)")
         connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?)", ROWS)
     connection.close()
-    path.chmod(0o666)  # so that the sandbox, not the mode, is what protects it
+    path.chmod(0o666)  # so that only the sandbox protects it, not the mode
     yield path
     path.unlink()
 
@@ -265,7 +265,7 @@ def f(how):
 
 @pytest.mark.parametrize("how", ["set", "frozenset", "dict"])
 def test_forged_hashes_do_not_keep_the_caller_busy(how):
-    """0.8 MB of numbers with one hash: as a table they take seconds, whatever the timeout was."""
+    """0.8 MB of numbers with equal hashes: building a table of them takes seconds, regardless of the timeout."""
     start = time.monotonic()
     found = run(FORGED, how, timeout=5.0)
     assert time.monotonic() - start < 5.0

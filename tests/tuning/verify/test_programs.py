@@ -1,4 +1,4 @@
-"""s0kernels/tuning/verify/sandbox.py, programs: what tests as code find right, and every way past them."""
+"""s0kernels/tuning/verify/sandbox.py, programs: verdicts of tests as code, and attempts to evade them."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ DIED = "no result (exit code 0)"
 FLOOD = "output flood"
 WRONG = "wrong: AssertionError (line 2: assert candidate(3) == 4)"
 
-# Where the reason is not the one that a job gets.
+# Reasons that differ from those of a job.
 REASONS = {
     "hostile-exception": "SystemExit",
     "forge-error": FLOOD,
@@ -56,7 +56,7 @@ REASONS = {
 }
 FORGE = "import os, struct\ndef say(code, text): os.write(3, struct.pack('<iI', code, len(text)) + text)\n"
 VERDICT = "b'{\"passed\": true}'"
-# What only a program's candidate may try: (source, part of the reason).
+# Attempts that only the candidate of a program can make: (source, part of the reason).
 CHEATS = {
     "verdict-on-every-descriptor": (
         f"import os\ndef f(x):\n for fd in range(64):\n  try: os.write(fd, b'+' + {VERDICT})\n  except OSError: pass",
@@ -215,7 +215,7 @@ def test_right_code_passes(name):
     assert run(*RIGHT[name]).reason == "passed"
 
 
-# The tests forgive everything, so it is the sandbox that must not: (source, part of the reason).
+# The tests catch everything, so the sandbox must detect the failure: (source, part of the reason).
 UNFORGIVEN = {
     "exit": ("def f(x): raise SystemExit(0)", "SystemExit: 0"),
     "os-exit": ("import os\ndef f(x): os._exit(0)", DIED),
@@ -234,8 +234,7 @@ def test_what_no_test_may_forgive(name, tests):
     assert reason in run(source, tests).reason
 
 
-# What C takes for an answer of its own when a candidate raises it: (what it raises, tests that then have nothing to
-# look at).
+# Exceptions of a candidate that C code treats as a result: (exception, tests that would then check nothing).
 SEQUENCE = "class S:\n def __init__(self, c): self.c = c\n def __getitem__(self, i): return self.c(i)\n"
 PROPERTY = "class P:\n def __init__(self, c): self.c = c\n @property\n def p(self): return self.c(1)\n"
 UNSEEN = {
@@ -278,7 +277,7 @@ def test_an_error_that_the_tests_want_is_right(error, tests):
     assert run(f"def f(x): raise {error}", tests.format(error)).reason == "passed"
 
 
-# Tests that are at fault or find fault, with a candidate that is right: (tests, prelude, the reason's beginning).
+# Tests that fail or report an error although the candidate is right: (tests, prelude, beginning of the reason).
 JUDGES = {
     "never-calls": ("def check(candidate): pass", "", "the tests never call the candidate"),
     "message": ("def check(c): assert c(3) == 5, f'not {c(3)}'", "", "wrong: AssertionError (line 1: def check"),
@@ -363,7 +362,7 @@ def f(backwards):  # so that what is looked for is not in memory because it is l
 
 
 def test_tests_are_nowhere_in_the_candidates_memory():
-    """Nor are those of the programs before it, which memory that was freed might hold."""
+    """Neither are the tests of earlier programs, which freed memory might hold."""
     tests = """
 def check(candidate):
     candidate([])
@@ -375,7 +374,7 @@ def check(candidate):
 
 
 def test_launcher_that_was_not_sent_the_tests_ends():
-    """It could not tell what arrives next from the tests."""
+    """It could not distinguish later input from the tests."""
     launcher = sandbox._Launcher(sandbox.Limits(HANG, 64, 1 << 20, 0))
     try:
         source = sandbox.frame(sandbox.PROGRAM, b'{"source": "def f(x): return x", "name": "f"}')
@@ -394,7 +393,8 @@ SLEEPER = program("import time\ndef f(x): time.sleep(99)")
     ids=["launcher", "candidate", "judge"],
 )
 def test_killed_from_outside(victim, reason):
-    """Forked in this order, so their pids mostly are; none outlives the others, and the next program is judged."""
+    """The processes are forked in this order, so their pids are usually in this order. None outlives the others, and
+    the next program is judged."""
     verdicts = []
     programs = [SLEEPER, program("def f(x): return x + 1")]
     thread = threading.Thread(target=lambda: verdicts.extend(verify(programs, timeout=LONG, workers=1)))

@@ -54,7 +54,7 @@ def test_hang_is_stopped(name, hangs, playground):
 
 
 def test_recursion_without_limit():
-    # How it dies depends on the interpreter: MemoryError, a segmentation fault or the timeout.
+    # The failure depends on the interpreter: MemoryError, a segmentation fault or the timeout.
     assert not run("import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f([x])", timeout=HANG).passed
 
 
@@ -147,7 +147,7 @@ def test_changed_arguments_are_refused():
 
 
 def test_result_counts_as_it_was_returned():
-    # The second call changes the list that the first returned into what was expected of the first.
+    # The second call changes the list that the first call returned into the expected result of the first.
     source = "shared = []\ndef f(x):\n shared[:] = [x]\n return shared"
     assert not run(source, [(1,), (2,)], [[2], [2]]).passed
 
@@ -191,7 +191,8 @@ def f():
 
 
 def test_each_layer_is_in_place():
-    """The layers overlap, so most escapes would still fail with one of them gone; here each is seen by itself."""
+    """The layers overlap, so most escapes would still fail without one of them. This test checks each layer
+    separately."""
     source = """
 import os
 def f():
@@ -206,7 +207,7 @@ def f():
         "core_dumps": os.stat("/proc/self/status").st_uid == os.getuid(),
     }
 """
-    root, outside = os.geteuid() == 0, "namespaces: " in sandbox.confinement()  # groups of a namespace's outside
+    root, outside = os.geteuid() == 0, "namespaces: " in sandbox.confinement()  # groups from outside the namespace
     want = {
         "uids": ["65534"] if root else sorted({str(i) for i in (*os.getresuid(), *os.getresgid())}),
         "groups": [] if root else ["65534" if outside else str(group) for group in os.getgroups()],
@@ -222,7 +223,7 @@ def f():
     groups = os.getgroups()
     try:
         if root:
-            os.setgroups([4])  # so that there is a group to give up
+            os.setgroups([4])  # so that there is a group to drop
     except PermissionError:
         pytest.skip("this root may not change its ids: only the filter protects, which the other tests show")
     try:
@@ -234,7 +235,7 @@ def f():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 def test_as_a_normal_user(playground):
-    """The part without a change of uid, where files and processes of the same user are within reach."""
+    """Run without a change of uid, where files and processes of the same user are accessible."""
     python = sys.executable if os.stat("/root").st_mode & 0o001 else "/usr/bin/python3"
     script = f"""
 import os, sys
@@ -297,7 +298,7 @@ def test_reason_is_one_short_printable_line():
 @pytest.mark.parametrize(
     ("job", "error"),
     [
-        (Job("", "f", [], []), ValueError),  # would be right without having been called
+        (Job("", "f", [], []), ValueError),  # it would be right without being called
         (Job("", "f", [(1,)], [1, 2]), ValueError),
         (Job("", "f", [1], [1]), TypeError),
         (Job("", "f", [({1},)], [1]), TypeError),

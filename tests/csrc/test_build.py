@@ -45,7 +45,8 @@ def test_without_compiled_kernels_the_package_is_built_and_says_why(tmp_path, va
 
 
 @pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-compiler", "no compiler 'no-compiler'"), (None, "torch is not built for CUDA")]
+    ("compiler", "reason"),
+    [("no-compiler", "there is no compiler 'no-compiler'"), (None, "torch is not built for CUDA")],
 )
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is one for CUDA")
 def test_without_the_kernels_for_gpus(tmp_path, compiler, reason):

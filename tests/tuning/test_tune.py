@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from models import MODELS, tokenizer
-from surroundings import ROOT, python
+from surroundings import python
 from transformers.utils import logging
 
 import s0kernels
@@ -164,30 +164,6 @@ def test_a_log_has_lines_and_a_quiet_run_none(place, capfd):
 
 def test_version():
     assert python("-m", "s0kernels", "--version").stdout.strip() == s0kernels.__version__
-
-
-def test_callbacks_as_documented():
-    """The lines for TensorBoard and W&B, with stand-ins for both."""
-    from trainers import PAIRS, trainer
-
-    seen = []
-
-    class Writer:
-        def add_scalar(self, name, value, step):
-            seen.append((name, value, step))
-
-    class Run:
-        def log(self, entry, step):
-            seen.append((entry["loss"], step))
-
-    document = ROOT / "docs" / "training.md"
-    lines = [line for line in document.read_text().splitlines() if "callbacks=[lambda" in line]
-    assert len(lines) == 2
-    for line in lines:
-        seen.clear()
-        tuned = trainer(n_steps=2)
-        exec(line, {"trainer": tuned, "data": PAIRS, "writer": Writer(), "run": Run()})
-        assert len(seen) == len(tuned.history) == 2
 
 
 # Many tasks

@@ -20,21 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import decay_matrix, decay_matrix_grad, load_tile, locate_chunk
+from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk
 from s0kernels.backends.triton.common.launch import cdiv, empty_grads, launch, power_of_two, strides
 from s0kernels.backends.triton.common.tiles import Tiles
 from s0kernels.backends.triton.ssd.call import Call
-from s0kernels.backends.triton.ssd.forward import (
+from s0kernels.backends.triton.ssd.forward import sigmoid, silu
+from s0kernels.backends.triton.ssd.prepare import (
     DT,
     END,
     ROWS,
     START,
     WRITE,
     Factors,
+    at_token,
     clamp,
+    decays,
+    load_causal,
     load_raw_dt,
-    silu,
     softplus,
+    store_causal,
 )
 
 #: inputs whose gradients come through that of the log decays
@@ -63,24 +67,12 @@ class HeadGrads(NamedTuple):
 
 
 @triton.jit
-def silu_slope(b_x):
-    b_sigmoid = tl.sigmoid(b_x)
-    return b_sigmoid * (1.0 + b_x * (1.0 - b_sigmoid))
-
-
-@triton.jit
 def load_dy(do, z, o_t, o_p, so_t, so_p, sz_t, sz_p, rows, P):
     """dO silu(z), [BT, BP] in fp32. `do` and `z` have 64-bit offsets to the corner."""
     b_dy = load_tile(do, o_t, o_p, so_t, so_p, rows, P).to(tl.float32)
     if z is not None:
         b_dy *= silu(load_tile(z, o_t, o_p, sz_t, sz_p, rows, P).to(tl.float32))
     return b_dy
-
-
-@triton.jit
-def at_token(x, stride, i_b, i_t, i_h):
-    """Where the row of a head at a token begins. Not for None: in Triton 3.6 no function returns it."""
-    return x + i_b * stride[0] + i_t * stride[1] + i_h * stride[2]
 
 
 @triton.jit
@@ -174,18 +166,16 @@ def ssd_heads_bwd_kernel(
     i_b, i_t, at, i_g = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64), i_h // (H // G)
     o_t = tl.arange(0, BT)
     dtype = x.dtype.element_ty
-    o_tile = o_t[:, None] * BT + o_t[None, :]
     if rows <= 0:
         store_sums(dA, dD, dbias, at, 0.0, 0.0, 0.0)
         return
     p_gates = gates + at * ROWS * BT + o_t
     b_dt = tl.load(p_gates + DT * BT)
-    b_a = tl.load(A + i_h * sA).to(tl.float32)
-    b_decay = decay_matrix(b_dt * b_a, BT)
-    p_cb = cb + (i_c.to(tl.int64) * G + i_g) * BT * BT + o_tile
-    b_p = (tl.load(p_cb).to(tl.float32) * b_decay * b_dt[None, :]).to(dtype)
+    p_cb = cb + (i_c.to(tl.int64) * G + i_g) * BT * BT
+    b_p = load_causal(p_cb, o_t, o_t, False, BT) * decays(gates + at * ROWS * BT, o_t, o_t, False, BT)
+    b_p = (b_p * b_dt[None, :]).to(dtype)
     b_k = tl.zeros([BT, BT], tl.float32)
-    b_starts, b_ends = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    b_starts, b_ends, b_skips = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     b_carried = 0.0
     for i_p in tl.range(tiles, disable_licm=True):
         o_p = i_p * BP + tl.arange(0, BP)
@@ -197,14 +187,19 @@ def ssd_heads_bwd_kernel(
             *(rows, inner, P - i_p * BP, N, BT, BP, BI, PRECISION),
         )
         b_carried += b_both
-        p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_x = load_tile(at_token(x, sx, i_b, i_t, i_h), o_t, o_p, sx[1], sx[3], rows, P)
-        b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
-        b_k = tl.dot(b_dy.to(dtype), tl.trans(b_x), b_k, input_precision=PRECISION)
+        b_do = load_tile(at_token(do, so, i_b, i_t, i_h), o_t, o_p, so[1], so[3], rows, P).to(tl.float32)
+        b_dy = b_do
+        if z is not None:
+            b_z = load_tile(at_token(z, sz, i_b, i_t, i_h), o_t, o_p, sz[1], sz[3], rows, P).to(tl.float32)
+            b_dy = b_do * silu(b_z)
+        b_k = tl.dot(b_x, tl.trans(b_dy.to(dtype)), b_k, input_precision=PRECISION)
         b_start *= tl.load(p_gates + START * BT)[:, None]
         if DECAYS:
             b_starts += tl.sum(b_start * b_dy, axis=1)
             b_ends += tl.sum(b_end * b_x.to(tl.float32), axis=1)
+        if dD is not None:
+            b_skips += tl.sum(b_dy * b_x.to(tl.float32), axis=1)
         o_out = ((i_b * T + i_t + o_t)[:, None] * H + i_h) * P + o_p[None, :]
         b_skip = 0.0 if D is None else tl.load(D + i_h * sD).to(tl.float32)
         if dx is not None:
@@ -213,33 +208,33 @@ def ssd_heads_bwd_kernel(
             tl.store(dx + o_out, (b_end + b_skip * b_dy).to(dtype), mask=mask)
         if dz is not None:
             b_start = tl.dot(b_p, b_x, b_start, input_precision=PRECISION) + b_skip * b_x.to(tl.float32)
-            b_slope = silu_slope(load_tile(p_z, o_t, o_p, sz[1], sz[3], rows, P).to(tl.float32))
-            b_do = load_tile(p_do, o_t, o_p, so[1], so[3], rows, P).to(tl.float32)
+            b_sigmoid = sigmoid(b_z)
+            b_slope = b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
             tl.store(dz + o_out, (b_do * b_start * b_slope).to(dtype), mask=mask)
 
-    b_skips = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_k, 0.0))
-    b_k *= b_decay
+    p_cb = cb + (i_c.to(tl.int64) * G + i_g) * BT * BT
+    b_k *= decays(gates + at * ROWS * BT, o_t, o_t, True, BT)
     if dcb is not None:
-        tl.store(dcb + at * BT * BT + o_tile, (b_k * b_dt[None, :]).to(dtype))
+        store_causal(dcb + at * BT * BT, o_t, o_t, b_k * b_dt[:, None], True, BT)
     b_rates, b_biases = 0.0, 0.0
     if DECAYS:
-        # the policy makes this another load than the one above, so that C B^T is not kept in registers
-        b_k *= tl.load(p_cb, eviction_policy="evict_first").to(tl.float32)
-        b_da = decay_grad(b_k * b_dt[None, :], b_starts, b_ends * tl.load(p_gates + WRITE * BT), BT)
+        b_k *= load_causal(p_cb, o_t, o_t, True, BT)
+        b_a = tl.load(A + i_h * sA).to(tl.float32)
+        b_da = decay_grad(b_k * b_dt[:, None], b_starts, b_ends * tl.load(p_gates + WRITE * BT))
         b_da += b_carried * tl.load(gates + at * ROWS * BT + START * BT + BT - 1)
         b_rates = tl.sum(b_da * b_dt)
-        b_ddt = b_a * b_da + tl.sum(b_k, axis=0) + b_ends * tl.load(p_gates + END * BT)
+        b_ddt = b_a * b_da + tl.sum(b_k, axis=1) + b_ends * tl.load(p_gates + END * BT)
         b_raw = load_raw_dt(dt + i_b * sdt[0] + i_t * sdt[1] + i_h * sdt[2], sdt[1], dt_bias, i_h * sbias, rows, BT)
         b_ddt = dt_grad(b_ddt, b_raw, low, high, SOFTPLUS)
         b_biases = tl.sum(tl.where(o_t < rows, b_ddt, 0.0))
         if ddt is not None:
             tl.store(ddt + (i_b * T + i_t + o_t) * H + i_h, b_ddt.to(ddt.dtype.element_ty), mask=o_t < rows)
-    store_sums(dA, dD, dbias, at, b_rates, b_skips, b_biases)
+    store_sums(dA, dD, dbias, at, b_rates, tl.sum(b_skips), b_biases)
 
 
 def heads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, out: HeadGrads, decays: bool) -> None:
     (x, dt, A, B, C, D, z, dt_bias), chunks, tiles = call.inputs, call.chunks, call.tiles("heads")
-    BP = min(32, power_of_two(call.P))
+    BP = min(tiles.tile, power_of_two(call.P))
     launch(
         ssd_heads_bwd_kernel,
         chunks.count * call.H,
@@ -251,17 +246,21 @@ def heads(call: Call, factors: Factors, do: Tensor, scanned: Scanned, out: HeadG
         DECAYS=decays,
         SOFTPLUS=call.options.dt_softplus,
         BP=BP,
-        BI=tiles.tile,
+        BI=min(64, chunks.size),
         **chunks.constants,
         tiles=tiles,
     )
 
 
 @triton.jit
-def decay_grad(b_intra, b_starts, b_ends, BT: tl.constexpr):
-    """da from the gradients of the sums of a: of those in D [BT, BT], in G and in E [BT]."""
-    b_da = decay_matrix_grad(b_intra, BT) + tl.cumsum(b_starts, axis=0, reverse=True)
-    return b_da + tl.cumsum(b_ends, axis=0) - b_ends
+def decay_grad(b_intra, b_starts, b_ends):
+    """da from the gradients of the sums of a: of those in D^T [BT, BT], in G and in E [BT].
+
+    Of D those with j < l <= i count for a_l: what begins before l is what begins and ends after it less than what ends
+    after it. The difference is taken in fp64, so that nothing is left where nothing crosses l, behind a reset."""
+    b_ending, b_beginning = tl.sum(b_intra.to(tl.float64), axis=0), tl.sum(b_intra.to(tl.float64), axis=1)
+    b_da = tl.cumsum(b_ending - b_beginning + b_starts, axis=0, reverse=True)
+    return b_da.to(tl.float32) + tl.cumsum(b_ends, axis=0) - b_ends
 
 
 @triton.jit
@@ -359,7 +358,7 @@ def group_grad(
         b_sum = tl.dot(b_v, b_states, b_sum, input_precision=PRECISION)
     b_intra = tl.zeros([BT, BT], tl.float32)
     for i_r in tl.range(R, disable_licm=True):
-        b_intra += tl.load(intra + i_r * BT * BT + o_t[:, None] * BT + o_t[None, :]).to(tl.float32)
+        b_intra += load_causal(intra + i_r * BT * BT, o_t, o_t, False, BT)
     b_intra = (tl.trans(b_intra) if TRANSPOSE else b_intra).to(other.dtype.element_ty)
     b_other = load_tile(other, o_t, o_n, so[1], so[3], rows, cols)
     return tl.dot(b_intra, b_other, b_sum, input_precision=PRECISION)
@@ -441,7 +440,7 @@ def groups(call: Call, gates: Tensor, do: Tensor, scanned: Scanned, dcb: Tensor,
         *(chunks.T, chunks.sequences, call.H // call.G, call.P),
         *(x.stride(), B.stride(), C.stride(), strides(z, 4), do.stride()),
         **call.sizes,
-        BP=min(tiles.tile, power_of_two(call.P)),
+        BP=min(64, tiles.tile, power_of_two(call.P)),
         BN=BN,
         **chunks.constants,
         tiles=tiles,

@@ -70,9 +70,18 @@ def small(op: str, *T: int, **changes):
     return MAKERS[op](*T, **ALL[op].small | changes)
 
 
-@pytest.fixture(params=["fused", "split"])
+@pytest.fixture
 def schedule(request, monkeypatch):
-    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
+    if request.param is not None:
+        monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
+
+
+#: the gated delta rule has two schedules of its forward
+each_schedule = pytest.mark.parametrize(
+    ("op", "schedule"),
+    [of("gated_delta_rule", "fused"), of("gated_delta_rule", "split"), of("ssd", None)],
+    indirect=["schedule"],
+)
 
 
 @pytest.fixture
@@ -135,6 +144,7 @@ def test_nearly_equal_keys_are_survived(dtype, among):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["fused", "split"], indirect=True)
 def test_few_chunks_that_amplify(schedule):
     """One of three in one of two sequences: where W has no second part, none is read."""
     problem = small("gated_delta_rule", lengths=[150, 40], state="each")
@@ -148,14 +158,20 @@ def test_few_chunks_that_amplify(schedule):
         assert error(value, truth[name]) < 4e-3, name
 
 
-@each_op
+@each_schedule
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
 def test_every_form_of_state(op, kind, lengths, schedule):
     assert_within_budget(small(op, 30, B=3, state=kind, lengths=lengths).to(torch.float32))
 
 
-@pytest.mark.parametrize(("op", "sizes"), [of(op, sizes) for op in ALL for sizes in ALL[op].sizes], ids=str)
+@pytest.mark.parametrize(
+    ("op", "sizes", "schedule"),
+    [of("gated_delta_rule", sizes, how) for how in ("fused", "split") for sizes in ALL["gated_delta_rule"].sizes]
+    + [of("ssd", sizes, None) for sizes in ALL["ssd"].sizes],
+    indirect=["schedule"],
+    ids=str,
+)
 def test_sizes(op, sizes, schedule):
     problem = small(op, 40, B=1, **sizes)
     assert_within_budget(problem.to(torch.float16, torch.float32))
@@ -165,7 +181,23 @@ def test_sizes(op, sizes, schedule):
 
 
 @pytest.mark.slow
-def test_a_state_too_wide_for_the_fused_scan():
+@pytest.mark.parametrize("T", [127, 128, 129, 300])
+def test_lengths_of_chunks_of_128(T):
+    """They are what 16 bits have on a large chip, for sequences of more than 64 tokens."""
+    problem = small("ssd", T, B=1, **ALL["ssd"].lengths).to(torch.float16, torch.float32)
+    assert_within_budget(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [16, 32, 64])
+def test_shorter_chunks_of_ssd(chunk_size):
+    problem = small("ssd", lengths=[70, 0, 130, 3], state="bank", chunk_size=chunk_size)
+    assert_within_budget(problem.to(torch.float16, torch.float32))
+
+
+@pytest.mark.slow
+def test_wide_states_of_ssd():
+    """With more than one tile of N in every kernel."""
     assert_within_budget(small("ssd", 20, B=1, P=5, N=260).to(torch.float16, torch.float32))
 
 
@@ -386,7 +418,7 @@ def launched(problem, wanted) -> list[str]:
     return [x.kernel.__name__ for x in found]
 
 
-@each_op
+@each_schedule
 @pytest.mark.parametrize("kind", STATE_KINDS)
 def test_a_state_adds_no_launch(op, kind, schedule):
     def kernels(state, wanted):
@@ -415,10 +447,9 @@ def test_a_state_of_one_sequence_is_not_summed(op):
         assert_within_budget(problem, ["initial_state"])
 
 
-@pytest.mark.parametrize("op", ALL)
-def test_a_schedule_that_does_not_exist_is_refused_before_anything_runs(op, monkeypatch):
+def test_a_schedule_that_does_not_exist_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", "fusd")
-    problem = small(op, 4).to(torch.float32)
+    problem = small("gated_delta_rule", 4).to(torch.float32)
     with recording(known_target("sm_90")) as found:
         with pytest.raises(ValueError, match="S0KERNELS_TRITON_SCHEDULE must be fused or split, got 'fusd'"):
             problem.run("triton")

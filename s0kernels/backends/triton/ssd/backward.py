@@ -19,7 +19,8 @@ from s0kernels.backends.triton.common.launch import launch, strides
 from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.forward import last_of, scan_forward, split_index
-from s0kernels.backends.triton.ssd.input_grads import OF_DECAYS, Scanned, input_grads, load_dy
+from s0kernels.backends.triton.ssd.head_grads import Scanned, load_dy
+from s0kernels.backends.triton.ssd.input_grads import OF_DECAYS, input_grads
 from s0kernels.backends.triton.ssd.prepare import ROWS, START, at_token, prepare
 from s0kernels.calls import Grads, SSDInputs, SSDOptions, Start, Wanted
 

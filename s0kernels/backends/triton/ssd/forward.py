@@ -233,7 +233,7 @@ def ssd_output_fwd_kernel(
     p_cb = cb + (i_c.to(tl.int64) * G + i_g) * BT * BT
     for j in range(0, i_m + BM, BM):
         b_x = load_tile(p_x + j * sx[1], o_j, o_p, sx[1], sx[3], rows - j, P)
-        b_m = load_causal(p_cb, o_m, j + o_j, False, BT) * decays(p_gates, o_m, j + o_j, False, BT)
+        b_m = load_causal(p_cb, o_m, j + o_j, BT) * decays(p_gates, o_m, j + o_j, BT)
         b_m *= tl.load(p_gates + DT * BT + j + o_j)[None, :]
         b_y = tl.dot(b_m.to(x.dtype.element_ty), b_x, b_y, input_precision=PRECISION)
     m_y = (o_m < rows)[:, None] & (o_p < P)[None, :]

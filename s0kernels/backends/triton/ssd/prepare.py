@@ -69,41 +69,25 @@ def at_token(x, stride, i_b, i_t, i_h):
 
 
 @triton.jit
-def decays(gates, o_i, o_j, TRANSPOSE: tl.constexpr, BT: tl.constexpr):
-    """exp(a_{j+1} + .. + a_i) at (i, j), or at (j, i), zero where j > i; `gates` of a chunk and head."""
+def decays(gates, o_i, o_j, BT: tl.constexpr):
+    """exp(a_{j+1} + .. + a_i) at (i, j), zero where j > i; `gates` of a chunk and head."""
     p_log, p_rest = gates + LOG * BT, gates + REST * BT
-    b_i, b_j = tl.load(p_log + o_i), tl.load(p_log + o_j)
-    b_rest_i, b_rest_j = tl.load(p_rest + o_i), tl.load(p_rest + o_j)
-    if TRANSPOSE:
-        b_sum = (b_i[None, :] - b_j[:, None]) + (b_rest_i[None, :] - b_rest_j[:, None])
-        return tl.where(o_i[None, :] >= o_j[:, None], tl.exp2(b_sum), 0.0)
-    else:
-        b_sum = (b_i[:, None] - b_j[None, :]) + (b_rest_i[:, None] - b_rest_j[None, :])
-        return tl.where(o_i[:, None] >= o_j[None, :], tl.exp2(b_sum), 0.0)
+    b_sum = tl.load(p_log + o_i)[:, None] - tl.load(p_log + o_j)[None, :]
+    b_sum += tl.load(p_rest + o_i)[:, None] - tl.load(p_rest + o_j)[None, :]
+    return tl.exp2(tl.where(o_i[:, None] >= o_j[None, :], b_sum, float("-inf")))
 
 
 @triton.jit
-def causal(x, o_i, o_j, TRANSPOSE: tl.constexpr, BT: tl.constexpr):
-    """(pointers, mask) of a matrix between the tokens of a chunk, at (i, j) or at (j, i). The mask has the blocks of
-    16 x 16 that are not above the diagonal: what is masked by blocks is loaded by vectors."""
-    if TRANSPOSE:
-        return x + o_i[None, :] * BT + o_j[:, None], o_i[None, :] // 16 >= o_j[:, None] // 16
-    else:
-        return x + o_i[:, None] * BT + o_j[None, :], o_i[:, None] // 16 >= o_j[None, :] // 16
+def causal_blocks(o_i, o_j):
+    """Which tokens' blocks of 16 x 16 are not above the diagonal: what is masked by blocks is loaded by vectors."""
+    return o_i[:, None] // 16 >= o_j[None, :] // 16
 
 
 @triton.jit
-def load_causal(x, o_i, o_j, TRANSPOSE: tl.constexpr, BT: tl.constexpr):
-    """In fp32, zero above the blocks on the diagonal, where nothing is read."""
-    pointers, mask = causal(x, o_i, o_j, TRANSPOSE, BT)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_causal(x, o_i, o_j, b_x, TRANSPOSE: tl.constexpr, BT: tl.constexpr):
-    """What `load_causal` loads."""
-    pointers, mask = causal(x, o_i, o_j, TRANSPOSE, BT)
-    tl.store(pointers, b_x.to(x.dtype.element_ty), mask=mask)
+def load_causal(x, o_i, o_j, BT: tl.constexpr):
+    """In fp32, of a matrix between the tokens of a chunk; zero in blocks above the diagonal, where nothing is read."""
+    p_x = x + o_i[:, None] * BT + o_j[None, :]
+    return tl.load(p_x, mask=causal_blocks(o_i, o_j), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -137,10 +121,10 @@ def ssd_prepare_fwd_kernel(
     BQ: tl.constexpr,
 ):
     """A program per (tile of C B^T, group, chunk), then one per (head, chunk) for its gates."""
-    if tl.program_id(0) < products:
+    at = tl.program_id(0) - products
+    if cb is not None and at < 0:
         store_product(tl.program_id(0), B, C, cu_seqlens, cb, T, NSEQ, inner, sB, sC, G, PRECISION, BT, BM, BI, BQ)
     else:
-        at = tl.program_id(0) - products
         i_b, i_t, rows = locate_chunk(cu_seqlens, at // H, NSEQ, T, BT, BQ)
         if rows > 0:
             p_dt = at_token(dt, sdt, tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), at % H)

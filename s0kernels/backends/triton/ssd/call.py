@@ -11,11 +11,17 @@ from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import SSDInputs, SSDOptions, Start
 
-#: By stage and bytes of the dtype: the tile (of P, or of N), warps, pipeline stages. What each takes of a chip:
-#: `python -m s0kernels aot`. Chunks have 128 tokens where the second choice does not hold, 64 or 32 elsewhere.
+#: By stage and bytes of the dtype: the tile (of N in `states` and `groups`, of P in `output` and `heads`), warps,
+#: pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
 TILES: dict[tuple[str, int], Table] = {
     ("prepare", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(64, 4, 3),)},
-    ("states", 2): {0: (Tiles(64, 4, 2),), 80: (Tiles(128, 4, 3),), 90: (Tiles(256, 8, 3),), 120: (Tiles(128, 4, 2),)},
+    ("states", 2): {
+        0: (Tiles(64, 4, 2),),
+        80: (Tiles(128, 4, 3),),
+        90: (Tiles(256, 8, 3),),
+        100: (Tiles(128, 8, 3),),
+        120: (Tiles(128, 4, 2),),
+    },
     ("output", 2): {0: (Tiles(64, 4, 2),), 80: (Tiles(128, 4, 2),), 90: (Tiles(128, 4, 3),), 120: (Tiles(128, 4, 2),)},
     ("heads", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 4, 2),), 90: (Tiles(64, 8, 3),), 120: (Tiles(32, 4, 2),)},
     ("groups", 2): {0: (Tiles(64, 4, 2),), 80: (Tiles(128, 4, 2),), 90: (Tiles(128, 8, 3),), 120: (Tiles(128, 4, 2),)},
@@ -27,13 +33,13 @@ TILES: dict[tuple[str, int], Table] = {
     ("groups", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
     ("step", 4): {0: (Tiles(16, 4, 1),)},
 }
-#: shared memory that the kernels take with chunks of 128 tokens
+#: bytes of shared memory that kernels for chunks of 128 tokens ask of a chip
 ROOM = 160_000
 
 
 def longest_chunk(like: Tensor) -> int:
-    """Chunks of 128 tokens halve what the states of chunks take of memory, which is most of what the kernels move; they
-    are no gain where there are fewer tokens."""
+    """Of chunks of 128 tokens, states take half of the memory that they take of chunks of 64, and states are most of
+    what the kernels move; there is nothing to gain where there are no more than 64 tokens."""
     if like.element_size() > 2:
         return 32
     target = target_of(like.device)

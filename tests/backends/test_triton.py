@@ -14,10 +14,13 @@ from cases import (
     step,
     token,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from s0kernels.backends import triton as backend
 from s0kernels.backends.triton.common.launch import recording
 from s0kernels.backends.triton.common.targets import known_target
 from s0kernels.bench.inputs import nearly_equal_keys
+from s0kernels.calls import DeltaInputs, DeltaOptions, SSDInputs, SSDOptions, Start
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
@@ -189,10 +192,10 @@ def test_lengths_of_chunks_of_128(T):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [16, 32, 64])
-def test_shorter_chunks_of_ssd(chunk_size):
+@pytest.mark.parametrize(("chunk_size", "dtype"), [(16, torch.float32), (32, torch.float32), (64, torch.float16)])
+def test_shorter_chunks_of_ssd(chunk_size, dtype):
     problem = small("ssd", lengths=[70, 0, 130, 3], state="bank", chunk_size=chunk_size)
-    assert_within_budget(problem.to(torch.float16, torch.float32))
+    assert_within_budget(problem.to(dtype, torch.float32))
 
 
 @pytest.mark.slow
@@ -437,6 +440,38 @@ def test_a_state_adds_no_launch(op, kind, schedule):
     if op == "ssd":
         trained = kernels(kind, [*frozen, "z", "A", "D", "dt_bias", "initial_state"])
         assert len(trained) - forward <= 6
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_a_forward_copies_nothing(op):
+    """Whatever its inputs' strides: PyTorch is asked for memory alone, as often with what is optional as without."""
+    records, options = {
+        "gated_delta_rule": (DeltaInputs, DeltaOptions(1.0, True)),
+        "ssd": (SSDInputs, SSDOptions(True, 0.0, 1.0)),
+    }[op]
+    counts = set()
+    for extras in ({}, {"extras": False})[: 1 + (op == "ssd")]:
+        tensors = small(op, 40, state="each", **extras).to(torch.float16, torch.float32).tensors
+        start = Start(tensors.pop("initial_state").mT.contiguous().mT)
+        inputs = records(**{n: x.mT.contiguous().mT if x.dim() > 1 else x for n, x in tensors.items()})
+        with recording(known_target("sm_90")), Asked() as asked:
+            getattr(backend, f"{op}_forward")(inputs, start, options, True)
+        assert set(asked.names) == {"aten.empty.memory_format"}
+        counts.add(len(asked.names))
+    assert len(counts) == 1
+
+
+class Asked(TorchDispatchMode):
+    """The operators of PyTorch that are called meanwhile, views left out."""
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @each_op

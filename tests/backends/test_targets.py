@@ -46,9 +46,11 @@ def test_tiles_where_memory_is_large():
                 (64, 8, 2) if stage == "scan" else tiles
             )
             assert chosen(gated_delta_rule.TILES[stage, 2], "sm_80", width) == on_a100[stage]
-    for stage, tiles in {"states": (256, 8, 3), "heads": (64, 8, 3), "groups": (128, 8, 3)}.items():
+    for stage, tiles in {"heads": (64, 8, 3), "groups": (128, 8, 3)}.items():
         for chip in ("sm_90", "sm_100"):
             assert chosen(ssd.TILES[stage, 2], chip, 256) == tiles
+    assert chosen(ssd.TILES["states", 2], "sm_90", 256) == (256, 8, 3)
+    assert chosen(ssd.TILES["states", 2], "sm_100", 256) == (128, 8, 3)
 
 
 def ssd_chunk(chip: str, T: int, dtype: torch.dtype = torch.bfloat16) -> int:

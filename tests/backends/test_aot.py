@@ -115,11 +115,11 @@ def test_every_case_is_compiled_for_every_chip_that_chooses_by_memory():
 
 
 def test_a_change_of_a_function_that_a_kernel_calls_is_a_change_of_the_kernel(monkeypatch):
-    from s0kernels.backends.triton.ssd import forward
+    from s0kernels.backends.triton.ssd import prepare
 
     before = matrix.sources()
-    monkeypatch.setattr(forward, "softplus", forward.silu)
-    monkeypatch.setitem(vars(forward), "DT", type(forward.DT)(3))
+    monkeypatch.setattr(prepare, "softplus", prepare.clamp)
+    monkeypatch.setitem(vars(prepare), "STRONGEST", type(prepare.STRONGEST)(-3.0))
     changed = {kernel for kernel, value in matrix.sources().items() if value != before[kernel]}
     assert changed == {"ssd_prepare_fwd"}
 

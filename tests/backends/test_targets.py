@@ -17,7 +17,7 @@ from s0kernels.backends.triton.common.targets import assuming, dot_precision, kn
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.gated_delta_rule import call as gated_delta_rule
 from s0kernels.backends.triton.ssd import call as ssd
-from s0kernels.calls import Call, DeltaInputs, DeltaOptions, Start
+from s0kernels.calls import Call, DeltaInputs, DeltaOptions, SSDInputs, SSDOptions, Start
 from s0kernels.hardware import CHIPS
 
 pytestmark = of_triton
@@ -46,22 +46,41 @@ def test_tiles_where_memory_is_large():
                 (64, 8, 2) if stage == "scan" else tiles
             )
             assert chosen(gated_delta_rule.TILES[stage, 2], "sm_80", width) == on_a100[stage]
-    for chip in ("sm_80", "sm_90", "sm_100"):
-        for stage, tiles in {
-            "prepare": (64, 8, 2),
-            "scan": (64, 8, 2),
-            "heads": (64, 8, 2),
-            "groups": (64, 8, 2),
-        }.items():
+    for stage, tiles in {"heads": (64, 8, 3), "groups": (128, 8, 3)}.items():
+        for chip in ("sm_90", "sm_100"):
             assert chosen(ssd.TILES[stage, 2], chip, 256) == tiles
+    assert chosen(ssd.TILES["states", 2], "sm_90", 256) == (256, 8, 3)
+    assert chosen(ssd.TILES["states", 2], "sm_100", 256) == (128, 8, 3)
+
+
+def ssd_chunk(chip: str, T: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    like = torch.empty(1, T, 1, 16, dtype=dtype, device="meta")
+    with assuming(known_target(chip)):
+        return ssd.longest_chunk(like)
+
+
+def test_chunks_of_ssd_are_long_where_there_is_room_for_them():
+    for chip in CHIPS:
+        assert ssd_chunk(chip, 65) == (128 if chip in ("sm_90", "sm_100") else 64)
+        assert ssd_chunk(chip, 64) == 64
+        assert ssd_chunk(chip, 1000, torch.float32) == 32
+
+
+@pytest.mark.parametrize(("heads", "directions", "BN"), [(24, 1, 128), (24, 2, 256), (4, 1, 64), (96, 1, 256)])
+def test_tiles_of_states_leave_few_multiprocessors_idle(heads, directions, BN):
+    x = torch.empty(1, 200, heads, 128, dtype=torch.bfloat16, device="meta")
+    B = torch.empty(1, 200, 1, 256, dtype=torch.bfloat16, device="meta")
+    with assuming(known_target("sm_90")):
+        call = ssd.Call.of(SSDInputs(x, x[..., 0], x[0, 0, :, 0], B, B), 128, Start(), SSDOptions(False, 0.0, 1.0))
+        found = call.scan_tiles(directions)
+    assert found.blocks == {"BP": 64, "BN": BN}
+    assert found.programs == heads * 2 * 256 // BN
 
 
 @pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
 def test_tiles_where_memory_is_small(chip):
     scan = gated_delta_rule.TILES["scan", 2]
     assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 1)]
-    scan = ssd.TILES["scan", 2]
-    assert [chosen(scan, chip, width) for width in (128, 256)] == [(64, 8, 2), (32, 8, 2)]
 
 
 @pytest.mark.slow

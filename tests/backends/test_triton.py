@@ -15,10 +15,13 @@ from cases import (
     step,
     token,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from s0kernels.backends import triton
 from s0kernels.backends.triton.common.launch import recording
 from s0kernels.backends.triton.common.targets import known_target
 from s0kernels.bench.inputs import nearly_equal_keys
+from s0kernels.calls import DeltaInputs, DeltaOptions, SSDInputs, SSDOptions, Start
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"),
@@ -71,9 +74,18 @@ def small(op: str, *T: int, **changes):
     return MAKERS[op](*T, **ALL[op].small | changes)
 
 
-@pytest.fixture(params=["fused", "split"])
+@pytest.fixture
 def schedule(request, monkeypatch):
-    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
+    if request.param is not None:
+        monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", request.param)
+
+
+#: the gated delta rule has two schedules of its forward
+each_schedule = pytest.mark.parametrize(
+    ("op", "schedule"),
+    [of("gated_delta_rule", "fused"), of("gated_delta_rule", "split"), of("ssd", None)],
+    indirect=["schedule"],
+)
 
 
 @pytest.fixture
@@ -136,6 +148,7 @@ def test_nearly_equal_keys_are_survived(dtype, among):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["fused", "split"], indirect=True)
 def test_few_chunks_that_amplify(schedule):
     """One of three chunks in one of two sequences amplifies. If W has no second part, none is read."""
     problem = small("gated_delta_rule", lengths=[150, 40], state="each")
@@ -149,14 +162,20 @@ def test_few_chunks_that_amplify(schedule):
         assert error(value, truth[name]) < 4e-3, name
 
 
-@each_op
+@each_schedule
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["dense", "packed"])
 def test_every_form_of_state(op, kind, lengths, schedule):
     assert_within_budget(small(op, 30, B=3, state=kind, lengths=lengths).to(torch.float32))
 
 
-@pytest.mark.parametrize(("op", "sizes"), [of(op, sizes) for op in ALL for sizes in ALL[op].sizes], ids=str)
+@pytest.mark.parametrize(
+    ("op", "sizes", "schedule"),
+    [of("gated_delta_rule", sizes, how) for how in ("fused", "split") for sizes in ALL["gated_delta_rule"].sizes]
+    + [of("ssd", sizes, None) for sizes in ALL["ssd"].sizes],
+    indirect=["schedule"],
+    ids=str,
+)
 def test_sizes(op, sizes, schedule):
     problem = small(op, 40, B=1, **sizes)
     assert_within_budget(problem.to(torch.float16, torch.float32))
@@ -166,7 +185,23 @@ def test_sizes(op, sizes, schedule):
 
 
 @pytest.mark.slow
-def test_a_state_too_wide_for_the_fused_scan():
+@pytest.mark.parametrize("T", [127, 128, 129, 300])
+def test_lengths_of_chunks_of_128(T):
+    """They are what 16 bits have on a large chip, for sequences of more than 64 tokens."""
+    problem = small("ssd", T, B=1, **ALL["ssd"].lengths).to(torch.float16, torch.float32)
+    assert_within_budget(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunk_size", "dtype"), [(16, torch.float32), (32, torch.float32), (64, torch.float16)])
+def test_shorter_chunks_of_ssd(chunk_size, dtype):
+    problem = small("ssd", lengths=[70, 0, 130, 3], state="bank", chunk_size=chunk_size)
+    assert_within_budget(problem.to(dtype, torch.float32))
+
+
+@pytest.mark.slow
+def test_wide_states_of_ssd():
+    """With more than one tile of N in every kernel."""
     assert_within_budget(small("ssd", 20, B=1, P=5, N=260).to(torch.float16, torch.float32))
 
 
@@ -222,9 +257,9 @@ def test_only_one_of_the_outputs_has_a_gradient(op, part):
     problem = small(op, 40, B=1).to(torch.float32)
     weights = problem.weights()
     grads = []
-    for backend in ("triton", "reference"):
-        leaves = leaves_of(problem)
-        result = getattr(run(problem, leaves, backend), part)
+    for backend, one in (("triton", problem), ("reference", problem.to(torch.float64))):
+        leaves = leaves_of(one)
+        result = getattr(run(one, leaves, backend), part)
         loss = (result * weights[part == "final_state"].float()).sum()
         grads.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
     for name, ours, theirs in zip(problem.tensors, *grads, strict=True):
@@ -387,7 +422,7 @@ def launched(problem, wanted) -> list[str]:
     return [x.kernel.__name__ for x in found]
 
 
-@each_op
+@each_schedule
 @pytest.mark.parametrize("kind", STATE_KINDS)
 def test_a_state_adds_no_launch(op, kind, schedule):
     def kernels(state, wanted):
@@ -408,6 +443,38 @@ def test_a_state_adds_no_launch(op, kind, schedule):
         assert len(trained) - forward <= 6
 
 
+@pytest.mark.parametrize("op", ALL)
+def test_a_forward_copies_nothing(op):
+    """Whatever its inputs' strides: PyTorch is asked for memory alone, as often with what is optional as without."""
+    records, options = {
+        "gated_delta_rule": (DeltaInputs, DeltaOptions(1.0, True)),
+        "ssd": (SSDInputs, SSDOptions(True, 0.0, 1.0)),
+    }[op]
+    counts = set()
+    for extras in ({}, {"extras": False})[: 1 + (op == "ssd")]:
+        tensors = small(op, 40, state="each", **extras).to(torch.float16, torch.float32).tensors
+        start = Start(tensors.pop("initial_state").mT.contiguous().mT)
+        inputs = records(**{n: x.mT.contiguous().mT if x.dim() > 1 else x for n, x in tensors.items()})
+        with recording(known_target("sm_90")), Asked() as asked:
+            getattr(triton, f"{op}_forward")(inputs, start, options, True)
+        assert set(asked.names) == {"aten.empty.memory_format", "aten.fill_.Scalar"}  # the second is `poisoned`
+        counts.add(len(asked.names))
+    assert len(counts) == 1
+
+
+class Asked(TorchDispatchMode):
+    """The operators of PyTorch that are called meanwhile, views left out."""
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @each_op
 def test_a_state_of_one_sequence_is_not_summed(op):
     for lengths in (None, [40]):
@@ -416,10 +483,9 @@ def test_a_state_of_one_sequence_is_not_summed(op):
         assert_within_budget(problem, ["initial_state"])
 
 
-@pytest.mark.parametrize("op", ALL)
-def test_a_schedule_that_does_not_exist_is_refused_before_anything_runs(op, monkeypatch):
+def test_a_schedule_that_does_not_exist_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", "fusd")
-    problem = small(op, 4).to(torch.float32)
+    problem = small("gated_delta_rule", 4).to(torch.float32)
     with recording(known_target("sm_90")) as found:
         with pytest.raises(ValueError, match="S0KERNELS_TRITON_SCHEDULE must be fused or split, got 'fusd'"):
             problem.run("triton")

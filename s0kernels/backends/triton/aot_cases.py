@@ -48,7 +48,7 @@ _LEVELS = {
 }
 LEVELS = {
     "gated_delta_rule": _LEVELS | {"inputs": ("all", "state"), "normalise": (True, False)},
-    "ssd": _LEVELS
+    "ssd": {name: values for name, values in _LEVELS.items() if name != "schedule"}
     | {"inputs": ("all", "frozen", "state"), **dict.fromkeys(("D", "z", "dt_bias", "softplus"), (True, False))},
 }
 

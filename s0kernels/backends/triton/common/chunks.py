@@ -39,13 +39,13 @@ class Chunks(NamedTuple):
         return torch.empty(shape, dtype=dtype or self.like.dtype, device=self.like.device)
 
 
-def cut(like: Tensor, start: Start, chunk_size: int) -> Chunks:
-    """[B, T, ...] tokens into chunks of `chunk_size` or less; 0 is as long as they may be."""
+def cut(like: Tensor, start: Start, chunk_size: int, longest: int | None = None) -> Chunks:
+    """[B, T, ...] tokens into chunks of `chunk_size` or less; 0 is as long as they may be, which is `longest`."""
     B, T = like.shape[:2]
     sequences, size = start.sequences(B), like.element_size()
     if sequences == 0 and T * B > 0:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got no sequences")
-    longest = 64 if size == 2 else 32
+    longest = longest or (64 if size == 2 else 32)
     BT = min(longest, power_of_two(chunk_size or longest))
     count = B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + sequences
     constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": dot_precision(size, like.device)}

@@ -18,8 +18,10 @@ from s0kernels.backends.triton.common.chunks import load_tile, sequence
 from s0kernels.backends.triton.common.launch import launch, strides
 from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.ssd.call import Call
-from s0kernels.backends.triton.ssd.forward import ROWS, START, prepare, scan_forward, split_index
-from s0kernels.backends.triton.ssd.input_grads import OF_DECAYS, Scanned, at_token, input_grads, load_dy
+from s0kernels.backends.triton.ssd.forward import last_of, scan_forward, split_index
+from s0kernels.backends.triton.ssd.head_grads import Scanned, load_dy
+from s0kernels.backends.triton.ssd.input_grads import OF_DECAYS, input_grads
+from s0kernels.backends.triton.ssd.prepare import ROWS, START, at_token, prepare
 from s0kernels.calls import Grads, SSDInputs, SSDOptions, Start, Wanted
 
 
@@ -64,19 +66,22 @@ def scan_backward(
 
     o_h = o_p[:, None] * N + o_n[None, :]
     chunks = tl.cdiv(length, BT)
-    for i in range(chunks):
+    b_last = tl.load(last_of(gates, i_c0 + tl.maximum(chunks - 1, 0), i_h, H, BT), mask=chunks > 0, other=0.0)
+    for i in tl.range(chunks, disable_licm=True):
         i_c = chunks - 1 - i
         rows = length - i_c * BT
         i_t = bos + tl.cast(i_c, tl.int64) * BT
         at = (i_c0 + i_c) * H + i_h
-        p_gates = gates + at * ROWS * BT + START * BT
-        if dh is not None:
-            tl.store(dh + at * P * N + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
+        b_next = tl.load(last_of(gates, i_c0 + tl.maximum(i_c - 1, 0), i_h, H, BT))  # as in the forward
         p_do, p_z = at_token(do, so, i_b, i_t, i_h), (z if z is None else at_token(z, sz, i_b, i_t, i_h))
         b_dy = load_dy(p_do, p_z, o_t, o_p, so[1], so[3], sz[1], sz[3], rows, P)
         b_C = load_tile(at_token(C, sC, i_b, i_t, i_h // (H // G)), o_t, o_n, sC[1], sC[3], rows, N)
-        b_read = (tl.trans(b_dy) * tl.load(p_gates + o_t)[None, :]).to(do.dtype.element_ty)
-        b_dh = tl.dot(b_read, b_C, b_dh * tl.load(p_gates + BT - 1), input_precision=PRECISION)
+        b_start = tl.load(gates + at * ROWS * BT + START * BT + o_t)
+        if dh is not None:
+            tl.store(dh + at * P * N + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
+        b_read = (tl.trans(b_dy) * b_start[None, :]).to(do.dtype.element_ty)
+        b_dh = tl.dot(b_read, b_C, b_dh * b_last, input_precision=PRECISION)
+        b_last = b_next
     if dh0 is not None:
         tl.store(dh0 + (i_q * H + i_h) * P * N + o_h, b_dh, mask=m_h)
 
@@ -126,22 +131,22 @@ def ssd_scan_bwd_kernel(
         )
     elif h is not None:
         scan_forward(
-            *(tl.program_id(0) - programs, x, B, C, None, None, None, gates, h0, indices, cu_seqlens, None, h, None),
-            *(T, NSEQ, S, sx, sB, sC, sz, sh, 0, H, G, P, N, PRECISION, BT, BP, BN, BQ),
+            *(tl.program_id(0) - programs, x, B, gates, h0, indices, cu_seqlens, h, None, T, NSEQ, S),
+            *(sx, sB, sh, H, G, P, N, PRECISION, BT, BP, BN, BQ),
         )
 
 
 def scan(call: Call, gates: Tensor, grads: Grads, out: Scanned, dh0: Tensor | None) -> None:
     """Where h is wanted, the states are recomputed beside it."""
     (x, _, _, B, C, _, z, _), chunks = call.inputs, call.chunks
-    tiles, blocks, programs = call.scan_tiles(False)
-    from_end = 0 if out.dh is None and dh0 is None else programs
+    from_end, from_start = out.dh is not None or dh0 is not None, out.h is not None
+    tiles, blocks, programs = call.scan_tiles(from_end + from_start)
     state, (do, dht) = chunks.start.state, grads
     launch(
         ssd_scan_bwd_kernel,
-        from_end if out.h is None else from_end + programs,
+        (from_end + from_start) * programs,
         *(x, B, C, z, gates, *chunks.start, do, dht, *out, dh0),
-        *(chunks.T, chunks.sequences, bank_size(state), from_end),
+        *(chunks.T, chunks.sequences, bank_size(state), from_end * programs),
         *(
             strides(x, 4),
             strides(B, 4),

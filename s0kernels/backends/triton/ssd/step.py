@@ -12,7 +12,8 @@ from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, 
 from s0kernels.backends.triton.common.states import state_row
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.ssd.call import TILES
-from s0kernels.backends.triton.ssd.forward import clamp, finish_output, softplus, split_index
+from s0kernels.backends.triton.ssd.forward import finish_output, split_index
+from s0kernels.backends.triton.ssd.prepare import clamp, softplus
 from s0kernels.calls import Pool, SSDInputs, SSDOptions
 
 

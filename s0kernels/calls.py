@@ -26,6 +26,17 @@ class DeltaOptions(NamedTuple):
     chunk_size: int = 0  # the backend's choice
 
 
+class DeltaKept(NamedTuple):
+    """What a forward of the gated delta rule leaves for its backward, where the backend does that; the backward
+    recomputes what is None. Each backend has its own shapes."""
+
+    w: Tensor | None = None  # what solves the triangular systems of the chunks
+    p: Tensor | None = None  # attention inside the chunks
+    gates: Tensor | None = None  # factors of tokens, of decays, norms and beta
+    r: Tensor | None = None  # residuals
+    h: Tensor | None = None  # states at the starts of chunks
+
+
 class SSDInputs(NamedTuple):
     """Of Mamba-2 SSD; a step has no T. x, B and D are None in the backward of the initial state alone."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s0kernels.backends import shared
-from s0kernels.calls import DeltaInputs, DeltaOptions, Pool, Start
+from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Pool, Start
 from s0kernels.ops import registry, sequences, transforms, validation
 from s0kernels.ops.output import ScanOutput
 from s0kernels.ops.registration import Recurrence, register_scan, register_step
@@ -93,7 +93,7 @@ def gated_delta_rule(
     if name == "reference":
         output, final_state = _scan_reference(inputs, start, options)
     else:
-        output, final_state = _scan_op(*inputs, *start, *options, output_final_state, name)
+        output, final_state = _scan_op(inputs, start, options, output_final_state, name)
     return ScanOutput(output, final_state if output_final_state else None)
 
 
@@ -235,7 +235,7 @@ def _step_reference(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> T
 
 
 _scan_op = register_scan(
-    Recurrence(_SCAN, DeltaInputs, DeltaOptions, like="v", always="q", state_shape=_state_shape, unneeded=("v",))
+    Recurrence(_SCAN, DeltaInputs, DeltaOptions, "v", "q", _state_shape, unneeded=("v",), kept=DeltaKept)
 )
 _step_op = register_step(
     _STEP, (DeltaInputs, Pool, DeltaOptions), _step_reference, lambda inputs, _: inputs.q.new_empty(inputs.v.shape)

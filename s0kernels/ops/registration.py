@@ -4,7 +4,7 @@ A schema is made of the fields of the records. The helpers here are all that sta
 backends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -24,6 +24,8 @@ _library = torch.library.Library("s0kernels", "FRAGMENT")
 class Recurrence(NamedTuple):
     """What sets one recurrence apart. A backend has `<name>_forward(inputs, start, options, output_final_state)`,
     `<name>_backward(grads, inputs, start, options, wanted)` and `<name>_step(inputs, pool, options)`, or some of them.
+    With `<name>_keep(inputs, start, options, names)` it gives memory for what a forward should leave for the backward
+    that computes the gradients `names`: a record `kept`, which both then get as their last argument.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Recurrence(NamedTuple):
     state_shape: Callable[..., tuple[int, ...]]
     #: the inputs that the gradient of the initial state does not depend on
     unneeded: tuple[str, ...]
+    #: the record of what forwards may leave for their backwards
+    kept: type | None = None
 
 
 def _fields(record: type, optional: bool = False) -> str:
@@ -45,82 +49,126 @@ def _fields(record: type, optional: bool = False) -> str:
 
 
 def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`scan(inputs, start, options, output_final_state, backend)` to output and final state, which is empty where it is
+    not asked for: the operator `s0kernels::<name>`, or `s0kernels::<name>_keeping` where a gradient is wanted and the
+    backend keeps something for it."""
+    name, backward = recurrence.name, _register_backward(recurrence)
+    plain, keeping = _register_forward(recurrence, backward, False), None
+    if recurrence.kept is not None:
+        keeping = _register_forward(recurrence, backward, True)
+
+    def scan(inputs, start, options, output_final_state, chosen):
+        arguments = (*inputs, *start, *options, output_final_state, chosen)
+        if keeping is not None and torch.is_grad_enabled() and registry.keeps(chosen, name):
+            needs = [x is not None and x.requires_grad for x in (*inputs, start.state)]
+            if any(needs):
+                return keeping(*arguments, needs)[:2]
+        return plain(*arguments)
+
+    return scan
+
+
+def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool) -> Callable[..., tuple[Tensor, ...]]:
     """The operator `s0kernels::<name>`: `(*inputs, *start, *options, output_final_state, backend)` to output and final
-    state, which is empty where it is not asked for."""
-    name, n = recurrence.name, len(recurrence.inputs._fields)
-    backward = _register_backward(recurrence)
+    state. `keeping`: `s0kernels::<name>_keeping`, which is told at the end what needs gradients, and returns the fields
+    of `recurrence.kept` besides, empty where they are not."""
+    name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
+    of_kept = len(recurrence.kept._fields) if recurrence.kept else 0
 
     def records(arguments: tuple):
         return (
             recurrence.inputs(*arguments[:n]),
             Start(*arguments[n : n + 3]),
-            recurrence.options(*arguments[n + 3 : -2]),
+            recurrence.options(*arguments[n + 3 : n + 3 + m]),
+            *arguments[n + 3 + m : n + 5 + m],
         )
 
+    def memory_to_keep(module, inputs, start, options, needs):
+        return getattr(module, f"{name}_keep")(inputs, start, options, _asked(recurrence, needs))
+
+    def returned(output: Tensor, final: Tensor, kept: tuple = ()) -> tuple[Tensor, ...]:
+        return output, final, *(output.new_empty(0) if x is None else x for x in kept)
+
     def run(*arguments):
-        inputs, start, options = records(arguments)
+        inputs, start, options, output_final_state, chosen = records(arguments)
         like = getattr(inputs, recurrence.like)
         sequences.check_values(like.shape[1], start.cu_seqlens, start.indices, start.state)
+        module = registry.ready(chosen)
+        kept = (memory_to_keep(module, inputs, start, options, arguments[-1]),) if keeping else ()
         with registry.without_autocast(like.device):
-            forward = getattr(registry.ready(arguments[-1]), f"{name}_forward")
-            return forward(inputs, start, options, arguments[-2])
+            forward = getattr(module, f"{name}_forward")
+            return returned(*forward(inputs, start, options, output_final_state, *kept), *kept)
 
-    schema = (
-        f"({_fields(recurrence.inputs)}, {_START}, {_fields(recurrence.options)}, bool output_final_state, str backend)"
-    )
-    op = torch.library.custom_op(f"s0kernels::{name}", run, mutates_args=(), schema=f"{schema} -> (Tensor, Tensor)")
+    schema = f"{_fields(recurrence.inputs)}, {_START}, {_fields(recurrence.options)}, bool output_final_state, "
+    schema += "str backend, bool[] needs" if keeping else "str backend"
+    schema = f"({schema}) -> ({', '.join(['Tensor'] * (2 + keeping * of_kept))})"
+    full_name = f"s0kernels::{name}_keeping" if keeping else f"s0kernels::{name}"
+    op = torch.library.custom_op(full_name, run, mutates_args=(), schema=schema)
 
     @op.register_fake
     def _(*arguments):
-        inputs, start, _ = records(arguments)
+        inputs, start, options, output_final_state, chosen = records(arguments)
         like = getattr(inputs, recurrence.like)
-        count = start.sequences(like.shape[0]) if arguments[-2] else 0
+        count = start.sequences(like.shape[0]) if output_final_state else 0
         final = like.new_empty((count, *recurrence.state_shape(inputs)), dtype=state_dtype(like.dtype))
-        return like.new_empty(like.shape), final
+        module = registry.load(chosen) if keeping else None
+        kept = (memory_to_keep(module, inputs, start, options, arguments[-1]),) if keeping else ()
+        return returned(like.new_empty(like.shape), final, *kept)
 
     def keep(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.needs = list(ctx.needs_input_grad[: n + 1])
-        ctx.arguments, ctx.options = len(inputs), inputs[n + 3 :]
+        ctx.arguments, ctx.options, ctx.backend = len(inputs), inputs[n + 3 : n + 3 + m], inputs[n + 4 + m]
         state = inputs[n]
         ctx.state_shape = [] if state is None else list(state.shape)
-        kept = list(inputs[: n + 3])
+        saved = list(inputs[: n + 3])
         if not any(ctx.needs[:-1]):  # nothing but the initial state
             for unneeded in (*recurrence.unneeded, "initial_state"):
-                kept[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
-        ctx.save_for_backward(*kept)
+                saved[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
+        kept = output[2:] if keeping else [None] * of_kept
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*saved, *kept)
 
-    def differentiate(ctx, doutput, dfinal_state):
+    def differentiate(ctx, doutput, dfinal_state, *_):
         if doutput is None and dfinal_state is None:
             return (None,) * ctx.arguments
         transforms.check_gradients(name, doutput, dfinal_state)
-        *options, _, chosen = ctx.options
-        found = iter(backward(doutput, dfinal_state, *ctx.saved_tensors, ctx.state_shape, *options, chosen, ctx.needs))
+        more = (ctx.state_shape, *ctx.options, ctx.backend, ctx.needs)
+        found = iter(backward(doutput, dfinal_state, *ctx.saved_tensors, *more))
         grads = [next(found) if need else None for need in ctx.needs]
         return (*grads, *[None] * (ctx.arguments - len(grads)))
 
     op.register_autograd(differentiate, setup_context=keep)
     op.register_vmap(transforms.one_by_one(op))
-    return getattr(torch.ops.s0kernels, name).default
+    return getattr(torch.ops.s0kernels, full_name.removeprefix("s0kernels::")).default
+
+
+def _asked(recurrence: Recurrence, needs: Sequence[bool]) -> frozenset[str]:
+    names = (*recurrence.inputs._fields, "initial_state")
+    return frozenset(name for name, need in zip(names, needs, strict=True) if need)
 
 
 def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
-    """The operator `s0kernels::<name>_backward`: `(doutput, dfinal_state, *inputs, *start, state_shape, *options,
-    backend, needs)` to the gradients that `needs` asks for, of the inputs and last of the initial state."""
+    """The operator `s0kernels::<name>_backward`: `(doutput, dfinal_state, *inputs, *start, *kept, state_shape,
+    *options, backend, needs)` to the gradients that `needs` asks for, of the inputs and last of the initial state."""
     name, n = recurrence.name, len(recurrence.inputs._fields)
     names = (*recurrence.inputs._fields, "initial_state")
+    m = n + 5 + (len(recurrence.kept._fields) if recurrence.kept else 0)  # of what comes before state_shape
 
     def run(*arguments):
         inputs, start = recurrence.inputs(*arguments[2 : n + 2]), Start(*arguments[n + 2 : n + 5])
-        options = recurrence.options(*arguments[n + 6 : -2])
-        asked = [one for one, need in zip(names, arguments[-1], strict=True) if need]
-        wanted = Wanted(frozenset(asked), tuple(arguments[n + 5]))
+        kept = [x if x is not None and x.numel() else None for x in arguments[n + 5 : m]]
+        options = recurrence.options(*arguments[m + 1 : -2])
+        wanted = Wanted(_asked(recurrence, arguments[-1]), tuple(arguments[m]))
+        records = [Grads(*arguments[:2]), inputs, start, options, wanted]
+        if recurrence.kept is not None and any(x is not None for x in kept):
+            records.append(recurrence.kept(*kept))
         with registry.without_autocast(getattr(inputs, recurrence.always).device):
-            backward = getattr(registry.ready(arguments[-2]), f"{name}_backward")
-            found = backward(Grads(*arguments[:2]), inputs, start, options, wanted)
-        return [as_gradient(found[one], getattr(inputs, one, None)) for one in asked]
+            found = getattr(registry.ready(arguments[-2]), f"{name}_backward")(*records)
+        return [as_gradient(found[one], getattr(inputs, one, None)) for one in names if one in wanted.names]
 
     schema = f"(Tensor? doutput, Tensor? dfinal_state, {_fields(recurrence.inputs, optional=True)}, {_START}, "
+    schema += f"{_fields(recurrence.kept)}, " if recurrence.kept is not None else ""
     schema += f"int[] state_shape, {_fields(recurrence.options)}, str backend, bool[] needs) -> Tensor[]"
     op = torch.library.custom_op(f"s0kernels::{name}_backward", run, mutates_args=(), schema=schema)
 
@@ -130,7 +178,7 @@ def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
         grads = [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=False) if need]
         if needs[-1]:
             like = getattr(recurrence.inputs(*inputs), recurrence.always)
-            grads.append(like.new_empty(arguments[n + 5], dtype=state_dtype(like.dtype)))
+            grads.append(like.new_empty(arguments[m], dtype=state_dtype(like.dtype)))
         return grads
 
     op.register_autograd(transforms.no_second_derivative(name))

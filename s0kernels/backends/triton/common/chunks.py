@@ -42,14 +42,21 @@ class Chunks(NamedTuple):
 def cut(like: Tensor, start: Start, chunk_size: int) -> Chunks:
     """[B, T, ...] tokens into chunks of `chunk_size` or less; 0 is as long as they may be."""
     B, T = like.shape[:2]
-    sequences, size = start.sequences(B), like.element_size()
+    sequences = start.sequences(B)
     if sequences == 0 and T * B > 0:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got no sequences")
-    longest = 64 if size == 2 else 32
-    BT = min(longest, power_of_two(chunk_size or longest))
-    count = B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + sequences
-    constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": dot_precision(size, like.device)}
+    BT, count = size_and_count(like, start, chunk_size)
+    precision = dot_precision(like.element_size(), like.device)
+    constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": precision}
     return Chunks(like, start, B, T, sequences, BT, count, constants)
+
+
+def size_and_count(like: Tensor, start: Start, chunk_size: int) -> tuple[int, int]:
+    """Of chunks: tokens in one, and indices. Sizes may be symbols."""
+    B, T = like.shape[:2]
+    longest = 64 if like.element_size() == 2 else 32
+    BT = min(longest, power_of_two(chunk_size or longest))
+    return BT, B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + start.sequences(B)
 
 
 @triton.jit

@@ -12,15 +12,16 @@ The gradients of the other inputs then need no scan: `input_grads`.
 # of Triton's language, which is not quite Python:
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import load_tile, sequence
+from s0kernels.backends.triton.common.chunks import load_tile, sequence, size_and_count
 from s0kernels.backends.triton.common.launch import launch, strides
-from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
+from s0kernels.backends.triton.common.states import reduce_state_grad
+from s0kernels.backends.triton.gated_delta_rule import forward
 from s0kernels.backends.triton.gated_delta_rule.call import Call
-from s0kernels.backends.triton.gated_delta_rule.forward import scan_forward
 from s0kernels.backends.triton.gated_delta_rule.input_grads import OF_CHUNKS, Scanned, input_grads
 from s0kernels.backends.triton.gated_delta_rule.prepare import (
     A_K,
@@ -30,12 +31,13 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     ROWS,
     Factors,
     any_in_parts,
+    empty_factors,
     load_rest,
     parts_of,
     prepare,
     rest,
 )
-from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Start, Wanted
+from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Grads, Start, Wanted
 
 
 @triton.jit
@@ -110,25 +112,24 @@ def chunks_backward(
 
 
 @triton.jit
-def scan_backward(
-    pid,
-    q,
+def gated_delta_rule_scan_bwd_kernel(
+    q,  # [B, T, H, K], any strides sq, as k
     k,
     w,
     p,
     gates,
-    do,
-    dht,
+    do,  # None, or [B, T, HV, V], any strides so
+    dht,  # None, or [NSEQ, HV, K, V] in fp32, any strides st
     cu_seqlens,
-    dv,
-    dh,
-    dh0,
+    dv,  # None, or [B, T, HV, V]
+    dh,  # None, or [chunks, HV, V, K]: dS'^T of every chunk
+    dh0,  # None, or [NSEQ, HV, K, V] in fp32
     T,
     NSEQ,
     sq,
     sk,
     so,
-    sh,
+    st,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -139,9 +140,9 @@ def scan_backward(
     BV: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """The chunks of one (tile of V, value head, sequence), from the last to the first."""
+    """A program per (tile of V, value head, sequence): its chunks from the last to the first."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_qh = pid % tiles, pid // tiles
+    i_v, i_qh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_q, i_hv = i_qh // HV, i_qh % HV
     i_h = i_hv // (HV // H)
     i_b, bos, length, i_c0, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
@@ -151,7 +152,7 @@ def scan_backward(
     PARTS: tl.constexpr = parts_of(dtype)
     b_dh = tl.zeros([BV, BK], tl.float32)
     if dht is not None:
-        p_dht = dht + tl.cast(i_q, tl.int64) * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
+        p_dht = dht + tl.cast(i_q, tl.int64) * st[0] + i_hv * st[1] + o_v[:, None] * st[3] + o_k[None, :] * st[2]
         b_dh = tl.load(p_dht, mask=m_h, other=0.0)
     b_dh = tl.where(wrong, float("nan"), b_dh)
 
@@ -174,70 +175,15 @@ def scan_backward(
         tl.store(dh0 + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_dh, mask=m_h)
 
 
-@triton.jit
-def gated_delta_rule_scan_bwd_kernel(
-    q,  # [B, T, H, K], any strides sq, as k
-    k,
-    v,  # None, or [B, T, HV, V], any strides sv; then the states are recomputed, too
-    w,
-    p,
-    gates,
-    h0,  # as in the forward
-    indices,
-    cu_seqlens,
-    do,  # None, or [B, T, HV, V], any strides so
-    dht,  # None, or [NSEQ, HV, K, V] in fp32, any strides st
-    r,  # None, or [B, T, HV, V], as dv
-    dv,
-    h,  # None, or [chunks, HV, V, K]: S^T, as dh: dS'^T of every chunk
-    dh,
-    dh0,  # None, or [NSEQ, HV, K, V] in fp32
-    T,
-    NSEQ,
-    S,
-    programs,
-    sq,
-    sk,
-    sv,
-    sh,
-    so,
-    st,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BQ: tl.constexpr,
-):
-    """`programs` scan from the end, one per (tile of V, value head, sequence). Where other gradients than that of the
-    state are wanted, as many more scan from the start beside them."""
-    if tl.program_id(0) < programs:
-        scan_backward(
-            *(tl.program_id(0), q, k, w, p, gates, do, dht, cu_seqlens, dv, dh, dh0, T, NSEQ, sq, sk, so, st),
-            *(H, HV, K, V, PRECISION, BT, BK, BV, BQ),
-        )
-    elif v is not None:
-        scan_forward(
-            *(tl.program_id(0) - programs, q, k, v, w, p, gates, h0, indices, cu_seqlens, None, r, h, None),
-            *(T, NSEQ, S, sq, sk, sv, sh, H, HV, K, V, PRECISION, BT, BK, BV, BQ),
-        )
-
-
-def scan(call: Call, factors: Factors, grads: Grads, out: Scanned, dh0: Tensor | None) -> None:
-    """Where r is wanted, and so h and dh, the states are recomputed beside it."""
-    (q, k, v, _, _), chunks = call.inputs, call.chunks
+def scan(call: Call, factors: Factors, grads: Grads, dv: Tensor | None, dh: Tensor | None, dh0: Tensor | None) -> None:
+    """Writes dv, dh and dh0; None where they are not wanted."""
+    (q, k, *_), chunks = call.inputs, call.chunks
     tiles, blocks, programs = call.scan_tiles
-    recompute = out.r is not None
-    v, start = (v, chunks.start) if recompute else (None, Start(cu_seqlens=chunks.start.cu_seqlens))
     launch(
         gated_delta_rule_scan_bwd_kernel,
-        2 * programs if recompute else programs,
-        *(q, k, v, *factors, *start, *grads, *out, dh0, chunks.T, chunks.sequences, bank_size(start.state), programs),
-        *(q.stride(), k.stride(), strides(v, 4), state_strides(start.state)),
-        *(strides(grads.output, 4), strides(grads.final_state, 4)),
+        programs,
+        *(q, k, *factors, *grads, chunks.start.cu_seqlens, dv, dh, dh0, chunks.T, chunks.sequences),
+        *(q.stride(), k.stride(), strides(grads.output, 4), strides(grads.final_state, 4)),
         V=call.V,
         **blocks,
         **call.constants,
@@ -245,23 +191,44 @@ def scan(call: Call, factors: Factors, grads: Grads, out: Scanned, dh0: Tensor |
     )
 
 
+def gated_delta_rule_keep(inputs: DeltaInputs, start: Start, options: DeltaOptions, names: frozenset[str]) -> DeltaKept:
+    """Memory for what a forward leaves for the backward that computes the gradients `names`: what `prepare` makes, for
+    any of them; residuals and states, which the scan from the end does without. Sizes may be symbols."""
+    (q, _, v, g, _) = inputs
+    BT, count = size_and_count(q, start, options.chunk_size)
+    factors = empty_factors(q, count, g.shape[2], BT)
+    if not names & OF_CHUNKS:
+        return DeltaKept(*factors)
+    h = torch.empty(count, g.shape[2], v.shape[3], q.shape[3], dtype=q.dtype, device=q.device)
+    return DeltaKept(*factors, torch.empty(v.shape, dtype=q.dtype, device=q.device), h)
+
+
 def gated_delta_rule_backward(
-    grads: Grads, inputs: DeltaInputs, start: Start, options: DeltaOptions, wanted: Wanted
+    grads: Grads,
+    inputs: DeltaInputs,
+    start: Start,
+    options: DeltaOptions,
+    wanted: Wanted,
+    kept: DeltaKept | None = None,
 ) -> dict[str, Tensor]:
-    names = wanted.names
+    names, of_chunks = wanted.names, wanted.names & OF_CHUNKS
     call = Call.of(inputs, grads.columns(3), start, options)
     if grads.output is not None:
         grads = grads._replace(output=grads.output.to(inputs.q.dtype))
-    of_chunks = names & OF_CHUNKS
-    scanned = Scanned(dv=call.tokens() if of_chunks or "v" in names else None)
-    if of_chunks:
-        scanned = scanned._replace(r=call.tokens(), h=call.chunk_states(), dh=call.chunk_states())
+    factors = prepare(call) if kept is None else Factors(*kept[:3])
+    dv = call.tokens() if of_chunks or "v" in names else None
+    dh = call.chunk_states() if of_chunks else None
     dh0 = call.final_states() if "initial_state" in names else None
-    factors = prepare(call)
-    scan(call, factors, grads, scanned, dh0)
-    found = input_grads(call, factors.gates, grads.output, scanned, of_chunks) if of_chunks else {}
-    if "v" in names and scanned.dv is not None:
-        found["v"] = scanned.dv
+    scan(call, factors, grads, dv, dh, dh0)
+    found = {}
+    if dv is not None and dh is not None:
+        r, h = (None, None) if kept is None else kept[3:]
+        if r is None or h is None:
+            r, h = call.tokens(), call.chunk_states()
+            forward.scan(call, factors, forward.ScanOutputs(r=r, h=h))
+        found = input_grads(call, factors.gates, grads.output, Scanned(r, dv, h, dh), of_chunks)
+    if dv is not None and "v" in names:
+        found["v"] = dv
     if dh0 is not None:
         found["initial_state"] = reduce_state_grad(dh0, wanted.state_shape, start.indices)
     return found

@@ -41,7 +41,7 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     prepare,
     rest,
 )
-from s0kernels.calls import DeltaInputs, DeltaOptions, Start
+from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Start
 
 
 @triton.jit
@@ -319,16 +319,17 @@ def is_split(call: Call) -> bool:
 
 
 def gated_delta_rule_forward(
-    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool, kept: DeltaKept | None = None
 ) -> tuple[Tensor, Tensor]:
     call = Call.of(inputs, inputs.v.shape[3], start, options)
     o, final = call.tokens(), call.final_states(output_final_state)
     ht = final if output_final_state else None
-    split, factors = is_split(call), prepare(call)
+    split, factors = is_split(call), prepare(call, None if kept is None else Factors(*kept[:3]))
+    r, h = (None, None) if kept is None else kept[3:]
     if split:
-        scanned = ScanOutputs(r=call.tokens(), h=call.chunk_states(), ht=ht)
+        scanned = ScanOutputs(r=call.tokens() if r is None else r, h=call.chunk_states() if h is None else h, ht=ht)
         scan(call, factors, scanned)
         output(call, factors, scanned, o)
     else:
-        scan(call, factors, ScanOutputs(o=o, ht=ht))
+        scan(call, factors, ScanOutputs(o, r, h, ht))
     return o, final

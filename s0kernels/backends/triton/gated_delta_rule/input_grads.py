@@ -37,12 +37,12 @@ OF_CHUNKS = {"q", "k", "g", "beta"}
 
 
 class Scanned(NamedTuple):
-    """What the scans of the backward write; None where it is not wanted."""
+    """What the scans of forward and backward wrote."""
 
-    r: Tensor | None = None  # [B, T, HV, V], the residuals, as dv
-    dv: Tensor | None = None
-    h: Tensor | None = None  # [chunks, HV, V, K]: S^T of every chunk, as dh: dS'^T
-    dh: Tensor | None = None
+    r: Tensor  # [B, T, HV, V], the residuals, as dv
+    dv: Tensor
+    h: Tensor  # [chunks, HV, V, K]: S^T of every chunk, as dh: dS'^T
+    dh: Tensor
 
 
 class Intra(NamedTuple):

@@ -9,6 +9,7 @@ were none of this.
 # of Triton's language, which is not quite Python:
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -174,11 +175,18 @@ class Factors(NamedTuple):
     gates: Tensor
 
 
-def prepare(call: Call) -> Factors:
+def empty_factors(like: Tensor, count: int, HV: int, BT: int) -> Factors:
+    """Memory for those of `count` chunks, of inputs like `like`."""
+    new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
+    gates = new(count, HV, ROWS.value, BT, dtype=torch.float32)
+    return Factors(new(count, HV, 2 if like.element_size() == 2 else 1, BT, BT), new(count, HV, BT, BT), gates)
+
+
+def prepare(call: Call, factors: Factors | None = None) -> Factors:
+    """`factors`: memory to write to."""
     (q, k, _, g, beta), chunks = call.inputs, call.chunks
-    gates = chunks.empty(chunks.count, call.HV, ROWS.value, chunks.size, dtype=torch.float32)
-    w = chunks.empty(chunks.count, call.HV, 2 if q.element_size() == 2 else 1, chunks.size, chunks.size)
-    factors = Factors(w, call.intra(), gates)
+    if factors is None:
+        factors = empty_factors(q, chunks.count, call.HV, chunks.size)
     launch(
         gated_delta_rule_prepare_fwd_kernel,
         chunks.count * call.HV,

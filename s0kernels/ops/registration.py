@@ -62,8 +62,10 @@ def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]
         if keeping is not None and torch.is_grad_enabled() and registry.keeps(chosen, name):
             needs = [x is not None and x.requires_grad for x in (*inputs, start.state)]
             if any(needs):
-                return keeping(*arguments, needs)[:2]
-        return plain(*arguments)
+                output, final_state, *_ = keeping(*arguments, needs)
+                return output, final_state
+        output, final_state = plain(*arguments)
+        return output, final_state
 
     return scan
 
@@ -73,47 +75,50 @@ def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool)
     state. `keeping`: `s0kernels::<name>_keeping`, which is told at the end what needs gradients, and returns the fields
     of `recurrence.kept` besides, empty where they are not."""
     name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
-    of_kept = len(recurrence.kept._fields) if recurrence.kept else 0
+    full_name = f"{name}_keeping" if keeping else name
 
     def records(arguments: tuple):
-        return (
-            recurrence.inputs(*arguments[:n]),
-            Start(*arguments[n : n + 3]),
-            recurrence.options(*arguments[n + 3 : n + 3 + m]),
-            *arguments[n + 3 + m : n + 5 + m],
-        )
+        inputs, start = recurrence.inputs(*arguments[:n]), Start(*arguments[n : n + 3])
+        return inputs, start, recurrence.options(*arguments[n + 3 : n + 3 + m]), *arguments[n + 3 + m :]
 
-    def memory_to_keep(module, inputs, start, options, needs):
-        return getattr(module, f"{name}_keep")(inputs, start, options, _asked(recurrence, needs))
-
-    def returned(output: Tensor, final: Tensor, kept: tuple = ()) -> tuple[Tensor, ...]:
-        return output, final, *(output.new_empty(0) if x is None else x for x in kept)
+    def memory(inputs, start, options, chosen: str, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return getattr(registry.load(chosen), f"{name}_keep")(inputs, start, options, _asked(recurrence, needs))
 
     def run(*arguments):
-        inputs, start, options, output_final_state, chosen = records(arguments)
+        inputs, start, options, output_final_state, chosen, *needs = records(arguments)
         like = getattr(inputs, recurrence.like)
         sequences.check_values(like.shape[1], start.cu_seqlens, start.indices, start.state)
-        module = registry.ready(chosen)
-        kept = (memory_to_keep(module, inputs, start, options, arguments[-1]),) if keeping else ()
+        forward = getattr(registry.ready(chosen), f"{name}_forward")
         with registry.without_autocast(like.device):
-            forward = getattr(module, f"{name}_forward")
-            return returned(*forward(inputs, start, options, output_final_state, *kept), *kept)
+            if not keeping:
+                return forward(inputs, start, options, output_final_state)
+            kept = memory(inputs, start, options, chosen, *needs)
+            return *forward(inputs, start, options, output_final_state, kept), *_filled(kept, like)
 
     schema = f"{_fields(recurrence.inputs)}, {_START}, {_fields(recurrence.options)}, bool output_final_state, "
     schema += "str backend, bool[] needs" if keeping else "str backend"
-    schema = f"({schema}) -> ({', '.join(['Tensor'] * (2 + keeping * of_kept))})"
-    full_name = f"s0kernels::{name}_keeping" if keeping else f"s0kernels::{name}"
-    op = torch.library.custom_op(full_name, run, mutates_args=(), schema=schema)
+    returned = 2 + (len(recurrence.kept._fields) if keeping and recurrence.kept else 0)
+    schema = f"({schema}) -> ({', '.join(['Tensor'] * returned)})"
+    op = torch.library.custom_op(f"s0kernels::{full_name}", run, mutates_args=(), schema=schema)
 
     @op.register_fake
     def _(*arguments):
-        inputs, start, options, output_final_state, chosen = records(arguments)
+        inputs, start, options, output_final_state, chosen, *needs = records(arguments)
         like = getattr(inputs, recurrence.like)
         count = start.sequences(like.shape[0]) if output_final_state else 0
         final = like.new_empty((count, *recurrence.state_shape(inputs)), dtype=state_dtype(like.dtype))
-        module = registry.load(chosen) if keeping else None
-        kept = (memory_to_keep(module, inputs, start, options, arguments[-1]),) if keeping else ()
-        return returned(like.new_empty(like.shape), final, *kept)
+        kept = _filled(memory(inputs, start, options, chosen, *needs), like) if keeping else ()
+        return like.new_empty(like.shape), final, *kept
+
+    _register_autograd(recurrence, op, backward)
+    op.register_vmap(transforms.one_by_one(op))
+    return getattr(torch.ops.s0kernels, full_name).default
+
+
+def _register_autograd(recurrence: Recurrence, op: torch.library.CustomOpDef, backward: Callable) -> None:
+    """Of either operator of `_register_forward`."""
+    name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
+    of_kept = len(recurrence.kept._fields) if recurrence.kept else 0
 
     def keep(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
@@ -125,7 +130,7 @@ def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool)
         if not any(ctx.needs[:-1]):  # nothing but the initial state
             for unneeded in (*recurrence.unneeded, "initial_state"):
                 saved[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
-        kept = output[2:] if keeping else [None] * of_kept
+        kept = output[2:] or [None] * of_kept
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(*saved, *kept)
 
@@ -139,8 +144,11 @@ def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool)
         return (*grads, *[None] * (ctx.arguments - len(grads)))
 
     op.register_autograd(differentiate, setup_context=keep)
-    op.register_vmap(transforms.one_by_one(op))
-    return getattr(torch.ops.s0kernels, full_name.removeprefix("s0kernels::")).default
+
+
+def _filled(kept: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors alone: empty ones for None."""
+    return tuple(like.new_empty(0) if x is None else x for x in kept)
 
 
 def _asked(recurrence: Recurrence, needs: Sequence[bool]) -> frozenset[str]:

@@ -221,7 +221,7 @@ def gated_delta_rule_scan_bwd_kernel(
         )
     elif v is not None:
         scan_forward(
-            *(tl.program_id(0) - programs, q, k, v, w, p, gates, h0, indices, cu_seqlens, None, r, h, None),
+            *(tl.program_id(0) - programs, q, k, v, w, p, gates, h0, indices, cu_seqlens, None, r, h, None, None, None),
             *(T, NSEQ, S, sq, sk, sv, sh, H, HV, K, V, PRECISION, BT, BK, BV, BQ),
         )
 

@@ -2,7 +2,7 @@
 registers or instructions of the kernel. Where a descriptor cannot read a tensor, the same kernel is given a pointer."""
 
 # of Triton's language, which is not quite Python:
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
 
 import torch
 import triton

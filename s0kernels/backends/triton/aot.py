@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s0kernels.backends.triton.aot_cases import CASES
 from s0kernels.backends.triton.common.hopper import miscompiled
@@ -95,6 +96,8 @@ def _type_of(value, path: tuple[int, ...], found: Specialised) -> str:
         return "constexpr"
     if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
         found.attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
     if isinstance(value, float):

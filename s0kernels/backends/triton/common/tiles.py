@@ -30,11 +30,14 @@ class ScanTiles(NamedTuple):
 
 #: By compute capability, and 0 for chips by AMD: tiles in the order in which they are preferred.
 Table = dict[int, tuple[Tiles, ...]]
+#: bytes of shared memory that the system takes for each program beside its own
+_RESERVED = 1024
 
 
-def choose_tiles(table: Table, device: torch.device, width: int = 0) -> Tiles:
-    """Of the entry of the highest capability that the device has, the first that its shared memory has room for; the
-    last where none has."""
+def choose_tiles(table: Table, device: torch.device, width: int = 0, sharing: bool = False) -> Tiles:
+    """Of the entry of the highest capability that the device has, the first that its shared memory has room for (twice,
+    where two programs are to share a multiprocessor); the last where none has."""
     target = target_of(device)
     choices = table[max(least for least in table if least <= target.capability)]
-    return next((x for x in choices if x.base + x.per_column * width <= target.shared), choices[-1])
+    room = (target.shared - _RESERVED) // 2 if sharing else target.shared
+    return next((x for x in choices if x.base + x.per_column * width <= room), choices[-1])

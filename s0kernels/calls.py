@@ -27,12 +27,12 @@ class DeltaOptions(NamedTuple):
 
 
 class DeltaKept(NamedTuple):
-    """What a forward of the gated delta rule leaves for its backward, where the backend does that; the backward
-    recomputes what is None. Each backend has its own shapes."""
+    """What a forward of the gated delta rule leaves for its backward, where the backend does that, in its own shapes.
+    The backward recomputes what is None."""
 
-    w: Tensor | None = None  # what solves the triangular systems of the chunks
-    p: Tensor | None = None  # attention inside the chunks
-    gates: Tensor | None = None  # factors of tokens, of decays, norms and beta
+    w: Tensor  # what solves the triangular systems of the chunks
+    p: Tensor  # attention inside the chunks
+    gates: Tensor  # factors of tokens: of decays, norms and beta
     r: Tensor | None = None  # residuals
     h: Tensor | None = None  # states at the starts of chunks
 

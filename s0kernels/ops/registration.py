@@ -5,7 +5,7 @@ backends.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool)
     return getattr(torch.ops.s0kernels, full_name).default
 
 
-def _register_autograd(recurrence: Recurrence, op: torch.library.CustomOpDef, backward: Callable) -> None:
+def _register_autograd(recurrence: Recurrence, op: Any, backward: Callable) -> None:
     """Of either operator of `_register_forward`."""
     name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
     of_kept = len(recurrence.kept._fields) if recurrence.kept else 0
@@ -176,7 +176,7 @@ def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
         return [as_gradient(found[one], getattr(inputs, one, None)) for one in names if one in wanted.names]
 
     schema = f"(Tensor? doutput, Tensor? dfinal_state, {_fields(recurrence.inputs, optional=True)}, {_START}, "
-    schema += f"{_fields(recurrence.kept)}, " if recurrence.kept is not None else ""
+    schema += f"{_fields(recurrence.kept, optional=True)}, " if recurrence.kept is not None else ""
     schema += f"int[] state_shape, {_fields(recurrence.options)}, str backend, bool[] needs) -> Tensor[]"
     op = torch.library.custom_op(f"s0kernels::{name}_backward", run, mutates_args=(), schema=schema)
 

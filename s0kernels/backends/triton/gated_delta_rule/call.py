@@ -7,7 +7,6 @@ from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
 from s0kernels.backends.triton.common.launch import cdiv, power_of_two
-from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
@@ -22,7 +21,7 @@ TILES: dict[tuple[str, int], Table] = {
         100: (Tiles(64, 8, 2),),
         120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
     },
-    ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 40960, 768), Tiles(64, 4, 2))},
+    ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 75264, 896), Tiles(64, 4, 2))},
     ("output", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(128, 4, 2),), 100: (Tiles(64, 4, 2),)},
     ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(64, 4, 3),), 100: (Tiles(32, 4, 1),)},
     ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 3),), 100: (Tiles(32, 8, 1),)},
@@ -62,8 +61,7 @@ class Call(NamedTuple):
         scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * cdiv(V, BV))
         return cls(inputs, options, chunks, H, HV, K, V, constants, scan_tiles)
 
-    def tiles(self, stage: str, programs: int = 0) -> Tiles:
-        sharing = programs > target_of(self.inputs.q.device).processors
+    def tiles(self, stage: str, sharing: bool = False) -> Tiles:
         return _tiles(stage, self.inputs.q, self.constants["BK"], sharing)
 
     def tokens(self) -> Tensor:

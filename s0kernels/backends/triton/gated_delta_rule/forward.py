@@ -272,7 +272,9 @@ def scan(call: Call, factors: Factors, out: ScanOutputs) -> None:
     read, h, stored = (q, k, v, factors.w, factors.p), out.h, (None, None)
     if described := descriptors(call, factors, out):
         read, h, stored = described
-        tiles = call.tiles("descriptor scan", programs)
+        # states on their way to memory leave no room for a second program
+        sharing = out.h is None and programs > target_of(q.device).processors
+        tiles = call.tiles("descriptor scan", sharing)
     launch(
         gated_delta_rule_scan_fwd_kernel,
         programs,

@@ -106,3 +106,62 @@ def test_stages_leave_room_for_two_programs_where_there_are_two(monkeypatch):
     for sequences, stages in ((1, 3), (100, 2)):
         problem = delta_problem(2, B=sequences, **heads).to(torch.float16, torch.float32)
         assert scan_launch(problem).tiles.stages == stages
+
+
+def test_a_backward_finds_the_same_as_by_pointers(monkeypatch):
+    problem = packed(state="bank")
+    weights = problem.weights()
+    found = problem.gradients("triton", weights)
+    for module in ("forward", "backward", "input_grads"):
+        monkeypatch.setattr(
+            f"s0kernels.backends.triton.gated_delta_rule.{module}.has_descriptors", lambda device: False
+        )
+    for name, value in problem.gradients("triton", weights).items():
+        assert error(found[name], value) <= 5e-4, name  # the last chunks of sequences have operands in two parts
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_a_backward_does_not_read_or_write_a_neighbour():
+    problem = packed(state="each")
+    weights = problem.weights()
+    clean = problem.gradients("triton", weights)
+    weights[0][:, 23:39] = float("nan")
+    weights[1][3] = float("nan")
+    found = problem.gradients("triton", weights)
+    others = torch.tensor([0, 1, 2, 4])
+    assert torch.equal(found["dinitial_state"][others], clean["dinitial_state"][others])
+    for name in ("q", "k", "v", "g", "beta"):
+        ours, theirs = found[f"d{name}"], clean[f"d{name}"]
+        assert ours[:, 23:39].isnan().any(), name
+        for rows in (slice(23), slice(39, None)):
+            assert torch.equal(ours[:, rows], theirs[:, rows]), name
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(None, 15), (["initial_state"], 5)], ids=["all", "S0"])
+def test_a_backward_takes_them(wanted, most):
+    problem = packed()
+    weights = problem.weights()
+
+    def count(problem, chip="sm_90"):
+        with recording(known_target(chip)) as found:
+            problem.gradients("triton", weights, wanted)
+        backward = [x for x in found if "bwd" in x.kernel.fn.__name__]
+        return sum(isinstance(y, TensorDescriptor) for x in backward for y in x.arguments)
+
+    assert count(problem) == most
+    assert count(problem, "sm_80") == 0
+    weights = tuple(x[..., :1].expand_as(x) for x in weights)  # a gradient that no descriptor can read is copied
+    assert count(problem) == most
+
+
+def test_a_second_program_has_the_memory_that_stores_would_take():
+    """What the scan from the end writes goes by pointers where more programs run than there are multiprocessors."""
+    heads = {"H": 1, "HV": 2, "K": 128, "V": 64, "state": None}
+    for sequences, stages, stores in ((1, 3, 2), (100, 2, 0)):
+        problem = delta_problem(2, B=sequences, **heads).to(torch.float16, torch.float32)
+        weights = problem.weights()
+        with recording(known_target("sm_90")) as found:
+            problem.gradients("triton", weights)
+        scan = next(x for x in found if x.kernel.fn.__name__ == "gated_delta_rule_scan_bwd_kernel")
+        assert scan.tiles.stages == stages
+        assert sum(isinstance(x, TensorDescriptor) for x in scan.arguments) == 5 + stores

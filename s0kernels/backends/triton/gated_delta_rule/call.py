@@ -22,6 +22,7 @@ TILES: dict[tuple[str, int], Table] = {
         120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
     },
     ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 75264, 896), Tiles(64, 4, 2))},
+    ("descriptor scan bwd", 2): {0: (Tiles(64, 4, 3, 83968, 896), Tiles(64, 4, 2))},
     ("output", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(128, 4, 2),), 100: (Tiles(64, 4, 2),)},
     ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(64, 4, 3),), 100: (Tiles(32, 4, 1),)},
     ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 3),), 100: (Tiles(32, 8, 1),)},

@@ -11,7 +11,7 @@ j < l <= i and in G_C.
 """
 
 # of Triton's language, which is not quite Python:
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
 
 from typing import NamedTuple
 

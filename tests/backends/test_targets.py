@@ -30,13 +30,13 @@ def chosen(table, chip: str, width: int) -> tuple[int, int, int]:
 
 
 def test_tiles_where_memory_is_large():
-    """Those of sm_90 were measured; what is measured anew may change them."""
+    """Those of sm_90 were measured, but for the inputs' of today; what is measured anew may change them."""
     by_stage = {  # on sm_80, sm_90 and sm_100
         "prepare": ((0, 8, 1), (0, 4, 1), (0, 4, 1)),
         "scan": ((64, 8, 2), (64, 4, 2), (64, 8, 2)),
         "output": ((64, 4, 2), (128, 4, 2), (64, 4, 2)),
         "intra": ((32, 8, 2), (64, 4, 3), (32, 4, 1)),
-        "inputs": ((32, 8, 2), (64, 4, 3), (32, 8, 1)),
+        "inputs": ((32, 8, 2), (32, 4, 3), (32, 8, 1)),
     }
     for stage, tiles in by_stage.items():
         for chip, expected in zip(("sm_80", "sm_90", "sm_100"), tiles, strict=True):

@@ -32,6 +32,9 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+#: Every kernel stores something. Triton 3.6 to 3.8 compile some for sm_100 into a return and say nothing.
+_STORES_OF_NVIDIA = r"\bst\.global\b|cp\.async\.bulk\.tensor\S*\.global\.shared"
+_STORES_OF_AMD = r"\b(?:global|buffer|flat)_store_"
 
 
 class Usage(NamedTuple):
@@ -109,7 +112,7 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
     """What it takes, and what `hopper.miscompiled` finds in it.
 
     Raises:
-        ValueError: it takes more shared memory than the chip has, or than its tiles say.
+        ValueError: it takes more shared memory than the chip has, or than its tiles say; or Triton made nothing of it.
     """
     tiles = launch.tiles
     source = ASTSource(launch.kernel, *specialise(launch))
@@ -127,6 +130,8 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
         name = launch.kernel.__name__
         raise ValueError(f"{name} with {tiles} takes {shared} bytes of shared memory on {target.name}, of {room}")
     asm = compiled.asm
+    if not re.search(_STORES_OF_AMD if amd else _STORES_OF_NVIDIA, asm["amdgcn" if amd else "ptx"]):
+        raise ValueError(f"{launch.kernel.__name__} with {tiles} compiles to nothing for {target.name}")
     registers, spills, tensor = _of_amd(asm["amdgcn"]) if amd else _of_nvidia(asm["cubin"], asm["ptx"])
     return Usage(registers, spills, shared, tensor), miscompiled(asm["ttir"])
 

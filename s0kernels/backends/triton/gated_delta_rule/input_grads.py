@@ -234,8 +234,7 @@ def gated_delta_rule_inputs_bwd_kernel(
         i_hv = i_h * R + i_r
         at = i_c * HV + i_hv
         b_dm = load_matrix(dm, at, BT, BT)
-        b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_dm), b_k, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_dm + tl.trans(b_dm), b_k, b_dk, input_precision=PRECISION)  # one of the two is zero everywhere
         if do is not None:
             b_dp = load_matrix(dp, at, BT, BT)
             b_dq = tl.dot(b_dp, b_k, b_dq, input_precision=PRECISION)

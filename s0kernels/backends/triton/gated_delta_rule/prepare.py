@@ -208,12 +208,3 @@ def any_in_parts(gates, i_c0, i_hv, length, HV: tl.constexpr, BT: tl.constexpr):
         p_fine = gates + ((i_c0 + o_c) * HV + i_hv) * ROWS * BT + TWO_PARTS * BT
         found = tl.maximum(found, tl.max(tl.load(p_fine, mask=o_c * BT < length, other=0.0)))
     return found > 0.0
-
-
-@triton.jit
-def load_rest(w, gates, at, BT: tl.constexpr):
-    """The second part of W; zero where there is none."""
-    o_t = tl.arange(0, BT)
-    fine = tl.load(gates + at * ROWS * BT + TWO_PARTS * BT) > 0.0
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    return tl.load(w + (2 * at + 1) * BT * BT + o_tile, mask=fine, other=0.0)

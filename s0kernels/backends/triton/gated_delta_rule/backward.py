@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import load_tile, sequence
+from s0kernels.backends.triton.common.chunks import load_tile, rest, sequence
 from s0kernels.backends.triton.common.launch import launch, strides
 from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.gated_delta_rule.call import Call
@@ -33,7 +33,6 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     load_rest,
     parts_of,
     prepare,
-    rest,
 )
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, Start, Wanted
 

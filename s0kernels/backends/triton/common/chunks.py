@@ -195,14 +195,22 @@ def rest(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
+def half_product(b_x, b_y, FINE: tl.constexpr):
+    """x y of fp32 in fp32, with operands in fp16; `FINE`: in two parts of it."""
+    b_sum = tl.dot(b_x.to(tl.float16), b_y.to(tl.float16))
+    if FINE:
+        b_sum = tl.dot(rest(b_x, tl.float16), b_y.to(tl.float16), b_sum)
+        b_sum = tl.dot(b_x.to(tl.float16), rest(b_y, tl.float16), b_sum)
+    return b_sum
+
+
+@triton.jit
 def fine_product(b_x, b_y):
     """x y in fp32 with operands in two parts of fp16, and in fp64."""
     if b_x.dtype == tl.float64:
         return tl.dot(b_x, b_y, input_precision="ieee", out_dtype=tl.float64)
     else:
-        b_sum = tl.dot(b_x.to(tl.float16), b_y.to(tl.float16))
-        b_sum = tl.dot(rest(b_x, tl.float16), b_y.to(tl.float16), b_sum)
-        return tl.dot(b_x.to(tl.float16), rest(b_y, tl.float16), b_sum)
+        return half_product(b_x, b_y, True)
 
 
 @triton.jit
@@ -240,29 +248,26 @@ def diagonal_blocks(b_x, BT: tl.constexpr):
 
 
 @triton.jit
-def invert_blocks(b_n):
+def invert_blocks(b_n, FINE: tl.constexpr):
     """(I - n)^-1 of [N, 16, 16], of which what is below the diagonal is read. By halves as in `invert_unit_lower`, in
-    operands of fp16."""
+    operands of fp16; `FINE`: in two parts of it."""
     o_i, o_j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     b_x = tl.where(right_below(o_i, o_j, 0), b_n, tl.where(o_i == o_j, 1.0, 0.0))
     for s in tl.static_range(1, 4):
-        b_b = tl.where(right_below(o_i, o_j, s), b_n, 0.0).to(tl.float16)
-        b_x16 = b_x.to(tl.float16)
-        b_x = tl.dot(b_x16, tl.dot(b_b, b_x16).to(tl.float16), b_x)
+        b_b = tl.where(right_below(o_i, o_j, s), b_n, 0.0)
+        b_x += half_product(b_x, half_product(b_b, b_x, FINE), FINE)
     return b_x
 
 
 @triton.jit
-def merge_blocks(b_blocks, b_n, never, BT: tl.constexpr):
-    """(I - n)^-1 of [BT, BT] of which what is below the diagonal is read, from those of its blocks of 16. `never` is
+def merge_blocks(b_blocks, b_n, never, BT: tl.constexpr, FINE: tl.constexpr):
+    """(I - n)^-1 of [BT, BT], of which what is below the diagonal is read, from those of its blocks of 16. `never` is
     false, which the compiler does not know: so what it makes of the blocks is laid out as n is, and stays there."""
     o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     b_x = tl.broadcast_to(b_blocks[:, :, None, :], [BT // 16, 16, BT // 16, 16])
     b_x = tl.where((o_i >> 4) == (o_j >> 4), tl.reshape(b_x, [BT, BT]), tl.where(never, b_n, 0.0))
     if BT >= 32:
-        b_n = b_n.to(tl.float16)
         for s in tl.static_range(4, 6 if BT == 64 else 5):
-            b_x16 = b_x.to(tl.float16)
-            b_b = tl.where(right_below(o_i, o_j, s), tl.dot(b_x16, b_n), 0.0)
-            b_x = tl.dot(b_b.to(tl.float16), b_x16, b_x)
+            b_b = tl.where(right_below(o_i, o_j, s), half_product(b_x, b_n, FINE), 0.0)
+            b_x += half_product(b_b, b_x, FINE)
     return b_x

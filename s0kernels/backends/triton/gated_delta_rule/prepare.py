@@ -67,7 +67,8 @@ def inverse(b_kk, b_rk, b_beta, never, dtype: tl.constexpr, BT: tl.constexpr):
     if dtype == tl.float32:
         return invert_unit_lower(-b_n, BT, False)
     else:
-        return merge_blocks(invert_blocks(diagonal_blocks(b_n, BT)), b_n, never, BT)
+        FINE: tl.constexpr = dtype == tl.float16  # of which bf16 would round away what is gained
+        return merge_blocks(invert_blocks(diagonal_blocks(b_n, BT), FINE), b_n, never, BT, FINE)
 
 
 @triton.jit

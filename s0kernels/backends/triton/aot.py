@@ -75,7 +75,9 @@ class Specialised(NamedTuple):
     attributes: dict
 
     def key(self, launch: Launch) -> str:
-        what = repr((*self, launch.tiles[1:3]))
+        tiles = launch.tiles
+        limit = (tiles.registers,) if tiles.registers else ()
+        what = repr((*self, (tiles.warps, tiles.stages, *limit)))
         return hashlib.sha256(what.encode()).hexdigest()[:8]
 
 
@@ -116,12 +118,11 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
     """
     tiles = launch.tiles
     source = ASTSource(launch.kernel, *specialise(launch))
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if amd := target.capability == 0:
         chip = GPUTarget("hip", target.name, target.warp)
     else:
         chip = GPUTarget("cuda", target.capability, target.warp)
-    compiled = triton.compile(source, target=chip, options=options)
+    compiled = triton.compile(source, target=chip, options=tiles.options())
     shared = compiled.metadata.shared
     room = target.shared
     if tiles.base:

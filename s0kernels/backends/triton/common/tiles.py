@@ -10,13 +10,21 @@ from s0kernels.backends.triton.common.targets import target_of
 class Tiles(NamedTuple):
     """Size of a kernel's tile (of what, the table says), warps and pipeline stages. Where there is another choice for a
     chip with less shared memory, `base` and `per_column` tell what this one takes: at most base + per_column * width
-    bytes, width being that of the states (K, or N), a power of two. Compiling ahead of time holds them to it."""
+    bytes, width being that of the states (K, or N), a power of two. Compiling ahead of time holds them to it.
+    `registers`, on chips by NVIDIA: the most that a thread may have, so that more programs share a multiprocessor; 0 is
+    no limit."""
 
     tile: int
     warps: int
     stages: int
     base: int = 0
     per_column: int = 0
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """How a kernel is to be compiled."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
 
 
 class ScanTiles(NamedTuple):

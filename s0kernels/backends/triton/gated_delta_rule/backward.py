@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import sequence, size_and_count
+from s0kernels.backends.triton.common.chunks import rest, sequence, size_and_count
 from s0kernels.backends.triton.common.descriptors import (
     element_type,
     has_descriptors,
@@ -48,7 +48,6 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     empty_factors,
     parts_of,
     prepare,
-    rest,
 )
 from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Grads, Start, Wanted
 

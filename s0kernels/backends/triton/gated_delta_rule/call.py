@@ -13,7 +13,12 @@ from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 #: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. Those of 90
 #: were the best of a sweep. What each takes of a chip: `python -m s0kernels aot`.
 TILES: dict[tuple[str, int], Table] = {
-    ("prepare", 2): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),), 90: (Tiles(0, 4, 1),)},
+    ("prepare", 2): {
+        0: (Tiles(0, 4, 1),),
+        80: (Tiles(0, 8, 1),),
+        90: (Tiles(0, 4, 1, registers=128),),
+        120: (Tiles(0, 8, 1),),
+    },
     ("scan", 2): {
         0: (Tiles(32, 4, 1),),
         80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
@@ -25,7 +30,12 @@ TILES: dict[tuple[str, int], Table] = {
     ("descriptor scan bwd", 2): {0: (Tiles(64, 4, 3, 83968, 896), Tiles(64, 4, 2))},
     ("output", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(128, 4, 2),), 100: (Tiles(64, 4, 2),)},
     ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(64, 4, 3),), 100: (Tiles(32, 4, 1),)},
-    ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 3, 8192, 1000), Tiles(32, 8, 2)), 100: (Tiles(32, 8, 1),)},
+    ("inputs", 2): {
+        0: (Tiles(32, 4, 1),),
+        80: (Tiles(32, 8, 2),),
+        90: (Tiles(32, 4, 3, 8192, 1000), Tiles(32, 8, 2)),
+        100: (Tiles(32, 8, 1),),
+    },
     ("step", 2): {0: (Tiles(32, 4, 1),)},
     ("prepare", 4): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),)},
     ("scan", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, sequence
+from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, rest, sequence
 from s0kernels.backends.triton.common.descriptors import (
     element_type,
     has_descriptors,
@@ -49,7 +49,6 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     any_in_parts,
     parts_of,
     prepare,
-    rest,
 )
 from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Start
 

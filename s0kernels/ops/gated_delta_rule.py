@@ -68,7 +68,8 @@ def gated_delta_rule(
 
     Differentiable in every tensor but the indices; only gradients that are asked for are computed, and where nothing
     but `initial_state` requires grad neither v nor the states are looked at. The gradient of `initial_state` has its
-    shape, in its dtype, summed over sequences in a fixed order. Forward mode and torch.func's derivatives go through
+    shape, in its dtype, summed over sequences in a fixed order. "triton" keeps intermediate results for the backward,
+    unless `recompute` or S0KERNELS_RECOMPUTE=1 says otherwise. Forward mode and torch.func's derivatives go through
     `reference` alone, which None takes for them; so do second derivatives, for which it has to be named. vmap calls a
     backend for one entry after the other.
 

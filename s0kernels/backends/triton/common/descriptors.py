@@ -4,6 +4,8 @@ registers or instructions of the kernel. Where a descriptor cannot read a tensor
 # of Triton's language, which is not quite Python:
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,21 +28,20 @@ def has_descriptors(device: torch.device) -> bool:
 def of_tokens(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """[B, T, H, D] with D contiguous, as [B, H, T, D] in tiles of [1, 1, rows, columns]: zero beyond T and D, where
     nothing is stored either. None where no descriptor can read it."""
-    (B, T, H, D), strides, size = x.shape, x.stride(), x.element_size()
-    if T == 0 or strides[3] != 1 or x.data_ptr() % _ALIGNED:
-        return None
+    (B, T, H, D), (step_b, step_t, step_h, step_d) = x.shape, x.stride()
     # the step of a size of 1 is not used, and torch may call it anything
-    steps = [step if many > 1 else _ALIGNED for step, many in ((strides[0], B), (strides[2], H), (strides[1], T))]
-    if any(step <= 0 or step * size % _ALIGNED for step in steps) or T > _LARGEST:
+    step_b, step_t, step_h = step_b if B > 1 else _ALIGNED, step_t if T > 1 else _ALIGNED, step_h if H > 1 else _ALIGNED
+    misaligned = x.data_ptr() | (step_b | step_t | step_h) * x.itemsize
+    if step_d != 1 or not 0 < T <= _LARGEST or misaligned % _ALIGNED or min(step_b, step_t, step_h) <= 0:
         return None
-    return TensorDescriptor(x, [B, H, T, D], [*steps, 1], [1, 1, rows, columns])
+    return TensorDescriptor(x, [B, H, T, D], [step_b, step_h, step_t, 1], [1, 1, rows, columns])
 
 
 def of_matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """Contiguous [.., R, C] as [N, R, C] in tiles of [1, rows, columns]. None where no descriptor can read it."""
-    R, C = x.shape[-2:]
-    count = x.numel() // (R * C)
-    if not 0 < count <= _LARGEST or C * x.element_size() % _ALIGNED or x.data_ptr() % _ALIGNED:
+    *sizes, R, C = x.shape
+    count = math.prod(sizes)
+    if not 0 < count <= _LARGEST or (x.data_ptr() | C * x.itemsize) % _ALIGNED:
         return None
     return TensorDescriptor(x, [count, R, C], [R * C, C, 1], [1, rows, columns])
 

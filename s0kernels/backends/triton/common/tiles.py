@@ -47,5 +47,7 @@ def choose_tiles(table: Table, device: torch.device, width: int = 0, sharing: bo
     where two programs are to share a multiprocessor); the last where none has."""
     target = target_of(device)
     choices = table[max(least for least in table if least <= target.capability)]
+    if len(choices) == 1:
+        return choices[0]
     room = (target.shared - _RESERVED) // 2 if sharing else target.shared
     return next((x for x in choices if x.base + x.per_column * width <= room), choices[-1])

@@ -27,6 +27,17 @@ class DeltaOptions(NamedTuple):
     chunk_size: int = 0  # 0: the backend chooses
 
 
+class DeltaKept(NamedTuple):
+    """What a forward of the gated delta rule leaves for its backward, where the backend does that, in its own shapes.
+    The backward recomputes what is None."""
+
+    w: Tensor  # what solves the triangular systems of the chunks
+    p: Tensor  # attention inside the chunks
+    gates: Tensor  # factors of tokens: of decays, norms and beta
+    r: Tensor | None = None  # residuals
+    h: Tensor | None = None  # states at the starts of chunks
+
+
 class SSDInputs(NamedTuple):
     """The inputs of Mamba-2 SSD. A step has no T. x, B and D are None where the backward computes the gradient of the
     initial state alone."""

@@ -9,7 +9,7 @@ from s0kernels.ops.gated_delta_rule import (
     gated_delta_rule_step_reference,
 )
 from s0kernels.ops.output import ScanOutput
-from s0kernels.ops.registry import explain
+from s0kernels.ops.registry import explain, recompute
 from s0kernels.ops.ssd import ssd, ssd_reference, ssd_step, ssd_step_reference
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "gated_delta_rule_reference",
     "gated_delta_rule_step",
     "gated_delta_rule_step_reference",
+    "recompute",
     "ssd",
     "ssd_reference",
     "ssd_step",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s0kernels.backends import shared
-from s0kernels.calls import DeltaInputs, DeltaOptions, Pool, Start
+from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Pool, Start
 from s0kernels.ops import registry, sequences, transforms, validation
 from s0kernels.ops.output import ScanOutput
 from s0kernels.ops.registration import Recurrence, register_scan, register_step
@@ -68,9 +68,10 @@ def gated_delta_rule(
 
     All tensors but the indices are differentiable. Only the requested gradients are computed: if `initial_state` alone
     requires grad, the backward reads neither v nor the states. The gradient of `initial_state` has its shape and dtype,
-    and is summed over sequences in a fixed order. Only `reference` supports forward mode and torch.func's derivatives,
-    and backend=None chooses it for them. Only `reference` supports second derivatives too, and for these it must be
-    named. vmap calls a backend for one entry after the other.
+    and is summed over sequences in a fixed order. "triton" keeps intermediate results for the backward, unless
+    `recompute` or S0KERNELS_RECOMPUTE=1 says otherwise. Only `reference` supports forward mode and torch.func's
+    derivatives, and backend=None chooses it for them. Only `reference` supports second derivatives too, and for these
+    it must be named. vmap calls a backend for one entry after the other.
 
     Every backend takes beta up to 2. If beta is near 2, keys are nearly equal and nothing decays, then chunked scans
     amplify rounding errors, and the token-by-token recurrence does not. In fp32 the largest error of output, final
@@ -93,7 +94,7 @@ def gated_delta_rule(
     if name == "reference":
         output, final_state = _scan_reference(inputs, start, options)
     else:
-        output, final_state = _scan_op(*inputs, *start, *options, output_final_state, name)
+        output, final_state = _scan_op(inputs, start, options, output_final_state, name)
     return ScanOutput(output, final_state if output_final_state else None)
 
 
@@ -235,7 +236,7 @@ def _step_reference(inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> T
 
 
 _scan_op = register_scan(
-    Recurrence(_SCAN, DeltaInputs, DeltaOptions, like="v", always="q", state_shape=_state_shape, unneeded=("v",))
+    Recurrence(_SCAN, DeltaInputs, DeltaOptions, "v", "q", _state_shape, unneeded=("v",), kept=DeltaKept)
 )
 _step_op = register_step(
     _STEP, (DeltaInputs, Pool, DeltaOptions), _step_reference, lambda inputs, _: inputs.q.new_empty(inputs.v.shape)

@@ -4,8 +4,8 @@ The schema of an operator consists of the fields of the records. These helpers a
 functions and the backends.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Recurrence(NamedTuple):
     """The description of one recurrence. For it a backend has some or all of `<name>_forward(inputs, start, options,
     output_final_state)`, `<name>_backward(grads, inputs, start, options, wanted)` and `<name>_step(inputs, pool,
     options)`.
+    With `<name>_keep(inputs, start, options, names)` a backend gives memory for what a forward keeps for the
+    backward that computes the gradients `names`. It is a record `kept`, which both get as their last argument.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Recurrence(NamedTuple):
     state_shape: Callable[..., tuple[int, ...]]
     #: the inputs that the gradient of the initial state does not depend on
     unneeded: tuple[str, ...]
+    #: the record of what forwards may leave for their backwards
+    kept: type | None = None
 
 
 def _fields(record: type, optional: bool = False) -> str:
@@ -46,83 +50,135 @@ def _fields(record: type, optional: bool = False) -> str:
 
 
 def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register the operators of a scan. Return `scan(inputs, start, options, output_final_state, backend)`, which gives
+    the output and the final state; the final state is empty if it is not requested. It calls `s0kernels::<name>`, or
+    `s0kernels::<name>_keeping` if a gradient is needed and the backend keeps results for it."""
+    name, backward = recurrence.name, _register_backward(recurrence)
+    plain, keeping = _register_forward(recurrence, backward, False), None
+    if recurrence.kept is not None:
+        keeping = _register_forward(recurrence, backward, True)
+
+    def scan(inputs, start, options, output_final_state, chosen):
+        arguments = (*inputs, *start, *options, output_final_state, chosen)
+        if keeping is not None and torch.is_grad_enabled() and registry.keeps(chosen, name):
+            needs = [x is not None and x.requires_grad for x in (*inputs, start.state)]
+            if any(needs):
+                output, final_state, *_ = keeping(*arguments, needs)
+                return output, final_state
+        output, final_state = plain(*arguments)
+        return output, final_state
+
+    return scan
+
+
+def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool) -> Callable[..., tuple[Tensor, ...]]:
     """Register the operator `s0kernels::<name>`. It maps `(*inputs, *start, *options, output_final_state, backend)` to
-    the output and the final state, which is empty if it is not requested."""
-    name, n = recurrence.name, len(recurrence.inputs._fields)
-    backward = _register_backward(recurrence)
+    the output and the final state. `keeping` registers `s0kernels::<name>_keeping` instead. Its last argument says what
+    needs gradients, and it also returns the fields of `recurrence.kept`, empty where they are None."""
+    name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
+    full_name = f"{name}_keeping" if keeping else name
 
     def records(arguments: tuple):
-        return (
-            recurrence.inputs(*arguments[:n]),
-            Start(*arguments[n : n + 3]),
-            recurrence.options(*arguments[n + 3 : -2]),
-        )
+        inputs, start = recurrence.inputs(*arguments[:n]), Start(*arguments[n : n + 3])
+        return inputs, start, recurrence.options(*arguments[n + 3 : n + 3 + m]), *arguments[n + 3 + m :]
+
+    def memory(inputs, start, options, chosen: str, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return getattr(registry.load(chosen), f"{name}_keep")(inputs, start, options, _asked(recurrence, needs))
 
     def run(*arguments):
-        inputs, start, options = records(arguments)
+        inputs, start, options, output_final_state, chosen, *needs = records(arguments)
         like = getattr(inputs, recurrence.like)
         sequences.check_values(like.shape[1], start.cu_seqlens, start.indices, start.state)
+        forward = getattr(registry.ready(chosen), f"{name}_forward")
         with registry.without_autocast(like.device):
-            forward = getattr(registry.ready(arguments[-1]), f"{name}_forward")
-            return forward(inputs, start, options, arguments[-2])
+            if not keeping:
+                return forward(inputs, start, options, output_final_state)
+            kept = memory(inputs, start, options, chosen, *needs)
+            return *forward(inputs, start, options, output_final_state, kept), *_filled(kept, like)
 
-    schema = (
-        f"({_fields(recurrence.inputs)}, {_START}, {_fields(recurrence.options)}, bool output_final_state, str backend)"
-    )
-    op = torch.library.custom_op(f"s0kernels::{name}", run, mutates_args=(), schema=f"{schema} -> (Tensor, Tensor)")
+    schema = f"{_fields(recurrence.inputs)}, {_START}, {_fields(recurrence.options)}, bool output_final_state, "
+    schema += "str backend, bool[] needs" if keeping else "str backend"
+    returned = 2 + (len(recurrence.kept._fields) if keeping and recurrence.kept else 0)
+    schema = f"({schema}) -> ({', '.join(['Tensor'] * returned)})"
+    op = torch.library.custom_op(f"s0kernels::{full_name}", run, mutates_args=(), schema=schema)
 
     @op.register_fake
     def _(*arguments):
-        inputs, start, _ = records(arguments)
+        inputs, start, options, output_final_state, chosen, *needs = records(arguments)
         like = getattr(inputs, recurrence.like)
-        count = start.sequences(like.shape[0]) if arguments[-2] else 0
+        count = start.sequences(like.shape[0]) if output_final_state else 0
         final = like.new_empty((count, *recurrence.state_shape(inputs)), dtype=state_dtype(like.dtype))
-        return like.new_empty(like.shape), final
+        kept = _filled(memory(inputs, start, options, chosen, *needs), like) if keeping else ()
+        return like.new_empty(like.shape), final, *kept
+
+    _register_autograd(recurrence, op, backward)
+    op.register_vmap(transforms.one_by_one(op))
+    return getattr(torch.ops.s0kernels, full_name).default
+
+
+def _register_autograd(recurrence: Recurrence, op: Any, backward: Callable) -> None:
+    """Of either operator of `_register_forward`."""
+    name, n, m = recurrence.name, len(recurrence.inputs._fields), len(recurrence.options._fields)
+    of_kept = len(recurrence.kept._fields) if recurrence.kept else 0
 
     def keep(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.needs = list(ctx.needs_input_grad[: n + 1])
-        ctx.arguments, ctx.options = len(inputs), inputs[n + 3 :]
+        ctx.arguments, ctx.options, ctx.backend = len(inputs), inputs[n + 3 : n + 3 + m], inputs[n + 4 + m]
         state = inputs[n]
         ctx.state_shape = [] if state is None else list(state.shape)
-        kept = list(inputs[: n + 3])
+        saved = list(inputs[: n + 3])
         if not any(ctx.needs[:-1]):  # the initial state alone requires grad
             for unneeded in (*recurrence.unneeded, "initial_state"):
-                kept[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
-        ctx.save_for_backward(*kept)
+                saved[(*recurrence.inputs._fields, "initial_state").index(unneeded)] = None
+        kept = output[2:] or [None] * of_kept
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*saved, *kept)
 
-    def differentiate(ctx, doutput, dfinal_state):
+    def differentiate(ctx, doutput, dfinal_state, *_):
         if doutput is None and dfinal_state is None:
             return (None,) * ctx.arguments
         transforms.check_gradients(name, doutput, dfinal_state)
-        *options, _, chosen = ctx.options
-        found = iter(backward(doutput, dfinal_state, *ctx.saved_tensors, ctx.state_shape, *options, chosen, ctx.needs))
+        more = (ctx.state_shape, *ctx.options, ctx.backend, ctx.needs)
+        found = iter(backward(doutput, dfinal_state, *ctx.saved_tensors, *more))
         grads = [next(found) if need else None for need in ctx.needs]
         return (*grads, *[None] * (ctx.arguments - len(grads)))
 
     op.register_autograd(differentiate, setup_context=keep)
-    op.register_vmap(transforms.one_by_one(op))
-    return getattr(torch.ops.s0kernels, name).default
+
+
+def _filled(kept: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors alone: empty ones for None."""
+    return tuple(like.new_empty(0) if x is None else x for x in kept)
+
+
+def _asked(recurrence: Recurrence, needs: Sequence[bool]) -> frozenset[str]:
+    names = (*recurrence.inputs._fields, "initial_state")
+    return frozenset(name for name, need in zip(names, needs, strict=True) if need)
 
 
 def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
-    """Register the operator `s0kernels::<name>_backward`. It maps `(doutput, dfinal_state, *inputs, *start,
+    """Register the operator `s0kernels::<name>_backward`. It maps `(doutput, dfinal_state, *inputs, *start, *kept,
     state_shape, *options, backend, needs)` to the gradients that `needs` requests: those of the inputs, then that of
     the initial state."""
     name, n = recurrence.name, len(recurrence.inputs._fields)
     names = (*recurrence.inputs._fields, "initial_state")
+    m = n + 5 + (len(recurrence.kept._fields) if recurrence.kept else 0)  # of what comes before state_shape
 
     def run(*arguments):
         inputs, start = recurrence.inputs(*arguments[2 : n + 2]), Start(*arguments[n + 2 : n + 5])
-        options = recurrence.options(*arguments[n + 6 : -2])
-        asked = [one for one, need in zip(names, arguments[-1], strict=True) if need]
-        wanted = Wanted(frozenset(asked), tuple(arguments[n + 5]))
+        kept = [x if x is not None and x.numel() else None for x in arguments[n + 5 : m]]
+        options = recurrence.options(*arguments[m + 1 : -2])
+        wanted = Wanted(_asked(recurrence, arguments[-1]), tuple(arguments[m]))
+        records = [Grads(*arguments[:2]), inputs, start, options, wanted]
+        if recurrence.kept is not None and any(x is not None for x in kept):
+            records.append(recurrence.kept(*kept))
         with registry.without_autocast(getattr(inputs, recurrence.always).device):
-            backward = getattr(registry.ready(arguments[-2]), f"{name}_backward")
-            found = backward(Grads(*arguments[:2]), inputs, start, options, wanted)
-        return [as_gradient(found[one], getattr(inputs, one, None)) for one in asked]
+            found = getattr(registry.ready(arguments[-2]), f"{name}_backward")(*records)
+        return [as_gradient(found[one], getattr(inputs, one, None)) for one in names if one in wanted.names]
 
     schema = f"(Tensor? doutput, Tensor? dfinal_state, {_fields(recurrence.inputs, optional=True)}, {_START}, "
+    schema += f"{_fields(recurrence.kept, optional=True)}, " if recurrence.kept is not None else ""
     schema += f"int[] state_shape, {_fields(recurrence.options)}, str backend, bool[] needs) -> Tensor[]"
     op = torch.library.custom_op(f"s0kernels::{name}_backward", run, mutates_args=(), schema=schema)
 
@@ -132,7 +188,7 @@ def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
         grads = [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=False) if need]
         if needs[-1]:
             like = getattr(recurrence.inputs(*inputs), recurrence.always)
-            grads.append(like.new_empty(arguments[n + 5], dtype=state_dtype(like.dtype)))
+            grads.append(like.new_empty(arguments[m], dtype=state_dtype(like.dtype)))
         return grads
 
     op.register_autograd(transforms.no_second_derivative(name))

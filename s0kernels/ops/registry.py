@@ -8,7 +8,9 @@ and with `supports(call)`, which returns None or the reason why it cannot run th
 import contextlib
 import functools
 import importlib
+import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -58,6 +60,43 @@ def unusable(name: str, call: Call) -> str | None:
     if not hasattr(module, call.op if call.op.endswith("_step") else f"{call.op}_forward"):
         return f"has no {call.op}"
     return module.supports(call)
+
+
+#: what the innermost `recompute` says
+_recompute: bool | None = None
+
+
+@contextlib.contextmanager
+def recompute(on: bool = True) -> Iterator[None]:
+    """Forwards inside it leave nothing for their backward but their inputs. The backward computes the rest again: with
+    less memory, in more time, to the same bits. S0KERNELS_RECOMPUTE=1 in the environment asks for it everywhere, and
+    `on=False` takes that back. It holds for all threads of the process. A checkpointed layer is computed again in the
+    backward, which then belongs inside, too."""
+    global _recompute
+    if not isinstance(on, bool):
+        raise TypeError(f"recompute: on must be a bool, got {type(on).__name__}")
+    before, _recompute = _recompute, on
+    try:
+        yield
+    finally:
+        _recompute = before
+
+
+def keeps(backend: str, op: str) -> bool:
+    """Whether forwards of `op` leave something for their backward."""
+    if _recompute is not None:  # which graphs are guarded by
+        return not _recompute and _can_keep(backend, op)
+    return _can_keep(backend, op) and not _environment_recomputes()
+
+
+@constant_in_graphs
+def _can_keep(backend: str, op: str) -> bool:
+    return hasattr(load(backend), f"{op}_keep")
+
+
+@constant_in_graphs
+def _environment_recomputes() -> bool:
+    return os.environ.get("S0KERNELS_RECOMPUTE") == "1"
 
 
 def explain(call: Call) -> dict[str, str | None]:

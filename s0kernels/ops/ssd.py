@@ -95,7 +95,7 @@ def ssd(
     if name == "reference":
         output, final_state = _scan_reference(inputs, start, options)
     else:
-        output, final_state = _scan_op(*inputs, *start, *options, output_final_state, name)
+        output, final_state = _scan_op(inputs, start, options, output_final_state, name)
     return ScanOutput(output, final_state if output_final_state else None)
 
 

@@ -1,5 +1,6 @@
 """Argument checks shared by the ops. Every message names the argument, the expected value and the given value."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ from s0kernels.calls import (
 Inputs = DeltaInputs | SSDInputs | DeltaMixerInputs | SSDMixerInputs
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
+
+
+_names = functools.cache(str.split)
 
 
 class Checker:
@@ -43,14 +47,10 @@ class Checker:
             raise TypeError(f"{self.op}: {name} must have dtype {wanted}, got {value.dtype}")
         if value.device != self.device:
             raise ValueError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
-        names = dims.split()
-        shape = tuple(value.shape)
-        fits = len(shape) == len(names) and all(
-            self.sizes.get(dim, size) == size for dim, size in zip(names, shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"{self.op}: {name} must have shape {self._wanted(dims)}, got {list(shape)}")
-        self.sizes.update(zip(names, shape, strict=True))
+        names, shape, sizes = _names(dims), list(value.shape), self.sizes
+        if len(shape) != len(names) or [sizes.get(x, size) for x, size in zip(names, shape, strict=True)] != shape:
+            raise ValueError(f"{self.op}: {name} must have shape {self._wanted(dims)}, got {shape}")
+        sizes.update(zip(names, shape, strict=True))
 
     def _wanted(self, dims: str) -> str:
         return f"[{', '.join(f'{d}={self.sizes[d]}' if d in self.sizes else d for d in dims.split())}]"

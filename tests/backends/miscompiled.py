@@ -1,5 +1,5 @@
 """Kernels with code that Triton compiles wrongly for Hopper, and similar kernels without it. As a script it prints the
-findings for each of them."""
+findings for each of them, and what is refused."""
 
 import json
 
@@ -62,6 +62,11 @@ def transposes_of_what_was_loaded(x, y, n, B: tl.constexpr):
     tl.store(y + o, b_sum.to(b_x.dtype))
 
 
+@triton.jit
+def nothing(x, y, n, B: tl.constexpr):
+    """What is left of a kernel that Triton takes for impossible."""
+
+
 KERNELS = (
     transpose_of_a_product,
     transpose_of_the_product_before,
@@ -85,6 +90,8 @@ if __name__ == "__main__":
     for refused, target in (
         (launch, hopper._replace(shared=1000)),
         (launch._replace(tiles=Tiles(0, 4, 1, 50, 10), constants={"B": 64, "BK": 64}), hopper),
+        (launch._replace(kernel=nothing), hopper),
+        (launch._replace(kernel=nothing), known_target("gfx942")),
     ):
         try:
             compile_launch(refused, target)

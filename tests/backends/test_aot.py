@@ -166,3 +166,5 @@ def test_what_triton_compiles_wrongly_is_found():
     }
     assert "bytes of shared memory on sm_90, of 1000" in refused[0]
     assert "bytes of shared memory on sm_90, of 690" in refused[1]
+    assert "compiles to nothing for sm_90" in refused[2]
+    assert "compiles to nothing for gfx942" in refused[3]

@@ -118,7 +118,7 @@ def assert_within_budget(problem, wanted=None, part=1.0) -> None:
 
 
 @each_op
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_lengths(op, T, dtype):
     assert_within_budget(small(op, T, B=1, **ALL[op].lengths).to(dtype, torch.float32))

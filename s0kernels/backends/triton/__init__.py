@@ -8,6 +8,7 @@ from s0kernels.backends.triton.common.targets import Target, target_of
 from s0kernels.backends.triton.gated_delta_rule import (
     gated_delta_rule_backward,
     gated_delta_rule_forward,
+    gated_delta_rule_keep,
     gated_delta_rule_step,
 )
 from s0kernels.backends.triton.ssd import ssd_backward, ssd_forward, ssd_step
@@ -17,6 +18,7 @@ from s0kernels.hardware import CHIPS
 __all__ = [
     "gated_delta_rule_backward",
     "gated_delta_rule_forward",
+    "gated_delta_rule_keep",
     "gated_delta_rule_step",
     "ssd_backward",
     "ssd_forward",

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s0kernels.backends.triton.aot_cases import CASES
 from s0kernels.backends.triton.common.hopper import miscompiled
@@ -32,6 +33,9 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+#: Every kernel stores something. Triton 3.6 to 3.8 compile some for sm_100 into a return and say nothing.
+_STORES_OF_NVIDIA = r"\bst\.global\b|cp\.async\.bulk\.tensor\S*\.global\.shared"
+_STORES_OF_AMD = r"\b(?:global|buffer|flat)_store_"
 
 
 class Usage(NamedTuple):
@@ -72,7 +76,9 @@ class Specialised(NamedTuple):
     attributes: dict
 
     def key(self, launch: Launch) -> str:
-        what = repr((*self, launch.tiles[1:3]))
+        tiles = launch.tiles
+        limit = (tiles.registers,) if tiles.registers else ()
+        what = repr((*self, (tiles.warps, tiles.stages, *limit)))
         return hashlib.sha256(what.encode()).hexdigest()[:8]
 
 
@@ -96,6 +102,8 @@ def _type_of(value, path: tuple[int, ...], found: Specialised) -> str:
         return "constexpr"
     if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
         found.attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
     if isinstance(value, float):
@@ -107,16 +115,15 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
     """What it takes, and what `hopper.miscompiled` finds in it.
 
     Raises:
-        ValueError: it takes more shared memory than the chip has, or than its tiles say.
+        ValueError: it takes more shared memory than the chip has, or than its tiles say; or Triton made nothing of it.
     """
     tiles = launch.tiles
     source = ASTSource(launch.kernel, *specialise(launch))
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if amd := target.capability == 0:
         chip = GPUTarget("hip", target.name, target.warp)
     else:
         chip = GPUTarget("cuda", target.capability, target.warp)
-    compiled = triton.compile(source, target=chip, options=options)
+    compiled = triton.compile(source, target=chip, options=tiles.options())
     shared = compiled.metadata.shared
     room = target.shared
     if tiles.base:
@@ -125,6 +132,8 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Usage, list[str]]:
         name = launch.kernel.__name__
         raise ValueError(f"{name} with {tiles} takes {shared} bytes of shared memory on {target.name}, of {room}")
     asm = compiled.asm
+    if not re.search(_STORES_OF_AMD if amd else _STORES_OF_NVIDIA, asm["amdgcn" if amd else "ptx"]):
+        raise ValueError(f"{launch.kernel.__name__} with {tiles} compiles to nothing for {target.name}")
     registers, spills, tensor = _of_amd(asm["amdgcn"]) if amd else _of_nvidia(asm["cubin"], asm["ptx"])
     return Usage(registers, spills, shared, tensor), miscompiled(asm["ttir"])
 

@@ -42,14 +42,21 @@ class Chunks(NamedTuple):
 def cut(like: Tensor, start: Start, chunk_size: int, longest: int | None = None) -> Chunks:
     """[B, T, ...] tokens into chunks of `chunk_size` or less; 0 is as long as they may be, which is `longest`."""
     B, T = like.shape[:2]
-    sequences, size = start.sequences(B), like.element_size()
+    sequences = start.sequences(B)
     if sequences == 0 and T * B > 0:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got no sequences")
-    longest = longest or (64 if size == 2 else 32)
-    BT = min(longest, power_of_two(chunk_size or longest))
-    count = B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + sequences
-    constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": dot_precision(size, like.device)}
+    BT, count = size_and_count(like, start, chunk_size, longest)
+    precision = dot_precision(like.element_size(), like.device)
+    constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": precision}
     return Chunks(like, start, B, T, sequences, BT, count, constants)
+
+
+def size_and_count(like: Tensor, start: Start, chunk_size: int, longest: int | None = None) -> tuple[int, int]:
+    """Return the tokens of a chunk and the number of chunk indices. Sizes may be symbols."""
+    B, T = like.shape[:2]
+    longest = longest or (64 if like.element_size() == 2 else 32)
+    BT = min(longest, power_of_two(chunk_size or longest))
+    return BT, B * cdiv(T, BT) if start.cu_seqlens is None else T // BT + start.sequences(B)
 
 
 @triton.jit
@@ -111,6 +118,8 @@ def locate_chunk(cu_seqlens, i_c, NSEQ, T, BT: tl.constexpr, BQ: tl.constexpr):
 # Chunks
 
 AMPLIFIES = tl.constexpr(shared.AMPLIFIES)
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_MORE = tl.constexpr(-1e5)  # a log decay of which nothing is left, as of all below
 
 
 @triton.jit
@@ -153,12 +162,23 @@ def product(
 
 
 @triton.jit
+def running_sums(b_g):
+    """Of log decays, in units of log 2 and in two parts, of which the second is what rounding the first took away. So
+    the difference of two of them is as exact as the sum of the log decays between, whatever came before: a strong decay
+    costs later tokens no precision, and -inf is a clean reset."""
+    b_g = tl.where(b_g < NO_MORE, NO_MORE, b_g).to(tl.float64)
+    b_sum = tl.cumsum(b_g * LOG2_E, axis=0)
+    b_high = b_sum.to(tl.float32)
+    return b_high, (b_sum - b_high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def decay_matrix(b_g, BT: tl.constexpr):
-    """[BT, BT]: exp(g_{j+1} + .. + g_i) at (i, j), zero above the diagonal. The sums are accumulated, not taken as
-    differences of running sums: a strong decay costs later tokens no precision, and -inf is a clean reset."""
+    """[BT, BT]: exp(g_{j+1} + .. + g_i) at (i, j), zero above the diagonal."""
     o_t = tl.arange(0, BT)
-    b_sum = tl.cumsum(tl.where(o_t[:, None] > o_t[None, :], b_g[:, None], 0.0), axis=0)
-    return tl.where(o_t[:, None] >= o_t[None, :], tl.exp(b_sum), 0.0)
+    b_high, b_low = running_sums(b_g)
+    b_sum = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
+    return tl.exp2(tl.where(o_t[:, None] >= o_t[None, :], b_sum, float("-inf")))
 
 
 @triton.jit
@@ -170,30 +190,91 @@ def decay_matrix_grad(b_sums, BT: tl.constexpr):
 
 
 @triton.jit
-def invert_unit_lower(b_a, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular [BT, BT] in fp32 or fp64, BT 16, 32 or 64.
+def right_below(o_row, o_col, s):
+    """Where (row, column) is in a block of 2^s x 2^s that lies right below a block on the diagonal, and left of one."""
+    return ((o_row >> (s + 1)) == (o_col >> (s + 1))) & ((o_row >> s) > (o_col >> s))
 
-    The 16 x 16 blocks on the diagonal, D, by substitution, all at once. With N = D^-1 (the blocks below them), which
-    vanishes to the fourth power, the whole is (I - N) (I + N^2) D^-1.
+
+@triton.jit
+def rest(b_x, dtype: tl.constexpr):
+    """What rounding to `dtype` takes away."""
+    return (b_x - b_x.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def half_product(b_x, b_y, FINE: tl.constexpr):
+    """x y of fp32 in fp32, with operands in fp16; `FINE`: in two parts of it."""
+    b_sum = tl.dot(b_x.to(tl.float16), b_y.to(tl.float16))
+    if FINE:
+        b_sum = tl.dot(rest(b_x, tl.float16), b_y.to(tl.float16), b_sum)
+        b_sum = tl.dot(b_x.to(tl.float16), rest(b_y, tl.float16), b_sum)
+    return b_sum
+
+
+@triton.jit
+def fine_product(b_x, b_y):
+    """x y in fp32 with operands in two parts of fp16, and in fp64."""
+    if b_x.dtype == tl.float64:
+        return tl.dot(b_x, b_y, input_precision="ieee", out_dtype=tl.float64)
+    else:
+        return half_product(b_x, b_y, True)
+
+
+@triton.jit
+def invert_unit_lower(b_a, BT: tl.constexpr, FINE: tl.constexpr):
+    """(I + a)^-1 for [BT, BT] in fp32 or fp64, of which what is below the diagonal is read; in IEEE products, or in
+    those of `fine_product`.
+
+    By halves: with X the inverses of the blocks on the diagonal and B the blocks of a right below these, the inverses
+    of the blocks that are twice as large are X - X B X.
     """
-    BS: tl.constexpr = 16
-    NB: tl.constexpr = BT // BS
-    o_n, o_s, o_t = tl.arange(0, NB), tl.arange(0, BS), tl.arange(0, BT)
-    on_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
-    b_blocks = tl.sum(tl.where(on_diagonal, tl.reshape(b_a, [NB, BS, NB, BS]), 0.0), axis=2)
-    b_x = tl.where((o_s[:, None] == o_s[None, :])[None], tl.full([NB, BS, BS], 1.0, b_a.dtype), 0.0)
-    for i in range(1, BS):
-        here = (o_s == i)[None, :, None]
-        b_row = tl.sum(tl.where(here, b_blocks, 0.0), axis=1)
-        b_new = (o_s == i)[None, :] - tl.sum(b_row[:, :, None] * b_x, axis=1)
-        b_x = tl.where(here, b_new[:, None, :], b_x)
-    b_x = tl.where(on_diagonal, b_x[:, :, None, :], 0.0)
-    b_inv = tl.reshape(b_x, [BT, BT])
-    if NB > 1:
-        b_below = tl.where(o_t[:, None] // BS > o_t[None, :] // BS, b_a, 0.0)
-        b_n = tl.dot(b_inv, b_below, input_precision=PRECISION, out_dtype=b_a.dtype)
-        if NB > 2:
-            b_square = tl.dot(b_n, b_n, input_precision=PRECISION, out_dtype=b_a.dtype)
-            b_inv += tl.dot(b_square, b_inv, input_precision=PRECISION, out_dtype=b_a.dtype)
-        b_inv -= tl.dot(b_n, b_inv, input_precision=PRECISION, out_dtype=b_a.dtype)
-    return b_inv
+    o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    b_x = tl.where(o_i == o_j, tl.full([BT, BT], 1.0, b_a.dtype), 0.0)
+    s = 0
+    while (1 << s) < BT:  # unrolled, the products would take all registers
+        b_b = tl.where(right_below(o_i, o_j, s), b_a, 0.0)
+        if FINE:
+            b_x -= fine_product(fine_product(b_x, b_b), b_x)
+        else:
+            b_x -= tl.dot(tl.dot(b_x, b_b, input_precision="ieee"), b_x, input_precision="ieee")
+        s += 1
+    return b_x
+
+
+@triton.jit
+def diagonal_blocks(b_x, BT: tl.constexpr):
+    """[BT / 16, 16, 16] of a [BT, BT]: of its columns the half with the diagonal, and again, which moves nothing."""
+    o_t = tl.arange(0, BT)[:, None]
+    if BT == 64:
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, [BT, 2, 32]), (0, 2, 1)))
+        b_x = tl.where(o_t < 32, b_left, b_right)
+    if BT >= 32:
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, [BT, 2, 16]), (0, 2, 1)))
+        b_x = tl.where((o_t >> 4) % 2 == 0, b_left, b_right)
+    return tl.reshape(b_x, [BT // 16, 16, 16])
+
+
+@triton.jit
+def invert_blocks(b_n, FINE: tl.constexpr):
+    """(I - n)^-1 of [N, 16, 16], of which what is below the diagonal is read. By halves as in `invert_unit_lower`, in
+    operands of fp16; `FINE`: in two parts of it."""
+    o_i, o_j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    b_x = tl.where(right_below(o_i, o_j, 0), b_n, tl.where(o_i == o_j, 1.0, 0.0))
+    for s in tl.static_range(1, 4):
+        b_b = tl.where(right_below(o_i, o_j, s), b_n, 0.0)
+        b_x += half_product(b_x, half_product(b_b, b_x, FINE), FINE)
+    return b_x
+
+
+@triton.jit
+def merge_blocks(b_blocks, b_n, never, BT: tl.constexpr, FINE: tl.constexpr):
+    """(I - n)^-1 of [BT, BT], of which what is below the diagonal is read, from those of its blocks of 16. `never` is
+    false, which the compiler does not know: so what it makes of the blocks is laid out as n is, and stays there."""
+    o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    b_x = tl.broadcast_to(b_blocks[:, :, None, :], [BT // 16, 16, BT // 16, 16])
+    b_x = tl.where((o_i >> 4) == (o_j >> 4), tl.reshape(b_x, [BT, BT]), tl.where(never, b_n, 0.0))
+    if BT >= 32:
+        for s in tl.static_range(4, 6 if BT == 64 else 5):
+            b_b = tl.where(right_below(o_i, o_j, s), half_product(b_x, b_n, FINE), 0.0)
+            b_x += half_product(b_b, b_x, FINE)
+    return b_x

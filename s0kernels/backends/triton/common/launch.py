@@ -46,7 +46,7 @@ def launch(kernel, programs: int, *arguments, tiles: Tiles, **constants) -> None
         return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        kernel[(programs,)](*arguments, **constants, **tiles.options())
 
 
 @contextlib.contextmanager

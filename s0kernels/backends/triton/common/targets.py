@@ -22,7 +22,12 @@ class Target(NamedTuple):
     @property
     def capability(self) -> int:
         """90 for sm_90; 0 on a chip by AMD."""
-        return int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 0
+        return _capability(self.name)
+
+
+@functools.cache
+def _capability(name: str) -> int:
+    return int(name.removeprefix("sm_")) if name.startswith("sm_") else 0
 
 
 _assumed: Target | None = None

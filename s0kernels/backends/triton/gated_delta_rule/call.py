@@ -10,10 +10,15 @@ from s0kernels.backends.triton.common.launch import cdiv, power_of_two
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
-#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. What each takes of a
-#: chip: `python -m s0kernels aot`.
+#: By stage and bytes of the dtype: the tile (of V, where there is one), warps, pipeline stages. Those of 90
+#: were the best of a sweep. What each takes of a chip: `python -m s0kernels aot`.
 TILES: dict[tuple[str, int], Table] = {
-    ("prepare", 2): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),), 90: (Tiles(0, 4, 1),)},
+    ("prepare", 2): {
+        0: (Tiles(0, 4, 1),),
+        80: (Tiles(0, 8, 1),),
+        90: (Tiles(0, 4, 1, registers=128),),
+        120: (Tiles(0, 8, 1),),
+    },
     ("scan", 2): {
         0: (Tiles(32, 4, 1),),
         80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
@@ -21,9 +26,16 @@ TILES: dict[tuple[str, int], Table] = {
         100: (Tiles(64, 8, 2),),
         120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
     },
-    ("output", 2): {0: (Tiles(64, 4, 2),)},
-    ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 4, 1),)},
-    ("inputs", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(32, 8, 1),)},
+    ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 75264, 896), Tiles(64, 4, 2))},
+    ("descriptor scan bwd", 2): {0: (Tiles(64, 4, 3, 83968, 896), Tiles(64, 4, 2))},
+    ("output", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(128, 4, 2),), 100: (Tiles(64, 4, 2),)},
+    ("intra", 2): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 2),), 90: (Tiles(64, 4, 3),), 100: (Tiles(32, 4, 1),)},
+    ("inputs", 2): {
+        0: (Tiles(32, 4, 1),),
+        80: (Tiles(32, 8, 2),),
+        90: (Tiles(32, 4, 3, 8192, 1000), Tiles(32, 8, 2)),
+        100: (Tiles(32, 8, 1),),
+    },
     ("step", 2): {0: (Tiles(32, 4, 1),)},
     ("prepare", 4): {0: (Tiles(0, 4, 1),), 80: (Tiles(0, 8, 1),)},
     ("scan", 4): {0: (Tiles(32, 4, 1),), 80: (Tiles(32, 8, 1),)},
@@ -34,8 +46,8 @@ TILES: dict[tuple[str, int], Table] = {
 }
 
 
-def _tiles(stage: str, q: Tensor, BK: int) -> Tiles:
-    return choose_tiles(TILES[stage, q.element_size()], q.device, BK)
+def _tiles(stage: str, q: Tensor, BK: int, sharing: bool = False) -> Tiles:
+    return choose_tiles(TILES[stage, q.element_size()], q.device, BK, sharing)
 
 
 class Call(NamedTuple):
@@ -60,8 +72,8 @@ class Call(NamedTuple):
         scan_tiles = ScanTiles(tiles, {"BV": BV}, chunks.sequences * HV * cdiv(V, BV))
         return cls(inputs, options, chunks, H, HV, K, V, constants, scan_tiles)
 
-    def tiles(self, stage: str) -> Tiles:
-        return _tiles(stage, self.inputs.q, self.constants["BK"])
+    def tiles(self, stage: str, sharing: bool = False) -> Tiles:
+        return _tiles(stage, self.inputs.q, self.constants["BK"], sharing)
 
     def tokens(self) -> Tensor:
         """[B, T, HV, V] in the dtype of q."""

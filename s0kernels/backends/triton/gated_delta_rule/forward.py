@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, sequence
+from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, rest, sequence
+from s0kernels.backends.triton.common.descriptors import (
+    element_type,
+    has_descriptors,
+    load_matrix,
+    load_token_tile,
+    of_matrices,
+    of_tokens,
+    store_matrix,
+    store_token_tile,
+)
 from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, launch, power_of_two
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.common.targets import target_of
@@ -34,18 +44,17 @@ from s0kernels.backends.triton.gated_delta_rule.prepare import (
     E_K,
     LAST,
     ROWS,
+    TWO_PARTS,
     Factors,
     any_in_parts,
-    load_rest,
     parts_of,
     prepare,
-    rest,
 )
-from s0kernels.calls import DeltaInputs, DeltaOptions, Start
+from s0kernels.calls import DeltaInputs, DeltaKept, DeltaOptions, Start
 
 
 @triton.jit
-def chunks_forward(
+def chunk_forward(
     b_h,
     q,
     k,
@@ -56,11 +65,16 @@ def chunks_forward(
     o,
     r,
     h,
-    i_c0,
+    o_tiles,
+    r_tiles,
+    i_b,
+    i_h,
     i_hv,
     i_v,
-    length,
-    at_o,
+    i_t,
+    at,
+    rows,
+    T,
     sq,
     sk,
     sv,
@@ -71,48 +85,58 @@ def chunks_forward(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    GENERAL: tl.constexpr,
 ):
-    """S^T after `length` tokens. `IN_PARTS`: the products with W, and what is written to S, have operands in two."""
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
-    dtype = q.dtype.element_ty
-    o_o = o_t[None, :] * (HV * V) + o_v[:, None]
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    # two parts are not pipelined, which would take shared memory from what runs without them
-    for i_c in tl.range(tl.cdiv(length, BT), num_stages=1 if IN_PARTS else None):
-        rows = length - i_c * BT
-        i_t = tl.cast(i_c, tl.int64) * BT
-        at = (i_c0 + i_c) * HV + i_hv
-        if h is not None:
-            tl.store(h + at * K * V + o_v[:, None] * K + o_k[None, :], b_h.to(dtype), mask=m_h)
-        b_k = load_tile(k + i_t * sk[1], o_t, o_k, sk[1], sk[3], rows, K)
-        b_v = load_tile(v + i_t * sv[1], o_t, o_v, sv[1], sv[3], rows, V)
-        b_w = tl.load(w + at * PARTS * BT * BT + o_tile)
-        p_gates = gates + at * ROWS * BT + o_t
-        b_hd = b_h.to(dtype)
-        b_err = tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * tl.load(p_gates + A_K * BT)[None, :]
-        b_err = tl.trans(b_v).to(tl.float32) - b_err
-        b_r = tl.dot(b_err.to(dtype), tl.trans(b_w), input_precision=PRECISION)
-        if IN_PARTS:
-            b_w_rest = load_rest(w, gates, at, BT)
-            b_r = tl.dot(b_err.to(dtype), tl.trans(b_w_rest), b_r)
-            b_r = tl.dot(rest(b_err, dtype), tl.trans(b_w), b_r)
-        m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
-        if r is not None:
-            tl.store(r + at_o + i_t * (HV * V) + o_o, b_r.to(dtype), mask=m_o)
-        if o is not None:
-            b_q = load_tile(q + i_t * sq[1], o_t, o_k, sq[1], sq[3], rows, K)
-            b_p = tl.load(p + at * BT * BT + o_tile)
-            b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * tl.load(p_gates + A_Q * BT)[None, :]
-            b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
-            tl.store(o + at_o + i_t * (HV * V) + o_o, b_o.to(dtype), mask=m_o)
-        b_write = b_r * tl.load(p_gates + E_K * BT)[None, :]
-        b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
-        b_h = tl.dot(b_write.to(dtype), b_k, b_h * b_last, input_precision=PRECISION)
-        if IN_PARTS:
-            b_h = tl.dot(rest(b_write, dtype), b_k, b_h)
+    """S^T after the chunk with index `at`, whose first token is i_t. `GENERAL`: W, what it is multiplied with, and what
+    is written to S have two parts, and what a descriptor reads beyond `rows` is another sequence's."""
+    o_t, o_v = tl.arange(0, BT), i_v * BV + tl.arange(0, BV)
+    dtype = element_type(q)
+    PARTS: tl.constexpr = parts_of(dtype)
+    p_gates = gates + at * ROWS * BT + o_t
+    b_k = load_token_tile(k, sk, i_b, i_t, i_h, 0, rows, K, BT, BK)
+    b_v = load_token_tile(v, sv, i_b, i_t, i_hv, i_v * BV, rows, V, BT, BV)
+    b_w = load_matrix(w, at * PARTS, BT, BT)
+    # early, as loads of vectors wait for whatever was asked for before them
+    b_a_k, b_e_k = tl.load(p_gates + A_K * BT), tl.load(p_gates + E_K * BT)
+    b_last = tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1)
+    if o is not None:
+        b_q = load_token_tile(q, sq, i_b, i_t, i_h, 0, rows, K, BT, BK)
+        b_p = load_matrix(p, at, BT, BT)
+        b_a_q = tl.load(p_gates + A_Q * BT)
+    if GENERAL:
+        b_k = tl.where((o_t < rows)[:, None], b_k, 0.0)
+    b_hd = b_h.to(dtype)
+    if h is not None:
+        store_matrix(h, at, b_hd, V, K, i_v * BV, BV, BK)
+    b_err = tl.trans(b_v).to(tl.float32)
+    b_err -= tl.dot(b_hd, tl.trans(b_k), input_precision=PRECISION) * b_a_k[None, :]
+    if GENERAL:
+        b_err = tl.where((o_t < rows)[None, :], b_err, 0.0)
+    b_r = tl.dot(b_err.to(dtype), tl.trans(b_w), input_precision=PRECISION)
+    if GENERAL:
+        fine = tl.load(gates + at * ROWS * BT + TWO_PARTS * BT) > 0.0
+        b_w_rest = tl.where(fine, load_matrix(w, at * PARTS + 1, BT, BT), 0.0)
+        b_r = tl.dot(b_err.to(dtype), tl.trans(b_w_rest), b_r)
+        b_r = tl.dot(rest(b_err, dtype), tl.trans(b_w), b_r)
+    at_o = ((tl.cast(i_b, tl.int64) * T + i_t) * HV + i_hv) * V
+    o_o = at_o + o_t[None, :] * (HV * V) + o_v[:, None]
+    m_o = (o_t < rows)[None, :] & (o_v < V)[:, None]
+    if r is not None:
+        if r_tiles is None or GENERAL:
+            tl.store(r + o_o, b_r.to(dtype), mask=m_o)
+        else:
+            store_token_tile(r_tiles, tl.trans(b_r.to(dtype)), i_b, i_t, i_hv, i_v * BV)
+    if o is not None:
+        b_o = tl.dot(b_hd, tl.trans(b_q), input_precision=PRECISION) * b_a_q[None, :]
+        b_o = tl.dot(b_r.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
+        if o_tiles is None or GENERAL:
+            tl.store(o + o_o, b_o.to(dtype), mask=m_o)
+        else:
+            store_token_tile(o_tiles, tl.trans(b_o.to(dtype)), i_b, i_t, i_hv, i_v * BV)
+    b_write = b_r * b_e_k[None, :]
+    b_h = tl.dot(b_write.to(dtype), b_k, b_h * b_last, input_precision=PRECISION)
+    if GENERAL:
+        b_h = tl.dot(rest(b_write, dtype), b_k, b_h)
     return b_h
 
 
@@ -132,6 +156,8 @@ def scan_forward(
     r,
     h,
     ht,
+    o_tiles,
+    r_tiles,
     T,
     NSEQ,
     S,
@@ -157,8 +183,6 @@ def scan_forward(
     i_b, bos, length, i_c0, wrong = sequence(cu_seqlens, i_q, NSEQ, T, BT, BQ)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
-    dtype = q.dtype.element_ty
-    PARTS: tl.constexpr = parts_of(dtype)
     b_h = tl.zeros([BV, BK], tl.float32)
     if h0 is not None:
         row, zero, none = state_row(indices, i_q, S)
@@ -167,28 +191,32 @@ def scan_forward(
         b_h = tl.where(none, float("nan"), b_h)
     b_h = tl.where(wrong, float("nan"), b_h)
 
-    i_b, bos, i_c0 = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_c0, tl.int64)
-    p_q = q + i_b * sq[0] + bos * sq[1] + i_h * sq[2]
-    p_k = k + i_b * sk[0] + bos * sk[1] + i_h * sk[2]
-    p_v = v + i_b * sv[0] + bos * sv[1] + i_hv * sv[2]
-    at_o = ((i_b * T + bos) * HV + i_hv) * V
-    if PARTS > 1 and any_in_parts(gates, i_c0, i_hv, length, HV, BT):
-        b_h = chunks_forward(
-            *(b_h, p_q, p_k, p_v, w, p, gates, o, r, h, i_c0, i_hv, i_v, length, at_o, sq, sk, sv),
-            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, True),
-        )
-    else:
-        b_h = chunks_forward(
-            *(b_h, p_q, p_k, p_v, w, p, gates, o, r, h, i_c0, i_hv, i_v, length, at_o, sq, sk, sv),
-            *(HV, K, V, PRECISION, BT, BK, BV, PARTS, False),
-        )
+    chunks, whole = tl.cdiv(length, BT), tl.cdiv(length, BT)
+    if cu_seqlens is not None and isinstance(k, tl.tensor_descriptor):
+        whole = length // BT
+    i_c0 = tl.cast(i_c0, tl.int64)
+    PARTS: tl.constexpr = parts_of(element_type(q))
+    done = 0
+    if PARTS == 1 or not any_in_parts(gates, i_c0, i_hv, length, HV, BT):
+        for i_c in tl.range(whole):
+            b_h = chunk_forward(
+                *(b_h, q, k, v, w, p, gates, o, r, h, o_tiles, r_tiles, i_b, i_h, i_hv, i_v, bos + i_c * BT),
+                *((i_c0 + i_c) * HV + i_hv, length - i_c * BT, T, sq, sk, sv, HV, K, V, PRECISION, BT, BK, BV, False),
+            )
+        done = whole
+    if PARTS > 1:
+        for i_c in tl.range(done, chunks, num_stages=1):  # others would take shared memory from the loop above
+            b_h = chunk_forward(
+                *(b_h, q, k, v, w, p, gates, o, r, h, o_tiles, r_tiles, i_b, i_h, i_hv, i_v, bos + i_c * BT),
+                *((i_c0 + i_c) * HV + i_hv, length - i_c * BT, T, sq, sk, sv, HV, K, V, PRECISION, BT, BK, BV, True),
+            )
     if ht is not None:
         tl.store(ht + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
 
 
 @triton.jit
 def gated_delta_rule_scan_fwd_kernel(
-    q,  # [B, T, H, K], any strides sq, as k
+    q,  # [B, T, H, K], any strides sq, as k; or descriptors of all from q to p
     k,
     v,  # [B, T, HV, V], any strides sv
     w,
@@ -199,8 +227,10 @@ def gated_delta_rule_scan_fwd_kernel(
     cu_seqlens,
     o,  # None, or [B, T, HV, V]
     r,  # None, or [B, T, HV, V]
-    h,  # None, or [chunks, HV, V, K]: S^T of every chunk
+    h,  # None, or [chunks, HV, V, K]: S^T of every chunk; a pointer or a descriptor
     ht,  # None, or [NSEQ, HV, K, V] in fp32
+    o_tiles,  # None, or a descriptor of o
+    r_tiles,  # None, or a descriptor of r
     T,
     NSEQ,
     S,
@@ -220,8 +250,8 @@ def gated_delta_rule_scan_fwd_kernel(
 ):
     """A program per (tile of V, value head, sequence)."""
     scan_forward(
-        *(tl.program_id(0), q, k, v, w, p, gates, h0, indices, cu_seqlens, o, r, h, ht, T, NSEQ, S, sq, sk, sv, sh),
-        *(H, HV, K, V, PRECISION, BT, BK, BV, BQ),
+        *(tl.program_id(0), q, k, v, w, p, gates, h0, indices, cu_seqlens, o, r, h, ht, o_tiles, r_tiles, T, NSEQ, S),
+        *(sq, sk, sv, sh, H, HV, K, V, PRECISION, BT, BK, BV, BQ),
     )
 
 
@@ -237,17 +267,39 @@ class ScanOutputs(NamedTuple):
 def scan(call: Call, factors: Factors, out: ScanOutputs) -> None:
     (q, k, v, _, _), chunks = call.inputs, call.chunks
     tiles, blocks, programs = call.scan_tiles
-    state = chunks.start.state
+    state, strides = chunks.start.state, (q.stride(), k.stride(), v.stride())
+    read, h, stored = (q, k, v, factors.w, factors.p), out.h, (None, None)
+    if described := descriptors(call, factors, out):
+        read, h, stored = described
+        # states on their way to memory leave no room for a second program
+        sharing = out.h is None and programs > target_of(q.device).processors
+        tiles = call.tiles("descriptor scan", sharing)
     launch(
         gated_delta_rule_scan_fwd_kernel,
         programs,
-        *(q, k, v, *factors, *chunks.start, *out, chunks.T, chunks.sequences, bank_size(state)),
-        *(q.stride(), k.stride(), v.stride(), state_strides(state)),
+        *(*read, factors.gates, *chunks.start, out.o, out.r, h, out.ht, *stored),
+        *(chunks.T, chunks.sequences, bank_size(state), *strides, state_strides(state)),
         V=call.V,
         **blocks,
         **call.constants,
         tiles=tiles,
     )
+
+
+def descriptors(call: Call, factors: Factors, out: ScanOutputs) -> tuple[tuple, object, tuple] | None:
+    """(of what is read, of h, of what is stored by token), or None where the scan takes pointers."""
+    (q, k, v, _, _), BK, BT, BV = call.inputs, call.constants["BK"], call.chunks.size, call.scan_tiles.blocks["BV"]
+    if q.element_size() != 2 or not has_descriptors(q.device):
+        return None
+    read = (of_tokens(q, BT, BK), of_tokens(k, BT, BK), of_tokens(v, BT, BV))
+    read += (of_matrices(factors.w, BT, BT), of_matrices(factors.p, BT, BT))
+    h = None if out.h is None else of_matrices(out.h, BV, BK)
+    stored = tuple(None if x is None else of_tokens(x, BT, BV) for x in (out.o, out.r))
+    if None in read or any(
+        x is not None and y is None for x, y in zip((out.h, out.o, out.r), (h, *stored), strict=True)
+    ):
+        return None
+    return read, h, stored
 
 
 @triton.jit
@@ -319,16 +371,17 @@ def is_split(call: Call) -> bool:
 
 
 def gated_delta_rule_forward(
-    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool
+    inputs: DeltaInputs, start: Start, options: DeltaOptions, output_final_state: bool, kept: DeltaKept | None = None
 ) -> tuple[Tensor, Tensor]:
     call = Call.of(inputs, inputs.v.shape[3], start, options)
     o, final = call.tokens(), call.final_states(output_final_state)
     ht = final if output_final_state else None
-    split, factors = is_split(call), prepare(call)
+    split, factors = is_split(call), prepare(call, None if kept is None else Factors(*kept[:3]))
+    r, h = (None, None) if kept is None else kept[3:]
     if split:
-        scanned = ScanOutputs(r=call.tokens(), h=call.chunk_states(), ht=ht)
+        scanned = ScanOutputs(r=call.tokens() if r is None else r, h=call.chunk_states() if h is None else h, ht=ht)
         scan(call, factors, scanned)
         output(call, factors, scanned, o)
     else:
-        scan(call, factors, ScanOutputs(o=o, ht=ht))
+        scan(call, factors, ScanOutputs(o, r, h, ht))
     return o, final

@@ -9,6 +9,7 @@ were none of this.
 # of Triton's language, which is not quite Python:
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,15 @@ from torch import Tensor
 from s0kernels.backends.triton.common.chunks import (
     AMPLIFIES,
     decay_matrix,
+    diagonal_blocks,
+    invert_blocks,
     invert_unit_lower,
     load_tile,
     load_tokens,
     locate_chunk,
+    merge_blocks,
+    rest,
+    running_sums,
 )
 from s0kernels.backends.triton.common.launch import launch
 from s0kernels.backends.triton.gated_delta_rule.call import Call
@@ -40,10 +46,10 @@ ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def row_norm(b_x, NORMALISE: tl.constexpr):
-    """rsqrt(sum(x^2) + 1e-6) of each row, or 1."""
-    b_x = b_x.to(tl.float32)
-    b_sum = tl.sum(b_x * b_x, axis=1)
+def row_norms(b_squares, NORMALISE: tl.constexpr):
+    """rsqrt(sum(x^2) + 1e-6) of each row of x, from the diagonal of x x^T; or 1."""
+    o_t = tl.arange(0, b_squares.shape[0])
+    b_sum = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_squares, 0.0), axis=1)
     return tl.rsqrt(b_sum + 1e-6) if NORMALISE else tl.full(b_sum.shape, 1.0, tl.float32)
 
 
@@ -54,44 +60,35 @@ def parts_of(dtype):
 
 
 @triton.jit
-def rest(b_x, dtype: tl.constexpr):
-    """What rounding to `dtype` takes away."""
-    return (b_x - b_x.to(dtype).to(tl.float32)).to(dtype)
+def inverse(b_kk, b_rk, b_beta, never, dtype: tl.constexpr, BT: tl.constexpr):
+    """(I + strict_lower(diag(rk) K K^T diag(rk beta)))^-1. The decays come later: W is diag(G) times this times
+    diag(G)^-1, so this times D, element by element."""
+    b_rk_beta = -b_rk * b_beta
+    b_n = b_kk * b_rk[:, None] * b_rk_beta[None, :]
+    if dtype == tl.float32:
+        return invert_unit_lower(-b_n, BT, False)
+    else:
+        FINE: tl.constexpr = dtype == tl.float16  # of which bf16 would round away what is gained
+        return merge_blocks(invert_blocks(diagonal_blocks(b_n, BT), FINE), b_n, never, BT, FINE)
 
 
 @triton.jit
 def fine_inverse(
-    k,
-    g,
-    beta,
-    sk,
-    sg,
-    sb,
-    rows,
-    K: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
+    k, g, beta, sk, sg, sb, rows, K: tl.constexpr, NORMALISE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
 ):
-    """W with finer products, for inputs in fp32 in fp64. Everything anew, by other loads than those before: so nothing
-    waits for this in registers where it is not needed."""
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
-    mask = (o_t < rows)[:, None] & (o_k < K)[None, :]
-    p_k = k + o_t[:, None] * sk[1] + o_k[None, :] * sk[3]
-    b_k = tl.load(p_k, mask=mask, other=0.0, eviction_policy="evict_first")
-    b_g = tl.load(g + o_t * sg[1], mask=o_t < rows, other=0.0, eviction_policy="evict_first")
-    b_beta = tl.load(beta + o_t * sb[1], mask=o_t < rows, other=0.0, eviction_policy="evict_first")
-    b_rk = row_norm(b_k, NORMALISE)
-    b_factor = decay_matrix(b_g.to(tl.float32), BT) * (b_rk * b_beta.to(tl.float32))[None, :] * b_rk[:, None]
-    b_factor = tl.where(o_t[:, None] > o_t[None, :], b_factor, 0.0)
+    """W with finer products, for inputs in fp32 in fp64, and with the decays in what is inverted, where they keep small
+    what keys that nobody normalised make large. All is loaded again, so that nothing waits for this in registers."""
+    b_k = load_tile(k, tl.arange(0, BT), tl.arange(0, BK), sk[1], sk[3], rows, K)
+    b_g = load_tokens(g, tl.arange(0, BT), sg[1], rows)
+    b_beta = load_tokens(beta, tl.arange(0, BT), sb[1], rows)
     if b_k.dtype == tl.float32:
         b_k = b_k.to(tl.float64)
-        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float64)
-        return invert_unit_lower(b_kk * b_factor.to(tl.float64), BT, PRECISION)
+        b_a = tl.dot(b_k, tl.trans(b_k), input_precision="ieee", out_dtype=tl.float64)
     else:
-        b_kk = tl.dot(b_k, tl.trans(b_k))
-        return invert_unit_lower(b_kk * b_factor, BT, "tf32x3" if PRECISION == "tf32" else PRECISION)
+        b_a = tl.dot(b_k, tl.trans(b_k))
+    b_rk = row_norms(b_a.to(tl.float32), NORMALISE)
+    b_a *= (decay_matrix(b_g, BT) * b_rk[:, None] * (b_rk * b_beta)[None, :]).to(b_a.dtype)
+    return invert_unit_lower(b_a, BT, True).to(tl.float32)
 
 
 @triton.jit
@@ -130,14 +127,28 @@ def gated_delta_rule_prepare_fwd_kernel(
     o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
     dtype = q.dtype.element_ty
     PARTS: tl.constexpr = parts_of(dtype)
-    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
-    b_k = load_tile(k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2], o_t, o_k, sk[1], sk[3], rows, K)
-    b_g = load_tokens(g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
-    b_beta = load_tokens(beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
-    b_rq, b_rk = row_norm(b_q, NORMALISE), row_norm(b_k, NORMALISE)
+    p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
+    p_g, p_beta = g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2]
+    b_k = load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K)
+    b_g = load_tokens(p_g, o_t, sg[1], rows)
+    b_beta = load_tokens(p_beta, o_t, sb[1], rows)
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_rk = row_norms(b_kk, NORMALISE)
+    b_w = inverse(b_kk, b_rk, b_beta, T < 0, dtype, BT)
+    small = tl.min((tl.sum(b_w * b_w, axis=1) <= AMPLIFIES).to(tl.int32)) > 0  # not where one is not a number
     b_decay = decay_matrix(b_g, BT)
-    b_from_start = tl.exp(tl.cumsum(b_g, axis=0))
-    b_to_end = b_rk * tl.sum(tl.where(o_t[:, None] == BT - 1, b_decay, 0.0), axis=0)
+    p_w = w + at * PARTS * BT * BT + o_t[:, None] * BT + o_t[None, :]
+    tl.store(p_w, (b_w * b_decay).to(dtype), mask=small)
+    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
+    b_rq = row_norms(tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION), NORMALISE)
+    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_p = b_qk * b_decay * (scale * b_rq)[:, None] * (b_rk * b_beta)[None, :]
+    tl.store(p + at * BT * BT + o_t[:, None] * BT + o_t[None, :], b_p.to(p.dtype.element_ty))
+
+    b_high, b_low = running_sums(b_g)
+    last = o_t == BT - 1
+    b_left = tl.sum(tl.where(last, b_high, 0.0), axis=0) - b_high + (tl.sum(tl.where(last, b_low, 0.0), axis=0) - b_low)
+    b_from_start, b_to_end = tl.exp2(b_high + b_low), b_rk * tl.exp2(b_left)
     p_gates = gates + at * ROWS * BT + o_t
     tl.store(p_gates + A_Q * BT, scale * b_rq * b_from_start)
     tl.store(p_gates + A_K * BT, b_rk * b_from_start)
@@ -147,23 +158,16 @@ def gated_delta_rule_prepare_fwd_kernel(
     tl.store(p_gates + R_K * BT, b_rk)
     tl.store(p_gates + TO_END * BT, b_to_end)
 
-    o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
-    b_decay *= (b_rk * b_beta)[None, :]
-    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    tl.store(p + o_tile, (b_qk * b_decay * (scale * b_rq)[:, None]).to(p.dtype.element_ty))
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_rk[:, None]
-    b_w = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk, 0.0), BT, PRECISION)
-    amplifies = tl.max(tl.sum(b_w * b_w, axis=1)) > AMPLIFIES
-    if dtype != tl.bfloat16 and amplifies:  # in bf16 what else is rounded is as large
-        p_k = k + i_b * sk[0] + i_t * sk[1] + i_h * sk[2]
-        p_g, p_beta = g + i_b * sg[0] + i_t * sg[1] + i_hv * sg[2], beta + i_b * sb[0] + i_t * sb[1] + i_hv * sb[2]
-        b_w = fine_inverse(p_k, p_g, p_beta, sk, sg, sb, rows, K, NORMALISE, PRECISION, BT, BK).to(tl.float32)
-    p_w = w + at * PARTS * BT * BT + o_t[:, None] * BT + o_t[None, :]
-    tl.store(p_w, b_w.to(dtype))
-    if PARTS > 1:
-        tl.store(gates + at * ROWS * BT + TWO_PARTS * BT, tl.where(amplifies, 1.0, 0.0))
-        if amplifies:
-            tl.store(p_w + BT * BT, rest(b_w, dtype))
+    p_mark = gates + at * ROWS * BT + TWO_PARTS * BT
+    if small:
+        tl.store(p_mark, 0.0)
+    else:
+        b_w = fine_inverse(p_k, p_g, p_beta, sk, sg, sb, rows, K, NORMALISE, BT, BK)
+        tl.store(p_w, b_w.to(dtype))
+        amplifies = tl.max((tl.sum(b_w * b_w, axis=1) > AMPLIFIES).to(tl.int32)) > 0
+        tl.store(p_mark, tl.where(amplifies, 1.0, 0.0))
+        if PARTS > 1:
+            tl.store(p_w + BT * BT, rest(b_w, dtype), mask=amplifies)
 
 
 class Factors(NamedTuple):
@@ -174,11 +178,18 @@ class Factors(NamedTuple):
     gates: Tensor
 
 
-def prepare(call: Call) -> Factors:
+def empty_factors(like: Tensor, count: int, HV: int, BT: int) -> Factors:
+    """Memory for those of `count` chunks, of inputs like `like`."""
+    new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
+    gates = new(count, HV, ROWS.value, BT, dtype=torch.float32)
+    return Factors(new(count, HV, 2 if like.element_size() == 2 else 1, BT, BT), new(count, HV, BT, BT), gates)
+
+
+def prepare(call: Call, factors: Factors | None = None) -> Factors:
+    """`factors`: memory to write to."""
     (q, k, _, g, beta), chunks = call.inputs, call.chunks
-    gates = chunks.empty(chunks.count, call.HV, ROWS.value, chunks.size, dtype=torch.float32)
-    w = chunks.empty(chunks.count, call.HV, 2 if q.element_size() == 2 else 1, chunks.size, chunks.size)
-    factors = Factors(w, call.intra(), gates)
+    if factors is None:
+        factors = empty_factors(q, chunks.count, call.HV, chunks.size)
     launch(
         gated_delta_rule_prepare_fwd_kernel,
         chunks.count * call.HV,
@@ -200,12 +211,3 @@ def any_in_parts(gates, i_c0, i_hv, length, HV: tl.constexpr, BT: tl.constexpr):
         p_fine = gates + ((i_c0 + o_c) * HV + i_hv) * ROWS * BT + TWO_PARTS * BT
         found = tl.maximum(found, tl.max(tl.load(p_fine, mask=o_c * BT < length, other=0.0)))
     return found > 0.0
-
-
-@triton.jit
-def load_rest(w, gates, at, BT: tl.constexpr):
-    """The second part of W; zero where there is none."""
-    o_t = tl.arange(0, BT)
-    fine = tl.load(gates + at * ROWS * BT + TWO_PARTS * BT) > 0.0
-    o_tile = o_t[:, None] * BT + o_t[None, :]
-    return tl.load(w + (2 * at + 1) * BT * BT + o_tile, mask=fine, other=0.0)

@@ -11,8 +11,8 @@ from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import SSDInputs, SSDOptions, Start
 
-#: By stage and bytes of the dtype: the tile (of N in `states` and `groups`, of P in `output` and `heads`), warps,
-#: pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
+#: By stage and bytes of the dtype: the tile (of N in `prepare`, `states` and `groups`, of P in `output` and
+#: `heads`), warps, pipeline stages. What each takes of a chip: `python -m s0kernels aot`.
 TILES: dict[tuple[str, int], Table] = {
     ("prepare", 2): {0: (Tiles(64, 4, 2),), 90: (Tiles(64, 4, 3),)},
     ("states", 2): {

@@ -198,7 +198,7 @@ def prepare(call: Call, *, cb: bool) -> Factors:
     gates = chunks.empty(chunks.count, call.H, ROWS.value, chunks.size, dtype=torch.float32)
     factors = Factors(call.intra(call.G, torch.float32) if cb else None, gates)
     tiles = call.tiles("prepare")
-    BM = min(tiles.tile, chunks.size)
+    BM = min(64, chunks.size)
     products = chunks.count * call.G * cdiv(chunks.size, BM) ** 2 if cb else 0
     B = B if cb else None
     launch(

@@ -108,6 +108,7 @@ def test_stages_leave_room_for_two_programs_where_there_are_two(monkeypatch):
         assert scan_launch(problem).tiles.stages == stages
 
 
+@pytest.mark.slow
 def test_a_backward_finds_the_same_as_by_pointers(monkeypatch):
     problem = packed(state="bank")
     weights = problem.weights()

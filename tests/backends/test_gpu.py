@@ -19,7 +19,7 @@ from models import MODELS, random_states, tokens
 
 from s0kernels import heads, swap_modules
 from s0kernels.calls import Call
-from s0kernels.ops import registry
+from s0kernels.ops import recompute, registry
 
 pytestmark = pytest.mark.gpu
 OPS = sorted(MAKERS)
@@ -74,6 +74,21 @@ def test_scan_is_within_the_error_budget_and_repeats_its_bits(op, backend, dtype
     needs(backend, op)
     problem = MAKERS[op](200, B=4, state=state, lengths=lengths).to(dtype, torch.float32)
     assert_within_budget(problem, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+@pytest.mark.parametrize("lengths", [None, [5, 0, 130, 1]], ids=["dense", "packed"])
+def test_recomputing_gives_the_bits_of_what_was_kept(dtype, schedule, lengths, monkeypatch, poisoned):
+    monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", schedule)
+    problem = MAKERS["gated_delta_rule"](200, B=4, K=64, V=128, state="bank", lengths=lengths)
+    problem = problem.to(dtype, torch.float32)
+    weights = [weight.cuda() for weight in problem.weights()]
+    kept = on_gpu(problem).gradients("triton", weights)
+    with recompute():
+        again = on_gpu(problem).gradients("triton", weights)
+    for name, value in kept.items():
+        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

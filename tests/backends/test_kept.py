@@ -69,8 +69,16 @@ def launched(problem, wanted):
     return names[:forward], names[forward:]
 
 
-@pytest.mark.parametrize("wanted", [(*INPUTS, "initial_state"), ("initial_state",), ("v", "initial_state")], ids=len)
-@pytest.mark.parametrize("schedule", ["fused", "split"])
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("fused", (*INPUTS, "initial_state")),
+        pytest.param("split", (*INPUTS, "initial_state"), marks=pytest.mark.slow),
+        ("fused", ("initial_state",)),
+        pytest.param("fused", ("v", "initial_state"), marks=pytest.mark.slow),
+    ],
+    ids=["fused, all", "split, all", "S0", "v and S0"],
+)
 def test_recomputing_gives_the_same_bits(schedule, wanted, monkeypatch):
     monkeypatch.setenv("S0KERNELS_TRITON_SCHEDULE", schedule)
     problem = small(lengths=[33, 0, 1], state="bank")
@@ -120,6 +128,7 @@ def test_the_environment_asks_for_it_everywhere(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [contextlib.nullcontext, recompute])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_call_has_the_same_gradients(how, reentrant):

@@ -180,3 +180,12 @@ def test_the_cuda_kernels_are_not_for_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.1")
     found = cuda.supports(Call("ssd_step", CUDA, torch.bfloat16))
     assert found == "is for NVIDIA GPUs, and this torch is built for AMD GPUs"
+
+
+def test_chunks_of_wide_states_are_short_where_triton_makes_nothing_of_longer_ones():
+    for chip, width, size in (("sm_100", 128, 0), ("sm_100", 256, 32), ("sm_90", 256, 0), ("sm_120", 256, 0)):
+        q = torch.empty(2, 100, 1, width, dtype=torch.bfloat16, device="meta")
+        with assuming(known_target(chip)):
+            assert gated_delta_rule.chunk_size(q, DeltaOptions(1.0, True)) == size
+            assert gated_delta_rule.chunk_size(q, DeltaOptions(1.0, True, 16)) == 16
+    assert chosen(gated_delta_rule.TILES["scan", 2], "sm_100", 256) == (32, 8, 2)

@@ -34,7 +34,7 @@ from s0kernels.backends.triton.common.launch import launch, strides
 from s0kernels.backends.triton.common.states import reduce_state_grad
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.gated_delta_rule import forward
-from s0kernels.backends.triton.gated_delta_rule.call import Call
+from s0kernels.backends.triton.gated_delta_rule.call import Call, chunk_size
 from s0kernels.backends.triton.gated_delta_rule.input_grads import OF_CHUNKS, Scanned, input_grads
 from s0kernels.backends.triton.gated_delta_rule.prepare import (
     A_K,
@@ -252,7 +252,7 @@ def gated_delta_rule_keep(inputs: DeltaInputs, start: Start, options: DeltaOptio
     """Memory for what a forward leaves for the backward that computes the gradients `names`: what `prepare` makes, for
     any of them; residuals and states, which the scan from the end does without. Sizes may be symbols."""
     (q, _, v, g, _) = inputs
-    BT, count = size_and_count(q, start, options.chunk_size)
+    BT, count = size_and_count(q, start, chunk_size(q, options))
     factors = empty_factors(q, count, g.shape[2], BT)
     if not names & OF_CHUNKS:
         return DeltaKept(*factors)

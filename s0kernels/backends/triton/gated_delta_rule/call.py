@@ -7,6 +7,7 @@ from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import Chunks, cut
 from s0kernels.backends.triton.common.launch import cdiv, power_of_two
+from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.common.tiles import ScanTiles, Table, Tiles, choose_tiles
 from s0kernels.calls import DeltaInputs, DeltaOptions, Start
 
@@ -23,7 +24,7 @@ TILES: dict[tuple[str, int], Table] = {
         0: (Tiles(32, 4, 1),),
         80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
         90: (Tiles(64, 4, 2),),
-        100: (Tiles(64, 8, 2),),
+        100: (Tiles(64, 8, 2, 40960, 750), Tiles(32, 8, 2)),
         120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
     },
     ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 75264, 896), Tiles(64, 4, 2))},
@@ -50,6 +51,13 @@ def _tiles(stage: str, q: Tensor, BK: int, sharing: bool = False) -> Tiles:
     return choose_tiles(TILES[stage, q.element_size()], q.device, BK, sharing)
 
 
+def chunk_size(q: Tensor, options: DeltaOptions) -> int:
+    """Tokens of a chunk at most; 0 is as long as they may be. For sm_100 Triton 3.6 to 3.8 silently make nothing of
+    kernels in which products of 64 rows have 256 columns."""
+    wide = q.shape[-1] > 128 and 100 <= target_of(q.device).capability < 120
+    return min(options.chunk_size or 32, 32) if wide else options.chunk_size
+
+
 class Call(NamedTuple):
     inputs: DeltaInputs
     options: DeltaOptions
@@ -64,7 +72,7 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, inputs: DeltaInputs, V: int, start: Start, options: DeltaOptions) -> "Call":
         (_, _, H, K), HV = inputs.q.shape, inputs.g.shape[2]
-        chunks = cut(inputs.q, start, options.chunk_size)
+        chunks = cut(inputs.q, start, chunk_size(inputs.q, options))
         BK = power_of_two(K)
         constants = {"H": H, "HV": HV, "K": K, "BK": BK, **chunks.constants}
         tiles = _tiles("scan", inputs.q, BK)

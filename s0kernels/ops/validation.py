@@ -1,6 +1,5 @@
 """Argument checks shared by the ops. Every message names the argument, the expected value and the given value."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,9 +20,6 @@ from s0kernels.calls import (
 Inputs = DeltaInputs | SSDInputs | DeltaMixerInputs | SSDMixerInputs
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-
-
-_names = functools.cache(str.split)
 
 
 class Checker:
@@ -47,7 +43,7 @@ class Checker:
             raise TypeError(f"{self.op}: {name} must have dtype {wanted}, got {value.dtype}")
         if value.device != self.device:
             raise ValueError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
-        names, shape, sizes = _names(dims), list(value.shape), self.sizes
+        names, shape, sizes = dims.split(), list(value.shape), self.sizes
         if len(shape) != len(names) or [sizes.get(x, size) for x, size in zip(names, shape, strict=True)] != shape:
             raise ValueError(f"{self.op}: {name} must have shape {self._wanted(dims)}, got {shape}")
         sizes.update(zip(names, shape, strict=True))

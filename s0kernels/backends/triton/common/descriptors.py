@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s0kernels.backends.triton.common.targets import target_of
 
-#: A descriptor has addresses, and steps from row to row, of whole units of these bytes,
+#: A descriptor has addresses, and steps from row to row, of whole units of these bytes, and tiles of one or more,
 _ALIGNED = 16
 #: and 32 bits for each size.
 _LARGEST = 2**31 - 1
@@ -32,7 +32,9 @@ def of_tokens(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     # the step of a size of 1 is not used, and torch may call it anything
     step_b, step_t, step_h = step_b if B > 1 else _ALIGNED, step_t if T > 1 else _ALIGNED, step_h if H > 1 else _ALIGNED
     misaligned = x.data_ptr() | (step_b | step_t | step_h) * x.itemsize
-    if step_d != 1 or not 0 < T <= _LARGEST or misaligned % _ALIGNED or min(step_b, step_t, step_h) <= 0:
+    if columns * x.itemsize < _ALIGNED or step_d != 1 or not 0 < T <= _LARGEST:
+        return None
+    if misaligned % _ALIGNED or min(step_b, step_t, step_h) <= 0:
         return None
     return TensorDescriptor(x, [B, H, T, D], [step_b, step_h, step_t, 1], [1, 1, rows, columns])
 

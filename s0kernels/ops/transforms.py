@@ -88,7 +88,7 @@ def one_by_one(op: Callable) -> Callable:
 
     def rule(info, in_dims, *arguments):
         results = [
-            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            op(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         outputs = [torch.stack(parts) for parts in zip(*results, strict=True)]

@@ -190,3 +190,20 @@ def test_the_trainers_meter_counts_what_is_kept():
 def test_ssd_keeps_nothing():
     problem = ssd_problem(8, B=1).to(torch.float32)
     assert saved_bytes(problem, tuple(problem.tensors)) == 0
+
+
+def test_under_vmap():
+    """Where an entry's tensors require gradients of what is outside."""
+    problems = [small(8, seed=seed) for seed in range(2)]
+    both = {name: torch.stack([x.tensors[name] for x in problems]).requires_grad_() for name in INPUTS}
+    state = problems[0].tensors["initial_state"].clone().requires_grad_()
+
+    def output(q, k, v, g, beta):
+        options = {"initial_state": state, "use_qk_l2norm": True}
+        return gated_delta_rule(q, k, v, g, beta, **options, backend="triton").output
+
+    leaves = (*both.values(), state)
+    found = torch.autograd.grad(torch.vmap(output)(*both.values()).square().sum(), leaves)
+    one_by_one = [output(*(x[i] for x in both.values())) for i in range(2)]
+    for ours, theirs in zip(found, torch.autograd.grad(torch.stack(one_by_one).square().sum(), leaves), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

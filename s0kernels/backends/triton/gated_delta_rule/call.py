@@ -22,10 +22,10 @@ TILES: dict[tuple[str, int], Table] = {
     },
     ("scan", 2): {
         0: (Tiles(32, 4, 1),),
-        80: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+        80: (Tiles(64, 8, 2, 40960, 384), Tiles(32, 8, 1)),
         90: (Tiles(64, 4, 2),),
         100: (Tiles(64, 8, 2, 40960, 750), Tiles(32, 8, 2)),
-        120: (Tiles(64, 8, 2, 33280, 384), Tiles(32, 8, 1)),
+        120: (Tiles(64, 8, 2, 40960, 384), Tiles(32, 8, 1)),
     },
     ("descriptor scan", 2): {0: (Tiles(64, 4, 3, 75264, 896), Tiles(64, 4, 2))},
     ("descriptor scan bwd", 2): {0: (Tiles(64, 4, 3, 83968, 896), Tiles(64, 4, 2))},

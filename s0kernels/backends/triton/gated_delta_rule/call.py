@@ -52,10 +52,13 @@ def _tiles(stage: str, q: Tensor, BK: int, sharing: bool = False) -> Tiles:
 
 
 def chunk_size(q: Tensor, options: DeltaOptions) -> int:
-    """Tokens of a chunk at most; 0 is as long as they may be. For sm_100 Triton 3.6 to 3.8 silently make nothing of
-    kernels in which products of 64 rows have 256 columns."""
-    wide = q.shape[-1] > 128 and 100 <= target_of(q.device).capability < 120
-    return min(options.chunk_size or 32, 32) if wide else options.chunk_size
+    """The most tokens of a chunk; 0 is the longest that kernels take. Keys of more than 128 entries get 32 tokens on
+    every NVIDIA GPU but Hopper. On sm_80 longer chunks spill kilobytes, and on sm_86, sm_89 and sm_120 they do not fit
+    into shared memory. For sm_100, Triton 3.6 to 3.8 silently make nothing of kernels in which products of 64 rows have
+    256 columns."""
+    capability = target_of(q.device).capability
+    short = q.shape[-1] > 128 and capability >= 80 and not 90 <= capability < 100
+    return min(options.chunk_size or 32, 32) if short else options.chunk_size
 
 
 class Call(NamedTuple):

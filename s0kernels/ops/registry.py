@@ -68,10 +68,13 @@ _recompute: bool | None = None
 
 @contextlib.contextmanager
 def recompute(on: bool = True) -> Iterator[None]:
-    """Forwards inside it leave nothing for their backward but their inputs. The backward computes the rest again: with
-    less memory, in more time, to the same bits. S0KERNELS_RECOMPUTE=1 in the environment asks for it everywhere, and
-    `on=False` takes that back. It holds for all threads of the process. A checkpointed layer is computed again in the
-    backward, which then belongs inside, too."""
+    """Save memory: a forward inside this context keeps its inputs alone, and the backward recomputes the rest. That
+    takes more time and gives the same bits. It matters for backend "triton", whose delta rule keeps intermediate
+    results otherwise.
+
+    The context holds for all threads of the process. If layers are checkpointed, put the backward inside it, too,
+    because it runs their forwards again. S0KERNELS_RECOMPUTE=1 in the environment recomputes everywhere;
+    `recompute(False)` overrides it."""
     global _recompute
     if not isinstance(on, bool):
         raise TypeError(f"recompute: on must be a bool, got {type(on).__name__}")

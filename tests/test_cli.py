@@ -1,7 +1,9 @@
 """The command line itself: what it says without arguments, and each command's help."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +55,14 @@ def test_wrong_commands_end_with_the_words_of_argparse(arguments, message, capsy
         cli.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "s0kernels"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_prompts_stand_before_options_or_behind_them(capsys):

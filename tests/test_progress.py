@@ -1,5 +1,6 @@
 """What is said of long work: bars where somebody watches, lines in a log, nothing where nothing is wanted."""
 
+import contextlib
 import pty
 import re
 import sys
@@ -99,13 +100,17 @@ def terminal(monkeypatch):
     def work() -> str:
         ours, its = pty.openpty()
         termios.tcsetwinsize(its, (24, 80))
-        with open(ours, "rb", buffering=0) as shown, open(its, "w") as stderr:
-            monkeypatch.setattr(sys, "stderr", stderr)
-            with Progress("counting", 4, "step") as bar:
-                for done in range(1, 5):
-                    bar.reach(done, f"loss {done}")
-            stderr.flush()
-            return shown.read(4096).decode()
+        with open(ours, "rb", buffering=0) as shown:
+            with open(its, "w") as stderr:
+                monkeypatch.setattr(sys, "stderr", stderr)
+                with Progress("counting", 4, "step") as bar:
+                    for done in range(1, 5):
+                        bar.reach(done, f"loss {done}")
+            text = b""
+            with contextlib.suppress(OSError):  # the end, since the other side is closed
+                while more := shown.read(4096):
+                    text += more
+        return text.decode()
 
     return work
 

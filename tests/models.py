@@ -234,7 +234,7 @@ if hasattr(transformers, "LaraMiniForCausalLM"):
 #: the modules that packed sequences cannot go through
 CANNOT_PACK = {
     "granite": "GraniteMoeHybridModel, which makes its attention mask without position_ids",
-    "mamba2": "Mamba2ForCausalLM, which does not tell its backbone where they begin",
+    "mamba2": "Mamba2ForCausalLM, which does not pass their boundaries to its backbone",
 }
 
 

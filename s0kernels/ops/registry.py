@@ -7,10 +7,12 @@ and with `supports(call)`, which returns None or the reason why it cannot run th
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -100,6 +102,20 @@ def _can_keep(backend: str, op: str) -> bool:
 @constant_in_graphs
 def _environment_recomputes() -> bool:
     return os.environ.get("S0KERNELS_RECOMPUTE") == "1"
+
+
+@constant_in_graphs
+def code() -> str:
+    """Return a digest of the code that a graph depends on where it calls an operator: shapes, strides, schemas and the
+    formulas of gradients."""
+    return _digest()
+
+
+@functools.cache
+def _digest() -> str:
+    package = Path(__file__).parent.parent
+    files = sorted([package / "calls.py", *(package / "ops").glob("*.py"), *(package / "backends").rglob("*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def explain(call: Call) -> dict[str, str | None]:

@@ -1,5 +1,11 @@
 """Both scans: chunked compared with token by token, in every form of state and packing, forward and backward."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import (
@@ -14,6 +20,7 @@ from cases import (
     ssd_problem,
 )
 
+import s0kernels
 from s0kernels.backends import torch_chunked
 from s0kernels.calls import DeltaInputs, DeltaOptions, Grads, SSDInputs, SSDOptions, Start, Wanted
 
@@ -385,6 +392,44 @@ def test_compiles_with_inductor_whatever_the_strides(op):
         grads.append(torch.autograd.grad(results, inputs, weights))
     for eager, compiled in zip(*grads, strict=True):
         assert error(compiled, eager) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_changed_gradient_is_not_taken_from_a_cache(tmp_path):
+    """Compiled graphs are cached on disk. Those of another version of this package are not taken."""
+    shutil.copytree(Path(s0kernels.__file__).parent, tmp_path / "s0kernels", ignore=shutil.ignore_patterns("*.so"))
+    registration = tmp_path / "s0kernels/ops/registration.py"
+    script = """
+import torch
+from s0kernels.ops import ssd
+B = torch.ones(1, 3, 1, 2)
+x = torch.ones(1, 3, 1, 4, requires_grad=True)
+call = torch.compile(lambda x: ssd(x, x.new_ones(1, 3, 1), -x.new_ones(1), B, B).output.sum())
+hits = torch._dynamo.utils.counters["aot_autograd"]
+print(torch.autograd.grad(call(x), x)[0].sum().item(), hits["autograd_cache_hit"])
+"""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def run() -> tuple[float, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | caches,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        grad, hits = done.stdout.split()
+        return float(grad), int(hits)
+
+    grad, _ = run()
+    assert run() == (grad, 1)  # the cache works
+    text = registration.read_text()
+    changed = text.replace("next(found) if need", "next(found) * 2 if need")
+    assert changed != text
+    registration.write_text(changed)
+    assert run() == (2 * grad, 0)
 
 
 def test_a_scale_that_changes_compiles_in_one_graph():

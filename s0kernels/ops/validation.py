@@ -44,9 +44,9 @@ class Checker:
         if value.device != self.device:
             raise ValueError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
         names, shape, sizes = dims.split(), list(value.shape), self.sizes
-        if len(shape) != len(names) or [sizes.get(x, size) for x, size in zip(names, shape, strict=True)] != shape:
+        if len(shape) != len(names) or [*map(sizes.get, names, shape)] != shape:
             raise ValueError(f"{self.op}: {name} must have shape {self._wanted(dims)}, got {shape}")
-        sizes.update(zip(names, shape, strict=True))
+        sizes.update(zip(names, shape))  # noqa: B905  `strict` would take as long as the rest of this function
 
     def _wanted(self, dims: str) -> str:
         return f"[{', '.join(f'{d}={self.sizes[d]}' if d in self.sizes else d for d in dims.split())}]"

@@ -4,6 +4,7 @@ registers or instructions of the kernel. Where a descriptor cannot read a tensor
 # of Triton's language, which is not quite Python:
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
 
+import functools
 import math
 
 import torch
@@ -28,24 +29,45 @@ def has_descriptors(device: torch.device) -> bool:
 def of_tokens(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """[B, T, H, D] with D contiguous, as [B, H, T, D] in tiles of [1, 1, rows, columns]: zero beyond T and D, where
     nothing is stored either. None where no descriptor can read it."""
-    (B, T, H, D), (step_b, step_t, step_h, step_d) = x.shape, x.stride()
-    # the step of a size of 1 is not used, and torch may call it anything
-    step_b, step_t, step_h = step_b if B > 1 else _ALIGNED, step_t if T > 1 else _ALIGNED, step_h if H > 1 else _ALIGNED
-    misaligned = x.data_ptr() | (step_b | step_t | step_h) * x.itemsize
-    if columns * x.itemsize < _ALIGNED or step_d != 1 or not 0 < T <= _LARGEST:
-        return None
-    if misaligned % _ALIGNED or min(step_b, step_t, step_h) <= 0:
-        return None
-    return TensorDescriptor(x, [B, H, T, D], [step_b, step_h, step_t, 1], [1, 1, rows, columns])
+    return _at(x, _of_tokens(x.dtype, x.shape, x.stride(), rows, columns))
 
 
 def of_matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """Contiguous [.., R, C] as [N, R, C] in tiles of [1, rows, columns]. None where no descriptor can read it."""
-    *sizes, R, C = x.shape
-    count = math.prod(sizes)
-    if not 0 < count <= _LARGEST or (x.data_ptr() | C * x.itemsize) % _ALIGNED:
+    return _at(x, _of_matrices(x.dtype, x.shape, rows, columns))
+
+
+def _at(x: Tensor, pattern: TensorDescriptor | None) -> TensorDescriptor | None:
+    """The descriptor of x that `pattern` is without an address. Making each anew, with Triton's checks of sizes, would
+    take a quarter of the host time of a call."""
+    if pattern is None or x.data_ptr() % _ALIGNED:
         return None
-    return TensorDescriptor(x, [count, R, C], [R * C, C, 1], [1, rows, columns])
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(pattern.__dict__)
+    made.base = x
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_tokens(dtype: torch.dtype, shape, strides, rows: int, columns: int) -> TensorDescriptor | None:
+    (B, T, H, D), (step_b, step_t, step_h, step_d) = shape, strides
+    # the step of a size of 1 is not used, and torch may call it anything
+    step_b, step_t, step_h = step_b if B > 1 else _ALIGNED, step_t if T > 1 else _ALIGNED, step_h if H > 1 else _ALIGNED
+    if columns * dtype.itemsize < _ALIGNED or step_d != 1 or not 0 < T <= _LARGEST:
+        return None
+    if (step_b | step_t | step_h) * dtype.itemsize % _ALIGNED or min(step_b, step_t, step_h) <= 0:
+        return None
+    steps, nowhere = [step_b, step_h, step_t, 1], torch.empty(0, dtype=dtype)
+    return TensorDescriptor(nowhere, [B, H, T, D], steps, [1, 1, rows, columns])
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_matrices(dtype: torch.dtype, shape, rows: int, columns: int) -> TensorDescriptor | None:
+    *sizes, R, C = shape
+    count = math.prod(sizes)
+    if not 0 < count <= _LARGEST or C * dtype.itemsize % _ALIGNED:
+        return None
+    return TensorDescriptor(torch.empty(0, dtype=dtype), [count, R, C], [R * C, C, 1], [1, rows, columns])
 
 
 @triton.constexpr_function

@@ -46,7 +46,8 @@ def choose_tiles(table: Table, device: torch.device, width: int = 0, sharing: bo
     """Of the entry of the highest capability that the device has, the first that its shared memory has room for (twice,
     where two programs are to share a multiprocessor); the last where none has."""
     target = target_of(device)
-    choices = table[max(least for least in table if least <= target.capability)]
+    capability = target.capability
+    choices = table[max([least for least in table if least <= capability])]
     if len(choices) == 1:
         return choices[0]
     room = (target.shared - _RESERVED) // 2 if sharing else target.shared

@@ -18,6 +18,8 @@ from s0kernels.tuning.processes import Processes
 
 #: bytes per trained value: its gradient, Adam's two moments, and the sum in fp64
 BYTES_PER_VALUE = 4 + 8 + 8
+#: seconds up to which a forward and backward of one example is short
+_SHORT = 0.5
 
 
 class Asked(NamedTuple):
@@ -124,7 +126,8 @@ class Forwards:
                 self.sizes, note = given, {}
             self._agree()
             if tell:
-                tell(self._expected(choice, memory.allowed(self._longest.device, asked.memory), steps))
+                allowed = memory.allowed(self._longest.device, asked.memory)
+                tell(self._expected(self._timed_anew(choice), allowed, steps))
             yield note
         finally:
             self._layers.checkpoint(False)
@@ -174,16 +177,30 @@ class Forwards:
         """Return the seconds per token of the largest forward."""
         self._layers.checkpoint(sizes.checkpointed)
         batch = max(self._cut_into(sizes.tokens), key=lambda batch: batch.tokens)
+        self._seconds(batch)  # the first call compiles kernels
+        return self._seconds(batch) / batch.tokens
 
-        def seconds() -> float:
-            began = time.perf_counter()
-            self.losses(batch).sum().backward()
-            torch.accelerator.synchronize()
-            return time.perf_counter() - began
+    def _timed_anew(self, choice: Choice | None) -> Choice | None:
+        """Replace the expected time on a CPU, where the meter of memory takes time for every operation. A batch may
+        take less per token than one example, so the largest is timed, too, unless that would take long."""
+        if choice is None or choice.seconds is None or self._longest.device.type != "cpu":
+            return choice
+        largest = max(self._batches, key=lambda batch: batch.tokens)
+        seconds = min(self._seconds(self._longest) for _ in range(2))
+        per_token = seconds / self._longest.tokens
+        if seconds < _SHORT:
+            self._seconds(largest)  # the first one waits for memory
+            per_token = min(per_token, self._seconds(largest) / largest.tokens)
+        return choice._replace(seconds=min(choice.seconds, per_token * sum(batch.tokens for batch in self._batches)))
 
+    def _seconds(self, batch: Batch) -> float:
+        """Return the time of a forward and backward, infinite if memory runs out."""
+        began = time.perf_counter()
         try:
-            seconds()  # the first call compiles kernels
-            return seconds() / batch.tokens
+            self.losses(batch).sum().backward()
+            if batch.device.type != "cpu":
+                torch.accelerator.synchronize()
+            return time.perf_counter() - began
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 import warnings
 
 import pytest
@@ -277,6 +278,22 @@ def test_what_is_to_be_expected_is_said_before_training(capfd):
         assert "seconds" in said
     tuned.train(PAIRS, progress=False)
     assert "examples" not in capfd.readouterr().err
+
+
+def test_the_meter_is_not_part_of_the_expected_time(capfd, monkeypatch):
+    count = memory._Counted.__torch_dispatch__
+
+    def slowly(*arguments, **more):
+        time.sleep(0.005)
+        return count(*arguments, **more)
+
+    monkeypatch.setattr(memory._Counted, "__torch_dispatch__", slowly)
+    began = time.monotonic()
+    trainer().train(PAIRS)
+    took = time.monotonic() - began
+    words = re.search(r"about ([\d.]+) (seconds|minutes)", capfd.readouterr().err)
+    assert words is not None
+    assert float(words[1]) * (60 if words[2] == "minutes" else 1) < took
 
 
 def test_containers(tmp_path):

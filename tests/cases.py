@@ -25,6 +25,7 @@ BACKENDS = [
 CHUNKED = BACKENDS[:2]
 USABLE = ["torch", "reference"] if NO_CPU_KERNELS else ["cpu", "torch", "reference"]
 
+INDICES = ("state_indices", "cu_seqlens")
 STATE_KINDS = ("shared", "each", "bank")
 
 
@@ -53,6 +54,11 @@ class Problem:
     def gradients(self, backend: str | None, weights: tuple[Tensor, Tensor], wanted: list[str] | None = None) -> dict:
         """Return output, final state and the gradients of <output, w0> + <final_state, w1>, by name."""
         return gradients(lambda leaves: replace(self, tensors=leaves).run(backend), self.tensors, weights, wanted)
+
+    def with_columns(self) -> "Problem":
+        """Return the same problem with indices that are columns of a table, as servers keep them."""
+        strided = {name: torch.stack([x, x + 1], dim=1)[:, 0] for name, x in self.options.items() if name in INDICES}
+        return replace(self, options=self.options | strided)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return fixed random gradients of output and final state."""

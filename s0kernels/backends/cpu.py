@@ -83,7 +83,7 @@ def _boundaries(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 
 def _index(state_indices: Tensor | None) -> Tensor | None:
-    return None if state_indices is None else state_indices.to(torch.int64).contiguous()
+    return None if state_indices is None else state_indices.to(torch.int64)
 
 
 def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:

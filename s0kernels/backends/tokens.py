@@ -31,15 +31,11 @@ def too_large(call: Call) -> str | None:
     return f"is for convolutions of up to {MAX_WINDOW}, got {call.width}" if call.width > MAX_WINDOW else None
 
 
-def _contiguous(indices: Tensor | None) -> Tensor | None:
-    return None if indices is None else indices.contiguous()
-
-
 def gated_delta_rule_step(library, inputs: DeltaInputs, pool: Pool, options: DeltaOptions) -> Tensor:
     output = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
     without_mixer = (None,) * 7
     library.gated_delta_rule_step(
-        *(*inputs, *without_mixer, 0.0, pool.state, _contiguous(pool.indices), output),
+        *(*inputs, *without_mixer, 0.0, pool.state, pool.indices, output),
         *(options.use_qk_l2norm, False, options.scale),
     )
     return output
@@ -50,7 +46,7 @@ def ssd_step(library, inputs: SSDInputs, pool: Pool, options: SSDOptions) -> Ten
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     without_mixer = (None,) * 3
     library.ssd_step(
-        *(x, dt, A, B, C, D, dt_bias, *without_mixer, z, None, 0.0, False, pool.state, _contiguous(pool.indices)),
+        *(x, dt, A, B, C, D, dt_bias, *without_mixer, z, None, 0.0, False, pool.state, pool.indices),
         *(output, False, options.dt_softplus, *options.dt_limit),
     )
     return output
@@ -65,7 +61,7 @@ def gated_delta_mixer_step(library, inputs: DeltaMixerInputs, pool: MixerPool, o
     output = torch.empty(z.shape, dtype=mixed.dtype, device=mixed.device)
     library.gated_delta_rule_step(
         *(q.unflatten(1, (-1, K)), k.unflatten(1, (-1, K)), v.unflatten(1, (heads, V)), a, b, A_log, dt_bias),
-        *(conv_weight, conv_bias, pool.window, z, norm, options.eps, pool.state, _contiguous(pool.indices)),
+        *(conv_weight, conv_bias, pool.window, z, norm, options.eps, pool.state, pool.indices),
         *(output, True, options.allow_neg_eigval, K**-0.5),
     )
     return output
@@ -81,6 +77,6 @@ def ssd_mixer_step(library, inputs: SSDMixerInputs, pool: MixerPool, options: SS
     output = torch.empty(x.shape, dtype=mixed.dtype, device=mixed.device)
     library.ssd_step(
         *(x, dt, A_log, B, C, D, dt_bias, conv_weight, conv_bias, pool.window, gate, norm, options.eps),
-        *(options.gate_first, pool.state, _contiguous(pool.indices), output, True, True, *options.dt_limit),
+        *(options.gate_first, pool.state, pool.indices, output, True, True, *options.dt_limit),
     )
     return output

@@ -73,6 +73,15 @@ def register_scan(recurrence: Recurrence) -> Callable[..., tuple[Tensor, Tensor]
     return scan
 
 
+def _start(state: Tensor | None, indices: Tensor | None, cu_seqlens: Tensor | None) -> Start:
+    return Start(state, _contiguous(indices), _contiguous(cu_seqlens))
+
+
+def _contiguous(indices: Tensor | None) -> Tensor | None:
+    """Kernels take no strides of indices, which may be a column of a table."""
+    return None if indices is None else indices.contiguous()
+
+
 def _traced(op: Callable[..., Any]) -> Callable[..., Any]:
     """Return `op` such that its calls in compiled graphs name the code that they were traced with. PyTorch's caches on
     disk know an operator by its name and arguments alone (pytorch/pytorch#144344): without that name they would return
@@ -92,7 +101,7 @@ def _register_forward(recurrence: Recurrence, backward: Callable, keeping: bool)
     full_name = f"{name}_keeping" if keeping else name
 
     def records(arguments: tuple):
-        inputs, start = recurrence.inputs(*arguments[:n]), Start(*arguments[n : n + 3])
+        inputs, start = recurrence.inputs(*arguments[:n]), _start(*arguments[n : n + 3])
         return inputs, start, recurrence.options(*arguments[n + 3 : n + 3 + m]), *arguments[n + 3 + m :]
 
     def memory(inputs, start, options, chosen: str, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -181,7 +190,7 @@ def _register_backward(recurrence: Recurrence) -> Callable[..., list[Tensor]]:
     end = m + 1 + len(recurrence.options._fields)  # of the options
 
     def run(*arguments):
-        inputs, start = recurrence.inputs(*arguments[2 : n + 2]), Start(*arguments[n + 2 : n + 5])
+        inputs, start = recurrence.inputs(*arguments[2 : n + 2]), _start(*arguments[n + 2 : n + 5])
         kept = [x if x is not None and x.numel() else None for x in arguments[n + 5 : m]]
         options = recurrence.options(*arguments[m + 1 : end])
         backend, needs = arguments[end : end + 2]
@@ -223,7 +232,9 @@ def register_step(
     written = of_pool._fields.index("state") + 1  # windows come first; autograd does not see these writes
 
     def split(arguments: tuple):
-        return of_inputs(*arguments[:n]), of_pool(*arguments[n : n + m]), of_options(*arguments[n + m : n + m + of])
+        pool = of_pool(*arguments[n : n + m])
+        pool = pool._replace(indices=_contiguous(pool.indices))
+        return of_inputs(*arguments[:n]), pool, of_options(*arguments[n + m : n + m + of])
 
     def run(*arguments):
         inputs, pool, options = split(arguments)

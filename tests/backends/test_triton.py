@@ -1,6 +1,7 @@
 """The Triton kernels in the interpreter, compared with the recurrence in fp64. All memory that they do not write holds
 NaN."""
 
+import mmap
 from typing import NamedTuple
 
 import pytest
@@ -308,6 +309,52 @@ def test_any_strides(op):
 
 
 @each_op
+def test_indices_may_be_columns_of_a_table(op):
+    problem = small(op, state="bank", lengths=[5, 0, 20, 1]).to(torch.float32)
+    weights = problem.weights()
+    found = problem.with_columns().gradients("triton", weights)
+    for name, truth in problem.gradients("triton", weights).items():
+        assert torch.equal(found[name], truth), name
+
+
+def apart(x: torch.Tensor, step: int) -> torch.Tensor:
+    """Return [B, T, H, ...] with `step` elements from head to head, in memory that is not there until it is written."""
+    sizes = x[:, :, 0].numel() + step * (x.shape[2] - 1)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # since Python 3.13
+    memory = torch.frombuffer(mmap.mmap(-1, sizes * x.itemsize, flags=flags), dtype=x.dtype)
+    strides = list(x[:, :, 0].contiguous().stride())
+    return memory.as_strided(x.shape, (*strides[:2], step, *strides[2:])).copy_(x)
+
+
+@each_op
+def test_heads_that_lie_more_than_two_to_the_31_elements_apart(op):
+    """As after a convolution of a very long sequence."""
+    heads = {"gated_delta_rule": {"H": 3, "HV": 3}, "ssd": {"H": 3, "G": 3}}[op]
+    problem = small(op, 20, B=1, **heads).to(torch.float32)
+    results = []
+    for step_of in (0, 2**30):
+        leaves = {
+            name: (apart(x, step_of) if step_of and name in ALL[op].tokens else x.clone()).requires_grad_()
+            for name, x in problem.tensors.items()
+        }
+        output, final = run(problem, leaves)
+        results.append([output, final, *torch.autograd.grad(output.sum() + final.sum(), list(leaves.values()))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_op
+def test_no_rows(op):
+    """Also where Hopper's descriptors would read them."""
+    problem = small(op, 5, B=2, state=None).to(torch.float16, torch.float32)
+    leaves = {name: x[:0].clone().requires_grad_() if x.dim() > 1 else x for name, x in problem.tensors.items()}
+    result = run(problem, leaves)
+    assert result.output.numel() == result.final_state.numel() == 0
+    result.output.sum().backward()
+    assert all(leaves[name].grad.shape == leaves[name].shape for name in ALL[op].tokens)
+
+
+@each_op
 @pytest.mark.parametrize("kind", [None, *STATE_KINDS])
 def test_no_tokens(op, kind):
     for changes in ({"T": 0, "B": 3}, {"lengths": [0, 0, 0]}):
@@ -406,7 +453,7 @@ def test_a_step_changes_a_pool_where_addressed(op, unchecked):
     expected = torch.stack([pool[i] if i in (2, 4) else torch.zeros_like(pool[0]) for i in indices])
     options = options_of(problem)
     truth = step(op, token(problem, 0), expected, backend="reference", **options)
-    options |= {"state_indices": torch.tensor(indices), "backend": "triton"}
+    options |= {"state_indices": torch.tensor(indices).repeat_interleave(2)[::2], "backend": "triton"}
     found = step(op, token(problem, 0), pool, **options)
     assert error(found[:3], truth[:3]) < 1e-6
     assert found[3].isnan().all()

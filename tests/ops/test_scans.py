@@ -61,6 +61,16 @@ def test_every_form_of_state(op, kind, lengths, backend):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_may_be_columns_of_a_table(op, backend):
+    problem = MAKERS[op](30, state="bank", lengths=PACKED)
+    weights = problem.weights()
+    found = problem.with_columns().gradients(backend, weights)
+    for name, truth in problem.gradients(backend, weights).items():
+        assert torch.equal(found[name], truth), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_packed_shared_each_and_bank_agree(op, backend):
     """The same sequences, stored in every way that the contract allows."""
     shared = MAKERS[op](40, B=3)

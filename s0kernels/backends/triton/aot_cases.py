@@ -32,6 +32,10 @@ class Given(NamedTuple):
     z: bool = True
     dt_bias: bool = True
     softplus: bool = True
+    #: whether the forward keeps results for the backward
+    kept: bool = False
+    #: whether the tokens of a channel lie side by side, as after a convolution
+    channels_first: bool = False
 
     def dtype_of_gates(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.gates == "fp32" else dtype
@@ -78,6 +82,10 @@ def _pairs(row: dict, names: list[str]) -> set:
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 1 else x
 
 
 class DeltaSizes(NamedTuple):
@@ -162,19 +170,23 @@ def calls_of(sizes: DeltaSizes | SSDSizes, how: Given = EVERYTHING, backwards: t
     run_forward, run_backward, run_step = (getattr(backend, f"{sizes.op}_{x}") for x in ("forward", "backward", "step"))
     rows, length = (1, sizes.B * sizes.T) if how.packed else (sizes.B, sizes.T)
     inputs, options = sizes.arguments(rows, length, how)
+    if how.channels_first:
+        inputs = inputs._replace(**{n: _channels_first(x) for n, x in inputs._asdict().items() if x is not None})
     start, given = _start(sizes.B, sizes.state, how), {n: x for n, x in inputs._asdict().items() if x is not None}
     of_tokens = {name: x for name, x in given.items() if x.dim() > 1}
 
+    kept = (backend.gated_delta_rule_keep(inputs, start, options, frozenset(given)),) if how.kept else ()
+
     def forward():
         with _scheduled(how.schedule):
-            return run_forward(inputs, start, options, how.final)
+            return run_forward(inputs, start, options, how.final, *kept)
 
     def backward(of: str):
         output, final = getattr(inputs, sizes.output), _empty(sizes.B, *sizes.state, dtype=torch.float32)
         grads = Grads(None if how.gradients == "final state" else output, None if how.gradients == "output" else final)
         names = {"all": set(given), "frozen": set(of_tokens), "state": set()}[of] | _state_wanted(of, how)
         shape = () if start.state is None else tuple(start.state.shape)
-        run_backward(grads, inputs, start, options, Wanted(frozenset(names), shape))
+        run_backward(grads, inputs, start, options, Wanted(frozenset(names), shape), *kept)
 
     def step():
         pool = Pool(_empty(sizes.B + 2, *sizes.state, dtype=torch.float32), start.indices)
@@ -227,9 +239,15 @@ _FAMILIES = {
 CASES: dict[str, Callable[[], Calls]] = {
     name: functools.partial(calls_of, sizes) for name, sizes in _FAMILIES.items()
 } | {
+    "delta rule 128/128, kept": functools.partial(calls_of, _of("qwen3.5-4b"), Given(kept=True)),
+    "delta rule 128/128, kept, packed": functools.partial(
+        calls_of, _of("qwen3.5-4b"), Given(kept=True, packed=True, state="bank")
+    ),
+    "delta rule 128/128, channels first": functools.partial(calls_of, _of("qwen3.5-4b"), Given(channels_first=True)),
+    "Falcon-H1-7B, channels first": functools.partial(calls_of, _of("falcon-h1-7b"), Given(channels_first=True)),
     "Falcon-H1-7B, no optional input": functools.partial(
         calls_of, _of("falcon-h1-7b"), Given(D=False, z=False, dt_bias=False)
-    )
+    ),
 }
 #: the heads of Qwen3.5-4B and those of Falcon-H1-7B
 FLAGSHIPS = ("delta rule 128/128", "Falcon-H1-7B")

@@ -47,7 +47,8 @@ def cut(like: Tensor, start: Start, chunk_size: int, longest: int | None = None)
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got no sequences")
     BT, count = size_and_count(like, start, chunk_size, longest)
     precision = dot_precision(like.element_size(), like.device)
-    constants = {"BT": BT, "BQ": min(1024, power_of_two(sequences)), "PRECISION": precision}
+    BQ = 16 if start.cu_seqlens is None else min(1024, power_of_two(sequences))  # for packed sequences alone
+    constants = {"BT": BT, "BQ": BQ, "PRECISION": precision}
     return Chunks(like, start, B, T, sequences, BT, count, constants)
 
 

@@ -53,7 +53,7 @@ def _of_tokens(dtype: torch.dtype, shape, strides, rows: int, columns: int) -> T
     (B, T, H, D), (step_b, step_t, step_h, step_d) = shape, strides
     # the step of a size of 1 is not used, and torch may call it anything
     step_b, step_t, step_h = step_b if B > 1 else _ALIGNED, step_t if T > 1 else _ALIGNED, step_h if H > 1 else _ALIGNED
-    if columns * dtype.itemsize < _ALIGNED or step_d != 1 or not 0 < T <= _LARGEST:
+    if columns * dtype.itemsize < _ALIGNED or step_d != 1 or min(shape) <= 0 or max(shape) > _LARGEST:
         return None
     if (step_b | step_t | step_h) * dtype.itemsize % _ALIGNED or min(step_b, step_t, step_h) <= 0:
         return None
@@ -65,7 +65,7 @@ def _of_tokens(dtype: torch.dtype, shape, strides, rows: int, columns: int) -> T
 def _of_matrices(dtype: torch.dtype, shape, rows: int, columns: int) -> TensorDescriptor | None:
     *sizes, R, C = shape
     count = math.prod(sizes)
-    if not 0 < count <= _LARGEST or C * dtype.itemsize % _ALIGNED:
+    if min(count, R, C) <= 0 or count > _LARGEST or C * dtype.itemsize % _ALIGNED:
         return None
     return TensorDescriptor(torch.empty(0, dtype=dtype), [count, R, C], [R * C, C, 1], [1, rows, columns])
 
@@ -84,7 +84,8 @@ def load_token_tile(x, sx, i_b, i_t, i_h, i_d, rows, D, BT: tl.constexpr, BD: tl
         return tl.reshape(x.load([i_b, i_h, i_t, i_d]), [BT, BD])
     else:
         o_t, o_d = tl.arange(0, BT), i_d + tl.arange(0, BD)
-        base = x + tl.cast(i_b, tl.int64) * sx[0] + tl.cast(i_t, tl.int64) * sx[1] + i_h * sx[2]
+        i_b, i_h, i_t = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(i_t, tl.int64)
+        base = x + i_b * sx[0] + i_t * sx[1] + i_h * sx[2]
         mask = (o_t < rows)[:, None] & (o_d < D)[None, :]
         return tl.load(base + o_t[:, None] * sx[1] + o_d[None, :] * sx[3], mask=mask, other=0.0)
 

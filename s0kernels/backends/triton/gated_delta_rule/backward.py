@@ -172,7 +172,8 @@ def gated_delta_rule_scan_bwd_kernel(
     m_h = (o_v < V)[:, None] & (o_k < K)[None, :]
     b_dh = tl.zeros([BV, BK], tl.float32)
     if dht is not None:
-        p_dht = dht + tl.cast(i_q, tl.int64) * st[0] + i_hv * st[1] + o_v[:, None] * st[3] + o_k[None, :] * st[2]
+        p_dht = dht + tl.cast(i_q, tl.int64) * st[0] + i_hv.to(tl.int64) * st[1]
+        p_dht += o_v[:, None] * st[3] + o_k[None, :] * st[2]
         b_dh = tl.load(p_dht, mask=m_h, other=0.0)
     b_dh = tl.where(wrong, float("nan"), b_dh)
 

@@ -186,7 +186,7 @@ def scan_forward(
     b_h = tl.zeros([BV, BK], tl.float32)
     if h0 is not None:
         row, zero, none = state_row(indices, i_q, S)
-        p_h0 = h0 + row * sh[0] + i_hv * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
+        p_h0 = h0 + row * sh[0] + i_hv.to(tl.int64) * sh[1] + o_v[:, None] * sh[3] + o_k[None, :] * sh[2]
         b_h = tl.load(p_h0, mask=m_h & ((zero | none) == 0), other=0.0)
         b_h = tl.where(none, float("nan"), b_h)
     b_h = tl.where(wrong, float("nan"), b_h)
@@ -333,7 +333,8 @@ def gated_delta_rule_output_fwd_kernel(
         return
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_sh.to(tl.int64)
-    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_hv // (HV // H) * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
+    i_h = (i_hv // (HV // H)).to(tl.int64)
+    b_q = load_tile(q + i_b * sq[0] + i_t * sq[1] + i_h * sq[2], o_t, o_k, sq[1], sq[3], rows, K)
     b_h = load_tile(h + at * K * V, o_v, o_k, K, 1, V, K)
     b_o = tl.dot(b_q, tl.trans(b_h), input_precision=PRECISION)
     b_o *= tl.load(gates + at * ROWS * BT + A_Q * BT + o_t)[:, None]

@@ -105,7 +105,8 @@ def gated_delta_rule_intra_bwd_kernel(
             b_do = load_token_tile(do, so, i_b, i_t, i_hv, i, rows, V, BT, BI)
             b_p = tl.dot(b_do, b_r, b_p, input_precision=PRECISION)
 
-    at_b, at_t, i_h = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_hv // (HV // H)
+    at_b, at_t = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64)
+    i_h, i_hv = (i_hv // (HV // H)).to(tl.int64), i_hv.to(tl.int64)
     o_tile = at * BT * BT + o_t[:, None] * BT + o_t[None, :]
     o_row = tl.where(o_t < rows, o_t, -1)  # a descriptor reads what lies beyond the sequence
     b_g = load_tokens(g + at_b * sg[0] + at_t * sg[1] + i_hv * sg[2], o_t, sg[1], rows)
@@ -225,8 +226,9 @@ def gated_delta_rule_inputs_bwd_kernel(
     o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
     dtype = q.dtype.element_ty
     at_b, at_t, i_c = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), i_c.to(tl.int64)
-    p_q = q + at_b * sq[0] + at_t * sq[1] + i_h * sq[2]
-    p_k = k + at_b * sk[0] + at_t * sk[1] + i_h * sk[2]
+    at_h = i_h.to(tl.int64)
+    p_q = q + at_b * sq[0] + at_t * sq[1] + at_h * sq[2]
+    p_k = k + at_b * sk[0] + at_t * sk[1] + at_h * sk[2]
     b_q = load_tile(p_q, o_t, o_k, sq[1], sq[3], rows, K)
     b_k = load_tile(p_k, o_t, o_k, sk[1], sk[3], rows, K)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
@@ -266,7 +268,7 @@ def gated_delta_rule_inputs_bwd_kernel(
             b_dbeta = tl.load(pbeta + at_g, mask=o_t < rows, other=0.0) + b_end
             tl.store(dbeta + at_g, b_dbeta.to(dbeta.dtype.element_ty), mask=o_t < rows)
         if dg is not None:
-            b_end *= load_tokens(beta + at_b * sb[0] + at_t * sb[1] + i_hv * sb[2], o_t, sb[1], rows)
+            b_end *= load_tokens(beta + at_b * sb[0] + at_t * sb[1] + tl.cast(i_hv, tl.int64) * sb[2], o_t, sb[1], rows)
             b_start += tl.load(pg + at_g, mask=o_t < rows, other=0.0)
             b_dg = tl.cumsum(b_start, axis=0, reverse=True) + tl.cumsum(b_end, axis=0) - b_end
             b_dg += tl.load(gates + at * ROWS * BT + LAST * BT + BT - 1) * tl.sum(b_through)

@@ -123,7 +123,7 @@ def gated_delta_rule_prepare_fwd_kernel(
     if rows <= 0:
         return
     i_b, i_t, at = tl.cast(i_b, tl.int64), tl.cast(i_t, tl.int64), tl.program_id(0).to(tl.int64)
-    i_h = i_hv // (HV // H)
+    i_h, i_hv = (i_hv // (HV // H)).to(tl.int64), i_hv.to(tl.int64)
     o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
     dtype = q.dtype.element_ty
     PARTS: tl.constexpr = parts_of(dtype)

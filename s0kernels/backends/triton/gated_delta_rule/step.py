@@ -51,7 +51,7 @@ def gated_delta_rule_step_kernel(
     row, zero, none = state_row(indices, i_b, S)
     i_b = i_b.to(tl.int64)
     m_h = m_k[:, None] & m_v[None, :] & ((zero | none) == 0)
-    p_h = h + row * sh[0] + i_hv * sh[1] + o_k[:, None] * sh[2] + o_v[None, :] * sh[3]
+    p_h = h + row * sh[0] + i_hv.to(tl.int64) * sh[1] + o_k[:, None] * sh[2] + o_v[None, :] * sh[3]
     b_h = tl.load(p_h, mask=m_h, other=0.0)
     b_q = tl.load(q + i_b * sq[0] + i_h * sq[1] + o_k * sq[2], mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(k + i_b * sk[0] + i_h * sk[1] + o_k * sk[2], mask=m_k, other=0.0).to(tl.float32)

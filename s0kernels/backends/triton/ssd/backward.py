@@ -60,7 +60,7 @@ def scan_backward(
     i_b, bos, i_c0, i_q = tl.cast(i_b, tl.int64), tl.cast(bos, tl.int64), tl.cast(i_c0, tl.int64), i_q.to(tl.int64)
     b_dh = tl.zeros([BP, BN], tl.float32)
     if dht is not None:
-        p_dht = dht + i_q * sh[0] + i_h * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
+        p_dht = dht + i_q * sh[0] + i_h.to(tl.int64) * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
         b_dh = tl.load(p_dht, mask=m_h, other=0.0)
     b_dh = tl.where(wrong, float("nan"), b_dh)
 

@@ -105,7 +105,7 @@ def scan_forward(
     b_h = tl.zeros([BP, BN], tl.float32)
     if h0 is not None:
         row, zero, none = state_row(indices, i_q, S)
-        p_h0 = h0 + row * sh[0] + i_h * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
+        p_h0 = h0 + row * sh[0] + i_h.to(tl.int64) * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
         b_h = tl.load(p_h0, mask=m_h & ((zero | none) == 0), other=0.0)
         b_h = tl.where(none, float("nan"), b_h)
     b_h = tl.where(wrong, float("nan"), b_h)
@@ -239,7 +239,7 @@ def ssd_output_fwd_kernel(
     m_y = (o_m < rows)[:, None] & (o_p < P)[None, :]
     p_x = at_token(x, sx, i_b, i_t + i_m, i_h)
     b_x = 0.0 if D is None else load_tile(p_x, o_t, o_p, sx[1], sx[3], rows - i_m, P)
-    o_z = i_b * sz[0] + (i_t + o_m)[:, None] * sz[1] + i_h * sz[2] + o_p[None, :] * sz[3]
+    o_z = i_b * sz[0] + (i_t + o_m)[:, None] * sz[1] + i_h.to(tl.int64) * sz[2] + o_p[None, :] * sz[3]
     b_y = finish_output(b_y, b_x, D, i_h * sD, z, o_z, m_y)
     p_y = y + ((i_b * T + i_t) * H + i_h) * P + o_m[:, None] * (H * P) + o_p[None, :]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)

@@ -49,8 +49,9 @@ def group_grad(
     tiles = tl.cdiv(inner, BP)
     for i in tl.range(R * tiles, disable_licm=True):
         i_r, i_p = i // tiles, i % tiles * BP
-        p_v = v + i_r * sv[2] + i_p * sv[3]
-        p_z = z if z is None else z + i_r * sz[2] + i_p * sz[3]
+        at_r = tl.cast(i_r, tl.int64)
+        p_v = v + at_r * sv[2] + i_p * sv[3]
+        p_z = z if z is None else z + at_r * sz[2] + i_p * sz[3]
         b_v = load_dy(p_v, p_z, o_t, o_p, sv[1], sv[3], sz[1], sz[3], rows, inner - i_p)
         b_gate = tl.load(gates + i_r * ROWS * BT + GATE * BT + o_t)
         b_states = load_tile(states + (i_r * P + i_p) * N, o_p, o_n, N, 1, inner - i_p, cols)

@@ -65,7 +65,7 @@ def clamp(b_x, low, high):
 @triton.jit
 def at_token(x, stride, i_b, i_t, i_h):
     """Where the row of a head at a token begins. Not for None: in Triton 3.6 no function returns it."""
-    return x + i_b * stride[0] + i_t * stride[1] + i_h * stride[2]
+    return x + i_b * stride[0] + i_t * stride[1] + tl.cast(i_h, tl.int64) * stride[2]
 
 
 @triton.jit

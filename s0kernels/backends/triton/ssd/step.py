@@ -58,7 +58,7 @@ def ssd_step_kernel(
     row, zero, none = state_row(indices, i_b, S)
     i_b = i_b.to(tl.int64)
     m_h = m_p[:, None] & m_n[None, :] & ((zero | none) == 0)
-    p_h = h + row * sh[0] + i_h * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
+    p_h = h + row * sh[0] + i_h.to(tl.int64) * sh[1] + o_p[:, None] * sh[2] + o_n[None, :] * sh[3]
     b_h = tl.load(p_h, mask=m_h, other=0.0)
     b_x = tl.load(x + i_b * sx[0] + i_h * sx[1] + o_p * sx[2], mask=m_p, other=0.0).to(tl.float32)
     b_B = tl.load(B + i_b * sB[0] + i_g * sB[1] + o_n * sB[2], mask=m_n, other=0.0).to(tl.float32)

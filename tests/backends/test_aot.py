@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import matrix
 
 from s0kernels.backends.triton import aot
-from s0kernels.backends.triton.aot_cases import FLAGSHIPS, LEVELS, PAIRS, SIZES, pairwise
+from s0kernels.backends.triton.aot_cases import FLAGSHIPS, LEVELS, PAIRS, SIZES, Given, _of, calls_of, pairwise
+from s0kernels.backends.triton.common.targets import known_target
 from s0kernels.hardware import CHIPS
 from s0kernels.versions import PINNED, TESTED
 
@@ -66,6 +67,17 @@ def test_optional_arguments(case, share):
 @pytest.mark.parametrize("share", ["0/2", "1/2"])
 def test_what_the_file_is_behind_on_compiles(share):
     check(share)
+
+
+@pytest.mark.parametrize("model", ["qwen3.5-4b", "falcon-h1-7b"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_numbers_of_tokens_and_sequences_compile_nothing_anew(model, packed):
+    def keys(B: int, T: int) -> set:
+        calls = calls_of(_of(model, B=B, T=T), Given(packed=packed))
+        launches = [x for call in calls.values() for x in aot.launches_of(call, known_target("sm_90"))]
+        return {(x.kernel.__name__, aot.specialise(x).key(x)) for x in launches}
+
+    assert keys(8, 1024) == keys(10, 1000) == keys(16, 778)  # strides are multiples of 16 in all
 
 
 def test_comments_are_no_change():

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s0kernels.backends.triton.aot_cases import CASES
 from s0kernels.backends.triton.common.hopper import miscompiled
-from s0kernels.backends.triton.common.launch import Launch, power_of_two, recording
+from s0kernels.backends.triton.common.launch import VARYING, Launch, power_of_two, recording
 from s0kernels.backends.triton.common.targets import Target, known_target
 
 _TYPES = {
@@ -91,6 +91,8 @@ def specialise(launch: Launch) -> Specialised:
             found.signature[name], found.constants[(i,)] = "constexpr", values[name]
         elif isinstance(values[name], tuple):
             found.signature[name] = tuple(_type_of(x, (i, j), found) for j, x in enumerate(values[name]))
+        elif name in VARYING:
+            found.signature[name] = _integer(values[name])
         else:
             found.signature[name] = _type_of(values[name], (i,), found)
     return found
@@ -108,6 +110,10 @@ def _type_of(value, path: tuple[int, ...], found: Specialised) -> str:
         return _TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
+    return _integer(value)
+
+
+def _integer(value: int) -> str:
     return "i32" if abs(value) < 2**31 else "i64"
 
 

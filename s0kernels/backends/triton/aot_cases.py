@@ -175,7 +175,7 @@ def calls_of(sizes: DeltaSizes | SSDSizes, how: Given = EVERYTHING, backwards: t
     start, given = _start(sizes.B, sizes.state, how), {n: x for n, x in inputs._asdict().items() if x is not None}
     of_tokens = {name: x for name, x in given.items() if x.dim() > 1}
 
-    kept = (backend.gated_delta_rule_keep(inputs, start, options, frozenset(given)),) if how.kept else ()
+    kept = (getattr(backend, f"{sizes.op}_keep")(inputs, start, options, frozenset(given)),) if how.kept else ()
 
     def forward():
         with _scheduled(how.schedule):

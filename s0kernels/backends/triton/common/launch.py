@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,14 @@ class Launch(NamedTuple):
 
 #: the variable of the environment that forces one
 SCHEDULE = "S0KERNELS_TRITON_SCHEDULE"
+#: Arguments of kernels that change from call to call: nothing is compiled anew where they are 1 or multiples of 16.
+VARYING = ["T", "NSEQ", "S", "chunks", "programs", "products"]
 #: Set while launches are recorded.
 _recorded: list[Launch] | None = None
+
+
+def kernel(function: Callable) -> triton.runtime.JITFunction:
+    return triton.jit(do_not_specialize=VARYING)(function)
 
 
 def forced_schedule() -> str | None:
@@ -37,16 +43,16 @@ def forced_schedule() -> str | None:
     return forced
 
 
-def launch(kernel, programs: int, *arguments, tiles: Tiles, **constants) -> None:
-    """Run `programs` instances of a kernel; none is no launch."""
+def launch(function, programs: int, *arguments, tiles: Tiles, **constants) -> None:
+    """Run `programs` instances of the kernel `function`; none is no launch."""
     if programs == 0:
         return
     if _recorded is not None:
-        _recorded.append(Launch(kernel, programs, arguments, constants, tiles))
+        _recorded.append(Launch(function, programs, arguments, constants, tiles))
         return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, **tiles.options())
+        function[(programs,)](*arguments, **constants, **tiles.options())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import cdiv, launch
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch
 from s0kernels.backends.triton.common.tiles import Tiles
 
 
@@ -30,7 +30,7 @@ def state_row(indices, i_q, S):
         return tl.where(inside, row, 0), row == -1, (row < -1) | (row >= S)
 
 
-@triton.jit
+@kernel
 def state_grad_kernel(
     dh,  # [NSEQ, D] in fp32, the gradient of every sequence's initial state
     indices,  # None, or the row of each sequence

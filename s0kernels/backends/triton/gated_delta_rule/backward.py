@@ -30,7 +30,7 @@ from s0kernels.backends.triton.common.descriptors import (
     store_matrix,
     store_token_tile,
 )
-from s0kernels.backends.triton.common.launch import launch, strides
+from s0kernels.backends.triton.common.launch import kernel, launch, strides
 from s0kernels.backends.triton.common.states import reduce_state_grad
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.gated_delta_rule import forward
@@ -132,7 +132,7 @@ def chunk_backward(
     return b_dh
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_scan_bwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k; or descriptors of all from q to p, and of do
     k,

@@ -34,7 +34,7 @@ from s0kernels.backends.triton.common.descriptors import (
     store_matrix,
     store_token_tile,
 )
-from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, launch, power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, forced_schedule, kernel, launch, power_of_two
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.common.targets import target_of
 from s0kernels.backends.triton.gated_delta_rule.call import Call
@@ -214,7 +214,7 @@ def scan_forward(
         tl.store(ht + i_qh.to(tl.int64) * K * V + o_v[:, None] + o_k[None, :] * V, b_h, mask=m_h)
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_scan_fwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k; or descriptors of all from q to p
     k,
@@ -302,7 +302,7 @@ def descriptors(call: Call, factors: Factors, out: ScanOutputs) -> tuple[tuple, 
     return read, h, stored
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_output_fwd_kernel(
     q,  # [B, T, H, K], any strides sq
     p,

@@ -28,7 +28,7 @@ from s0kernels.backends.triton.common.descriptors import (
     of_matrices,
     of_tokens,
 )
-from s0kernels.backends.triton.common.launch import empty_grads, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import empty_grads, kernel, launch, power_of_two, strides
 from s0kernels.backends.triton.gated_delta_rule.call import Call
 from s0kernels.backends.triton.gated_delta_rule.prepare import A_K, A_Q, E_K, LAST, R_K, R_Q, ROWS, TO_END
 
@@ -54,7 +54,7 @@ class Intra(NamedTuple):
     pbeta: Tensor
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_intra_bwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k
     k,
@@ -177,7 +177,7 @@ def load_state_rows(x, at, i_v, V: tl.constexpr, K: tl.constexpr, BV: tl.constex
         return load_tile(base, tl.arange(0, BV), tl.arange(0, BK), K, 1, V - i_v, K)
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_inputs_bwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k
     k,

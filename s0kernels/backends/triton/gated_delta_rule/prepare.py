@@ -30,7 +30,7 @@ from s0kernels.backends.triton.common.chunks import (
     rest,
     running_sums,
 )
-from s0kernels.backends.triton.common.launch import launch
+from s0kernels.backends.triton.common.launch import kernel, launch
 from s0kernels.backends.triton.gated_delta_rule.call import Call
 
 # The rows of `gates`, [chunks, HV, ROWS, BT] in fp32.
@@ -91,7 +91,7 @@ def fine_inverse(
     return invert_unit_lower(b_a, BT, True).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_prepare_fwd_kernel(
     q,  # [B, T, H, K], any strides sq, as k
     k,

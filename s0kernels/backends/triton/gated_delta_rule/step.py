@@ -4,18 +4,17 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, power_of_two
 from s0kernels.backends.triton.common.states import state_row
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.gated_delta_rule.call import TILES
 from s0kernels.calls import DeltaInputs, DeltaOptions, Pool
 
 
-@triton.jit
+@kernel
 def gated_delta_rule_step_kernel(
     q,  # [B, H, K], any strides, as k
     k,

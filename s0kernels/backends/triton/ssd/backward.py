@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import load_tile, sequence
-from s0kernels.backends.triton.common.launch import launch, strides
+from s0kernels.backends.triton.common.launch import kernel, launch, strides
 from s0kernels.backends.triton.common.states import bank_size, reduce_state_grad, state_strides
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.forward import last_of, scan_forward, split_index
@@ -86,7 +86,7 @@ def scan_backward(
         tl.store(dh0 + (i_q * H + i_h) * P * N + o_h, b_dh, mask=m_h)
 
 
-@triton.jit
+@kernel
 def ssd_scan_bwd_kernel(
     x,  # None, or [B, T, H, P], any strides; then the states are recomputed, too
     B,  # None, or [B, T, G, N], any strides, as C

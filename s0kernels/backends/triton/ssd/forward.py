@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk, product, sequence
-from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, power_of_two, strides
 from s0kernels.backends.triton.common.states import bank_size, state_row, state_strides
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.prepare import (
@@ -137,7 +137,7 @@ def last_of(gates, i_c, i_h, H: tl.constexpr, BT: tl.constexpr):
     return gates + (i_c * H + i_h) * ROWS * BT + START * BT + BT - 1
 
 
-@triton.jit
+@kernel
 def ssd_scan_fwd_kernel(
     x,  # [B, T, H, P], any strides sx
     B,  # [B, T, G, N], any strides sB
@@ -186,7 +186,7 @@ def scan(call: Call, factors: Factors, h: Tensor, ht: Tensor | None) -> None:
     )
 
 
-@triton.jit
+@kernel
 def ssd_output_fwd_kernel(
     x,  # [B, T, H, P], any strides sx
     C,  # [B, T, G, N], any strides sC

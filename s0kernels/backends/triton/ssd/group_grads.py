@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk
-from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, power_of_two, strides
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.head_grads import Scanned, load_dy
 from s0kernels.backends.triton.ssd.prepare import ROWS, START, WRITE, at_token, load_causal
@@ -60,7 +60,7 @@ def group_grad(
     return b_sum
 
 
-@triton.jit
+@kernel
 def ssd_groups_bwd_kernel(
     x,  # [B, T, H, P], any strides
     B,  # [B, T, G, N], any strides, as C

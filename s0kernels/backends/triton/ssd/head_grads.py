@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import load_tile, locate_chunk
-from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, power_of_two, strides
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.forward import sigmoid, silu
 from s0kernels.backends.triton.ssd.prepare import (
@@ -139,7 +139,7 @@ def intra_grads(
         return tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float64)
 
 
-@triton.jit
+@kernel
 def ssd_heads_bwd_kernel(
     x,  # [B, T, H, P], any strides
     dt,  # [B, T, H], any strides

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import empty_grads, launch
+from s0kernels.backends.triton.common.launch import empty_grads, kernel, launch
 from s0kernels.backends.triton.common.tiles import Tiles
 from s0kernels.backends.triton.ssd.call import Call
 from s0kernels.backends.triton.ssd.group_grads import groups
@@ -31,7 +31,7 @@ OF_DECAYS = {"dt", "A", "dt_bias"}
 SCALARS = ("A", "D", "dt_bias")
 
 
-@triton.jit
+@kernel
 def ssd_sums_bwd_kernel(
     dA,  # None, or [chunks, H] in fp64, as dD and dbias
     dD,

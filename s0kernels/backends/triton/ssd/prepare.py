@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s0kernels.backends.triton.common.chunks import load_tokens, locate_chunk, product
-from s0kernels.backends.triton.common.launch import cdiv, launch, strides
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, strides
 from s0kernels.backends.triton.ssd.call import Call
 
 # The rows of `gates`, [chunks, H, ROWS, BT] in fp32.
@@ -90,7 +90,7 @@ def load_causal(x, o_i, o_j, BT: tl.constexpr):
     return tl.load(p_x, mask=causal_blocks(o_i, o_j), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def ssd_prepare_fwd_kernel(
     dt,  # [B, T, H], any strides
     A,  # [H], any stride, as dt_bias

@@ -4,11 +4,10 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from s0kernels.backends.triton.common.launch import cdiv, launch, power_of_two, strides
+from s0kernels.backends.triton.common.launch import cdiv, kernel, launch, power_of_two, strides
 from s0kernels.backends.triton.common.states import state_row
 from s0kernels.backends.triton.common.tiles import choose_tiles
 from s0kernels.backends.triton.ssd.call import TILES
@@ -17,7 +16,7 @@ from s0kernels.backends.triton.ssd.prepare import clamp, softplus
 from s0kernels.calls import Pool, SSDInputs, SSDOptions
 
 
-@triton.jit
+@kernel
 def ssd_step_kernel(
     x,  # [B, H, P], any strides
     dt,  # [B, H], any strides
